@@ -1,0 +1,27 @@
+# make demo: from nothing to a score.  make test: every test.  Both make .venv first, once.
+PYTHON ?= python3
+VENV ?= .venv
+INSTALLED := $(VENV)/installed
+
+.PHONY: demo test format
+
+demo: $(INSTALLED)
+	$(VENV)/bin/python get_images.py sample --out data/sample
+	$(VENV)/bin/python model_not_tuned.py --query_dir data/sample/test/query \
+		--gallery_dir data/sample/test/gallery --custom_dataset --output_dir results/sample
+
+test: $(INSTALLED)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python -m pytest
+
+format: $(INSTALLED)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+$(INSTALLED): requirements.txt tests/requirements.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 14) or \
+		sys.exit("Python %d.%d is not supported: make PYTHON=python3.12 takes another one (3.11 to 3.14)" % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -r requirements.txt -r tests/requirements.txt
+	@touch $@
