@@ -1,0 +1,277 @@
+"""A folder of images in; named images, their pixels and batches of them out.
+
+    python get_images.py sample --out data/sample
+
+As a script it lays out a data set: `sample` is 1797 labelled handwritten digits, which need no download.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import stat
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+try:
+    import numpy as np
+    from PIL import Image, ImageOps, UnidentifiedImageError
+except ModuleNotFoundError as missing:  # every script comes here first
+    hint = "run `make demo` once and `source .venv/bin/activate`, or `pip install -r requirements.txt`"
+    raise SystemExit(f"error: {missing}: {hint}") from None
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+log = logging.getLogger("retrieval.images")
+
+
+# ---- find -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image on disk. Its name is its path below the folder that was searched, in POSIX form."""
+
+    name: str
+    path: Path
+
+
+def label_of(name: str) -> str | None:
+    """The label of an image: the first folder of its name, or None where it has none.
+
+    >>> label_of("forest/autumn/20056.jpg"), label_of("20056.jpg")
+    ('forest', None)
+    """
+    first, slash, _ = name.partition("/")
+    return first if slash else None
+
+
+def find_images(folder: Path | str) -> list[ImageFile]:
+    """Every image at or below `folder`, sorted by name.
+
+    An image is what ends in one of SUFFIXES, in any letter case. Hidden files and folders are left out,
+    and links are followed: each folder is entered once, so that a loop of links ends. A file that cannot
+    be read is found all the same: whoever reads it says so.
+
+    Raises NotADirectoryError where there is no such folder, FileNotFoundError where it holds no image.
+    """
+    if not Path(folder).is_dir():
+        raise NotADirectoryError(f"{folder} is not a folder: give one that holds images")
+    files = list(_walk(folder))
+    images = [ImageFile(name, Path(path)) for name, path in files if name.lower().endswith(SUFFIXES)]
+    if not images:
+        seen = f"{len(files)} other files, such as {files[0][0]}" if files else "no files at all"
+        raise FileNotFoundError(
+            f"{folder} holds no images ({seen}): give a folder with {' '.join(SUFFIXES)} files"
+        )
+    return sorted(images, key=lambda image: image.name)
+
+
+def _walk(top: Path | str) -> Iterator[tuple[str, str]]:
+    """Yield (name, path) of every visible file below `top`: real folders first, then those behind links."""
+    entered = set()
+    real, links = deque([("", os.fspath(top))]), deque()
+    while real or links:
+        prefix, folder = (real or links).popleft()
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in entered:
+            continue
+        entered.add((status.st_dev, status.st_ino))
+        with os.scandir(folder) as entries:
+            visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+        for entry in visible:
+            is_link = entry.is_symlink()
+            if os.path.isdir(entry.path) if is_link else entry.is_dir():
+                (links if is_link else real).append((f"{prefix}{entry.name}/", entry.path))
+            else:
+                yield prefix + entry.name, entry.path
+
+
+def find_query_and_gallery(query_dir: Path, gallery_dir: Path) -> tuple[list[ImageFile], list[ImageFile]]:
+    """The images of both folders; a folder inside the other is allowed, and said. Raises as find_images."""
+    queries, gallery = find_images(query_dir), find_images(gallery_dir)
+    query_root, gallery_root = query_dir.resolve(), gallery_dir.resolve()
+    if query_root.is_relative_to(gallery_root) or gallery_root.is_relative_to(query_root):
+        log.warning(
+            "the query folder %s and the gallery folder %s share images: a query can find itself",
+            query_dir, gallery_dir,
+        )  # fmt: skip
+    return queries, gallery
+
+
+# ---- read -----------------------------------------------------------------------------------------
+
+
+class UnreadableImageError(OSError):
+    """A file that gives no pixels; the message says why."""
+
+
+def read_image(path: Path | str) -> Tensor:
+    """The pixels of an image file as a viewer shows them: uint8 RGB, (3, height, width).
+
+    torchvision decodes JPEG and Pillow the rest, and JPEG in CMYK. EXIF orientation is applied,
+    transparency lies over white, 16 bits are scaled to 8, the first frame of an animation counts.
+    Colour profiles are not applied: the networks were trained without them.
+
+    Raises UnreadableImageError for whatever is broken, is no image, or has more pixels than Pillow's limit
+    for what it calls a decompression bomb (about 179 million).
+    """
+    import torch
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise UnreadableImageError("not a regular file")
+        with open(path, "rb") as file, Image.open(file) as image:
+            if image.format == "JPEG" and image.mode in ("L", "RGB"):
+                data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
+                return decode_jpeg(data, ImageReadMode.RGB, apply_exif_orientation=True)
+            return torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1)
+    except Exception as error:  # decoders raise anything on broken bytes, and no file may cost the run
+        raise UnreadableImageError(_reason(error, path)) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB, upright, over white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # one channel of 16 or 32 bits, or of floats
+        image = _to_8_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Grey levels as 0..255. White is 65535 for integers, 1.0 for floats, or the largest level if above."""
+    levels = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
+    white = max(1.0 if image.mode == "F" else 65535.0, levels.max())
+    return Image.fromarray((levels.clip(min=0) * (255 / white)).round().astype(np.uint8))
+
+
+def _reason(error: Exception, path: Path | str) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image" if os.path.getsize(path) else "an empty file"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    if ".cpp:" in str(error):  # torchvision: "decode_jpeg, FILE.cpp:LINE, what is wrong"
+        return str(error).rpartition(".cpp:")[2].partition(", ")[2]
+    return str(error) or type(error).__name__
+
+
+# ---- batch ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """Images ready for a network, with their names; and those that could not be read, with the reason."""
+
+    names: list[str] = field(default_factory=list)
+    images: list[Tensor] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
+
+
+def read_batches(
+    files: list[ImageFile], prepare: Callable[[Tensor], Tensor], batch_size: int, workers: int | None = None
+) -> Iterator[Batch]:
+    """Yield the files in their order as batches of `batch_size` prepared images; the last may be smaller.
+
+    Worker threads (one a core by default) read and prepare up to two batches ahead of the caller; both
+    release Python's lock. `prepare` turns pixels (3, height, width) into what the network wants.
+    """
+    import torch
+
+    def read(file: ImageFile) -> Tensor | UnreadableImageError:
+        try:
+            return prepare(read_image(file.path))
+        except UnreadableImageError as error:
+            return error
+
+    # One torch thread a worker: the workers are the parallelism, and the network keeps its own threads.
+    pool = ThreadPoolExecutor(workers or os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        remaining = iter(files)
+        ahead = deque((file, pool.submit(read, file)) for file in islice(remaining, 2 * batch_size))
+        batch = Batch()
+        while ahead:
+            file, result = ahead[0][0], ahead.popleft()[1].result()
+            ahead.extend((file, pool.submit(read, file)) for file in islice(remaining, 1))
+            if isinstance(result, UnreadableImageError):
+                batch.unreadable[file.name] = str(result)
+            else:
+                batch.names.append(file.name)
+                batch.images.append(result)
+            if len(batch.images) == batch_size or not ahead:
+                yield batch
+                batch = Batch()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# ---- data sets ------------------------------------------------------------------------------------
+
+
+def lay_out_sample(out: Path, seed: int = 0) -> None:
+    """Write scikit-learn's 1797 handwritten digits (8 × 8 px, ten classes) as PNG files below `out`.
+
+    Each class gives 20 images to test/query, 80 to test/gallery and the rest to train, no image twice.
+    The folder appears whole or not at all. A folder that already holds the sample is left as it is;
+    raises FileExistsError where it holds anything else.
+    Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    places = _sample_places(digits.target, np.random.default_rng(seed))
+    if out.exists() and any(out.iterdir()):
+        if {name for name, _ in _walk(out)} != set(places):
+            raise FileExistsError(f"{out} holds something else than this sample: give another --out")
+        log.info("%d images already lie in %s", len(places), out)
+        return
+    unfinished = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
+    try:
+        for name, index in places.items():
+            (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+            levels = digits.images[index] * (255 / 16)  # the data set counts ink from 0 to 16
+            Image.fromarray(levels.round().astype(np.uint8)).save(unfinished / name)
+        if out.exists():
+            out.rmdir()
+        unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    log.info("wrote %d images to %s", len(places), out)
+
+
+def _sample_places(target: np.ndarray, random: np.random.Generator) -> dict[str, int]:
+    """name below the sample's folder → row of the data set."""
+    places = {}
+    for label in np.unique(target):
+        rows = random.permutation(np.flatnonzero(target == label))
+        parts = {"test/query": rows[:20], "test/gallery": rows[20:100], "train": rows[100:]}
+        for place, part in parts.items():
+            places |= {f"{place}/{label}/digit_{row:04d}.png": int(row) for row in part}
+    return places
+
+
+def main() -> None:
+    from retrieval import settings  # only the command line needs it
+
+    class Sample(settings.Form):
+        """Lay out scikit-learn's handwritten digits as train, test/query and test/gallery."""
+
+        out: Path = Path("data/sample")
+
+    settings.run_command({"sample": (Sample, lambda form: lay_out_sample(form.out))})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Images → embeddings → ranking → score: one room a step."""

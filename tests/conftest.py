@@ -1,0 +1,123 @@
+"""What several tests share: sample images, the default network, a server that misbehaves on demand."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from get_images import lay_out_sample
+from retrieval.settings import WORDS
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory):
+    """The handwritten digits, laid out."""
+    out = tmp_path_factory.mktemp("sample") / "digits"
+    lay_out_sample(out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def few(sample, tmp_path_factory):
+    """The digits 0 to 3, 2 queries and 6 gallery images each: folders `query` and `gallery` with labels."""
+    out = tmp_path_factory.mktemp("few")
+    for part, count in (("query", 2), ("gallery", 6)):
+        for label in "0123":
+            (out / part / label).mkdir(parents=True)
+            for path in sorted((sample / "test" / part / label).iterdir())[:count]:
+                shutil.copy(path, out / part / label)
+    return out
+
+
+@pytest.fixture
+def flat(few, tmp_path):
+    """The same images without labels, in flat folders, as on the day."""
+    for part in ("query", "gallery"):
+        (tmp_path / part).mkdir()
+        for path in (few / part).glob("*/*.png"):
+            shutil.copy(path, tmp_path / part)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def backbone():
+    from retrieval.backbones import load_backbone
+
+    return load_backbone("efficientnet_lite0", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch, tmp_path_factory):
+    """The environment and the .env of whoever runs the tests must not reach them."""
+    for word in WORDS:
+        monkeypatch.delenv(word.upper(), raising=False)
+    monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+
+
+def run(*arguments, cwd, **environment):
+    """Run a script of the project, or `-m module`, as a user does; its status, output and errors."""
+    command = [str(ROOT / part) if part.endswith(".py") else str(part) for part in map(str, arguments)]
+    env = {name: value for name, value in os.environ.items() if name not in WORDS}
+    env |= {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+    )
+
+
+class Server:
+    """A real HTTP server on loopback: it answers each request with the next of its behaviours, then its last.
+
+    A behaviour is a function of the request handler; `received` keeps (method, path, headers, body).
+    """
+
+    def __init__(self, *behaviours):
+        self.received = []
+        self.stopped = threading.Event()  # ends the behaviours that never end by themselves
+        remaining = list(behaviours)
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(handler):  # noqa: N805
+                body = handler.rfile.read(int(handler.headers["Content-Length"] or 0))
+                self.received.append((handler.command, handler.path, dict(handler.headers), body))
+                (remaining.pop(0) if len(remaining) > 1 else remaining[0])(handler)
+
+            do_GET = do_POST  # noqa: N815
+
+            def log_message(handler, *_):  # noqa: N805
+                pass
+
+        Handler.server_stopped = self.stopped
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_port}/retrieval/"
+
+    def __enter__(self):
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.stopped.set()
+        self.http.shutdown()
+        self.http.server_close()
+
+
+def answer(status=200, body=b'{"accuracy": 698.0}', kind="application/json", headers=()):
+    """The behaviour of answering with this status and body."""
+
+    def behave(handler):
+        handler.send_response(status)
+        handler.send_header("Content-Type", kind)
+        handler.send_header("Content-Length", str(len(body)))
+        for name, value in headers:
+            handler.send_header(name, value)
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return behave

@@ -1,0 +1,313 @@
+import io
+import os
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from get_images import (
+    ImageFile,
+    UnreadableImageError,
+    find_images,
+    find_query_and_gallery,
+    lay_out_sample,
+    read_batches,
+    read_image,
+)
+
+
+def touch(folder, *names):
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"")
+
+
+def names(folder):
+    return [image.name for image in find_images(folder)]
+
+
+# ---- find
+
+
+def test_images_are_found_in_every_folder_by_any_of_the_suffixes_sorted_by_name(tmp_path):
+    touch(tmp_path, "b.jpg", "a/z.JPEG", "a/b/c.Png", "a.webp", "B.bmp", "c.GIF", "d.tif", "e.TIFF")
+    touch(tmp_path, "notes.txt", "Thumbs.db", "jpg", "x.jpg.part")
+    expected = ["B.bmp", "a.webp", "a/b/c.Png", "a/z.JPEG", "b.jpg", "c.GIF", "d.tif", "e.TIFF"]
+    assert names(tmp_path) == expected
+    assert [image.path for image in find_images(tmp_path)] == [tmp_path / name for name in expected]
+
+
+def test_hidden_files_and_folders_are_not_images(tmp_path):
+    touch(tmp_path, "._a.jpg", ".a.jpg", ".cache/a.jpg", "__MACOSX/._a.jpg", "a.jpg")
+    assert names(tmp_path) == ["a.jpg"]
+
+
+def test_a_folder_named_like_an_image_is_a_folder(tmp_path):
+    touch(tmp_path, "album.jpg/a.jpg")
+    assert names(tmp_path) == ["album.jpg/a.jpg"]
+
+
+def test_links_are_followed_once_and_a_loop_ends(tmp_path):
+    touch(tmp_path, "top/real/a.jpg", "elsewhere/b.jpg")
+    top = tmp_path / "top"
+    (top / "again").symlink_to(top / "real")  # "again" sorts first, but the real folder gives the name
+    (top / "other").symlink_to(tmp_path / "elsewhere")
+    (top / "other2").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "loop").symlink_to(top)
+    (top / "self").symlink_to(top / "self")
+    (top / "photo.jpg").symlink_to(tmp_path / "elsewhere" / "b.jpg")
+    assert names(top) == ["other/b.jpg", "photo.jpg", "real/a.jpg"]
+
+
+def test_a_dangling_link_is_still_a_query(tmp_path):
+    touch(tmp_path, "a.jpg")
+    (tmp_path / "b.jpg").symlink_to(tmp_path / "gone.jpg")
+    assert names(tmp_path) == ["a.jpg", "b.jpg"]
+
+
+def test_no_images_is_an_error_that_says_what_is_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no files at all"):
+        find_images(tmp_path)
+    touch(tmp_path, "a.txt", "b.txt")
+    with pytest.raises(FileNotFoundError, match=r"2 other files, such as a.txt"):
+        find_images(tmp_path)
+    with pytest.raises(NotADirectoryError, match=r"a.txt is not a folder"):
+        find_images(tmp_path / "a.txt")
+
+
+@pytest.mark.parametrize(("query", "gallery"), [("x", "x"), ("x/y", "x"), ("x", "x/y")])
+def test_folders_that_share_images_are_allowed_and_said(tmp_path, caplog, query, gallery):
+    touch(tmp_path, "x/a.jpg", "x/y/b.jpg", "xy/c.jpg")
+    find_query_and_gallery(tmp_path / query, tmp_path / gallery)
+    assert "can find itself" in caplog.text
+    caplog.clear()
+    find_query_and_gallery(tmp_path / "x", tmp_path / "xy")
+    assert not caplog.text
+
+
+# ---- read
+
+
+@pytest.fixture(scope="module")
+def photo():
+    """A smooth colour picture, 60 × 40, with no symmetry."""
+    y, x = np.mgrid[0:40, 0:60]
+    return Image.fromarray(np.stack([x * 4, y * 6, (x + y) * 2], axis=2).astype(np.uint8))
+
+
+def saved(image, kind, path, **options):
+    image.save(path, kind, **options)
+    return path
+
+
+def pixels(path):
+    image = read_image(path)
+    assert image.dtype == torch.uint8
+    assert image.shape[0] == 3
+    return image.permute(1, 2, 0).numpy().astype(int)  # (height, width, 3)
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"keep_rgb": True}])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_jpeg_gives_the_pixels_that_pillow_gives(photo, tmp_path, mode, options):
+    path = saved(photo.convert(mode), "JPEG", tmp_path / "a.jpg", **options)
+    assert abs(pixels(path) - np.asarray(Image.open(path).convert("RGB"), int)).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_orientation_is_applied(photo, tmp_path, kind, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(photo, kind, tmp_path / "a", exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    assert upright.size == ((40, 60) if orientation > 4 else (60, 40))
+    assert abs(pixels(path) - np.asarray(upright, int)).max() <= 1
+
+
+def test_a_cmyk_jpeg_has_the_colours_of_the_picture_it_was_made_from(photo, tmp_path):
+    path = saved(photo.convert("CMYK"), "JPEG", tmp_path / "a.jpg", quality=95)
+    assert abs(pixels(path) - np.asarray(photo, int)).mean() < 4
+
+
+def test_transparency_lies_over_white(tmp_path):
+    image = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
+    expected = [[[200, 0, 0], [255, 255, 255]]]
+    assert pixels(saved(image, "PNG", tmp_path / "a.png")).tolist() == expected
+    assert pixels(saved(image.quantize(4), "PNG", tmp_path / "b.png")).tolist() == expected
+    half = Image.new("LA", (1, 1), (0, 128))
+    assert pixels(saved(half, "PNG", tmp_path / "c.png")).tolist() == [[[127, 127, 127]]]
+    keyed = Image.new("P", (2, 1), 0)
+    keyed.putpalette([9, 9, 9, 200, 0, 0])
+    keyed.putpixel((0, 0), 1)
+    assert pixels(saved(keyed, "GIF", tmp_path / "d.gif", transparency=0)).tolist() == expected
+
+
+def test_sixteen_bits_and_floats_are_scaled_not_cut_off(tmp_path):
+    levels = np.array([[0, 257, 32896, 65535]])
+    expected = [[[v, v, v] for v in (0, 1, 128, 255)]]
+    assert (
+        pixels(saved(Image.fromarray(levels.astype(np.uint16)), "PNG", tmp_path / "a.png")).tolist()
+        == expected
+    )
+    assert (
+        pixels(saved(Image.fromarray(levels.astype(np.uint16)), "TIFF", tmp_path / "a.tif")).tolist()
+        == expected
+    )
+    assert (
+        pixels(saved(Image.fromarray(levels.astype(np.int32)), "TIFF", tmp_path / "b.tif")).tolist()
+        == expected
+    )
+    floats = Image.fromarray((levels / 65535).astype(np.float32))
+    assert pixels(saved(floats, "TIFF", tmp_path / "c.tif")).tolist() == expected
+
+
+def test_palette_one_bit_and_animation(photo, tmp_path):
+    palette = photo.convert("P")
+    assert (pixels(saved(palette, "PNG", tmp_path / "a.png")) == np.asarray(palette.convert("RGB"))).all()
+    bits = Image.new("1", (1, 1), 1)
+    assert pixels(saved(bits, "PNG", tmp_path / "b.png")).tolist() == [[[255, 255, 255]]]
+    frames = [Image.new("RGB", (1, 1), colour) for colour in ("red", "blue")]
+    path = saved(frames[0], "GIF", tmp_path / "c.gif", save_all=True, append_images=frames[1:])
+    assert pixels(path).tolist() == [[[255, 0, 0]]]
+
+
+def test_the_content_decides_and_not_the_suffix(photo, tmp_path):
+    assert (pixels(saved(photo, "PNG", tmp_path / "a.jpg")) == np.asarray(photo)).all()
+
+
+def broken_files(folder, photo):
+    """Path → a part of the reason that a user should read."""
+    jpeg = io.BytesIO()
+    photo.save(jpeg, "JPEG")
+    png = io.BytesIO()
+    photo.save(png, "PNG")
+    contents = {
+        "empty.jpg": (b"", "empty file"),
+        "text.jpg": (b"no picture\n" * 50, "not an image"),
+        "cut.jpg": (jpeg.getvalue()[:-100], "truncated"),
+        "cut.png": (png.getvalue()[:-60], "truncated"),
+        "headless.png": (png.getvalue()[:20], ""),
+    }
+    for name, (content, _) in contents.items():
+        (folder / name).write_bytes(content)
+    Image.new("1", (30_000, 30_000)).save(folder / "huge.png")
+    (folder / "gone.jpg").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe.jpg")
+    reasons = {name: reason for name, (_, reason) in contents.items()}
+    return reasons | {
+        "huge.png": "900000000 pixels",
+        "gone.jpg": "no such file",
+        "pipe.jpg": "not a regular file",
+    }
+
+
+def test_unreadable_files_say_why(photo, tmp_path):
+    for name, reason in broken_files(tmp_path, photo).items():
+        with pytest.raises(UnreadableImageError, match=reason):
+            read_image(tmp_path / name)
+
+
+# ---- batch
+
+
+def test_batches_keep_order_and_names_and_name_what_is_unreadable(photo, tmp_path):
+    for level in range(7):
+        Image.new("L", (5 + level, 3), level * 10).save(tmp_path / f"{level}.png")
+    broken = broken_files(tmp_path, photo)
+    batches = list(read_batches(find_images(tmp_path), lambda image: image[:, :2, :2], batch_size=3))
+    assert [batch.names for batch in batches] == [
+        ["0.png", "1.png", "2.png"],
+        ["3.png", "4.png", "5.png"],
+        ["6.png"],
+    ]
+    for batch in batches:
+        for name, image in zip(batch.names, batch.images, strict=True):
+            assert image.shape == (3, 2, 2)
+            assert (image == int(name[0]) * 10).all()
+    assert {name for batch in batches for name in batch.unreadable} == set(broken)
+
+
+def test_unreadable_files_alone_still_come_in_a_batch(tmp_path):
+    touch(tmp_path, "a.jpg")
+    (batch,) = read_batches(find_images(tmp_path), lambda image: image, batch_size=4)
+    assert (batch.names, batch.images, list(batch.unreadable)) == ([], [], ["a.jpg"])
+
+
+def test_workers_read_only_a_little_ahead_and_end_with_the_caller(tmp_path):
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    started = []
+    before = threading.active_count()
+    files = [ImageFile(str(i), tmp_path / "a.png") for i in range(1000)]
+    batches = read_batches(files, lambda image: started.append(1) or image, batch_size=5)
+    next(batches)
+    batches.close()
+    assert len(started) <= 20
+    assert threading.active_count() == before
+
+
+def test_an_error_in_prepare_is_not_taken_for_an_unreadable_image(tmp_path):
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+
+    def prepare(image):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        list(read_batches(find_images(tmp_path), prepare, batch_size=5))
+
+
+def test_reading_leaves_the_networks_threads_alone(tmp_path):
+    Image.new("L", (4, 4)).save(tmp_path / "a.png")
+    before = torch.get_num_threads()
+    list(read_batches(find_images(tmp_path), lambda image: image, batch_size=5))
+    assert torch.get_num_threads() == before
+
+
+# ---- sample
+
+
+def test_the_sample_is_every_digit_once_in_three_parts(sample):
+    counts = {part: len(find_images(sample / part)) for part in ("train", "test/query", "test/gallery")}
+    assert counts == {"train": 797, "test/query": 200, "test/gallery": 800}
+    assert len({image.path.name for image in find_images(sample)}) == 1797
+    assert len({image.path.read_bytes() for image in find_images(sample)}) == 1797
+    for label in "0123456789":
+        assert len(list((sample / "test/query" / label).iterdir())) == 20
+
+
+def test_the_sample_shows_the_digits_of_its_folders(sample):
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    for image in find_images(sample / "train")[::50]:
+        row = int(image.path.stem.removeprefix("digit_"))
+        assert image.name.split("/")[0] == str(digits.target[row])
+        assert abs(pixels(image.path)[:, :, 0] - digits.images[row] * 255 / 16).max() <= 0.5
+
+
+def test_the_sample_is_seeded_and_left_alone_when_it_is_there(sample, tmp_path, caplog):
+    lay_out_sample(tmp_path / "again")
+    assert names(tmp_path / "again") == names(sample)
+    stamp = os.stat(tmp_path / "again" / "train" / "0").st_mtime_ns
+    caplog.set_level("INFO")
+    lay_out_sample(tmp_path / "again")
+    assert "already" in caplog.text
+    assert os.stat(tmp_path / "again" / "train" / "0").st_mtime_ns == stamp
+
+
+def test_the_sample_overwrites_nothing_and_is_never_half_there(tmp_path, monkeypatch):
+    touch(tmp_path, "mine/holiday.jpg")
+    with pytest.raises(FileExistsError, match="give another --out"):
+        lay_out_sample(tmp_path / "mine")
+    assert os.listdir(tmp_path / "mine") == ["holiday.jpg"]
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        lay_out_sample(tmp_path / "new")
+    assert os.listdir(tmp_path) == ["mine"]
