@@ -1,0 +1,243 @@
+"""Command line, environment and `.env` in; one typed, checked form out, or one sentence and status 2.
+
+The command line wins over the environment, that over `.env`, and that over the defaults in the script.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
+
+from dotenv import dotenv_values
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, InitSettingsSource, SettingsConfigDict, SettingsError
+
+# Every word that a form may use, and what it means. Those in capitals are also names in the environment
+# and in .env; the others are flags only, since systems set words like DEVICE for purposes of their own.
+WORDS = {
+    "MODEL_TYPE": "the network and its weights, by a word",
+    "QUERY_DIR": "folder of query images",
+    "GALLERY_DIR": "folder of gallery images to search for each query",
+    "TOP_K": "the k of the top_k figure and of the picture (a submission always holds ten names a query)",
+    "CUSTOM_DATASET": "score against the folder labels, and send nothing",
+    "SERVER_URL": "where to POST the submission; without it the submission is only saved",
+    "GROUP_NAME": "your group's name on the server",
+    "OUTPUT_DIR": "folder for submission.json, metrics.json and the ledger runs.jsonl",
+    "BATCH_SIZE": "images that go through the network at once",
+    "device": "where the network runs",
+    "out": "folder to write to",
+    "submission": "a saved submission.json",
+}
+
+log = logging.getLogger("retrieval.settings")
+
+
+class InputError(ValueError):
+    """The user's input cannot be used: the sentence says what, where and what to do. Exit status 2."""
+
+
+class RunError(RuntimeError):
+    """Something outside failed, such as the server: the sentence says what to do. Exit status 1."""
+
+
+# ---- the types of the settings --------------------------------------------------------------------
+
+
+def _existing_folder(path: Path) -> Path:
+    path = path.expanduser()
+    if not path.is_dir():
+        raise ValueError("there is no such folder; create it or name another one")
+    return path
+
+
+def _server_url(url: str) -> str:
+    """A URL without the blanks around it; '' means that nothing is sent."""
+    stripped = url.strip()
+    if stripped != url:
+        log.warning("removed the blanks around the server's URL: %s", stripped)
+    if stripped == "local":
+        raise ValueError("this version has no evaluation server of its own; give a URL, or --custom_dataset")
+    try:
+        parts = urlsplit(stripped)
+        valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # the port is no number, or a bracket is missing
+        valid = False
+    if stripped and (not valid or re.search(r"\s", stripped)):
+        raise ValueError("a server's URL looks like http://HOST:3001/retrieval/")
+    return stripped
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("it may not be empty")
+    return text
+
+
+Folder = Annotated[Path, AfterValidator(_existing_folder)]
+NewFolder = Annotated[Path, AfterValidator(Path.expanduser)]
+PositiveInt = Annotated[int, Field(gt=0)]
+ServerUrl = Annotated[str, AfterValidator(_server_url)]
+GroupName = Annotated[str, AfterValidator(_not_blank)]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+
+
+# ---- the form -------------------------------------------------------------------------------------
+
+
+class Form(BaseSettings):
+    """A script's settings: subclass it with typed fields named in WORDS and their defaults."""
+
+    model_config = SettingsConfigDict(
+        extra="ignore",
+        frozen=True,
+        validate_default=True,
+        protected_namespaces=(),
+        cli_implicit_flags="toggle",  # a switch takes no value
+        cli_avoid_json=True,
+        cli_exit_on_error=False,  # the sentence is ours
+    )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        for name, setting in cls.model_fields.items():
+            setting.description = WORDS.get(name.upper()) or WORDS[name]
+
+    @classmethod
+    def settings_customise_sources(cls, settings_cls, init_settings, **others) -> tuple:  # noqa: ANN001, ANN003
+        """After the command line, which pydantic-settings asks first: arguments, environment, .env."""
+        environment = InitSettingsSource(cls, _settings_in(cls, os.environ))
+        return init_settings, environment, InitSettingsSource(cls, _settings_in(cls, _dotenv()))
+
+
+def _settings_in(form: type[Form], names: dict[str, str | None]) -> dict[str, str]:
+    """The form's own settings among the names of the environment or of .env; an empty value is none."""
+    fields = [field for field in form.model_fields if field.upper() in WORDS]
+    return {field: names[field.upper()] for field in fields if names.get(field.upper())}
+
+
+def _dotenv() -> dict[str, str | None]:
+    """The names in the .env of the current folder, if there is one."""
+    try:
+        return dotenv_values(Path(".env"), encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(".env in this folder is not UTF-8 text: save it as UTF-8") from None
+
+
+FormType = TypeVar("FormType", bound=Form)
+
+
+def read_form(form: type[FormType], arguments: list[str], program: str | None = None) -> FormType:
+    """Fill in a form from the command line's arguments, the environment, .env and the form's defaults.
+
+    Warns of names in .env that no form knows. Raises InputError, with a sentence for each wrong setting.
+    """
+    for name in _dotenv():
+        known = [word for word in WORDS if word.isupper()]
+        if name not in known:
+            log.warning(".env sets %s, which no script reads%s", name, _meant(name.upper(), known))
+    try:
+        return form(_cli_parse_args=arguments, _cli_prog_name=program)
+    except SettingsError as error:
+        raise InputError(_flag_sentence(str(error), form)) from None
+    except ValidationError as error:
+        sentences = [_value_sentence(problem, arguments) for problem in error.errors()]
+        raise InputError("\n".join(sentences)) from None
+
+
+def _flag_sentence(problem: str, form: type[Form]) -> str:
+    problem = problem.removeprefix("error parsing CLI: ")
+    unknown = re.match(r"unrecognized arguments: ((--[^\s=]+)?.*)", problem)
+    if not unknown:
+        return f"{problem} (--help lists the flags)"
+    if not unknown[2]:
+        return f"{unknown[1]} is no flag, and no flag before it takes it as its value (--help lists them)"
+    hint = _meant(unknown[2], [f"--{name}" for name in form.model_fields])
+    return f"there is no flag {unknown[2]}{hint} (--help lists the flags)"
+
+
+def _value_sentence(problem: dict[str, Any], arguments: list[str]) -> str:
+    """Where a wrong value stands, what it is, and what is wrong with it."""
+    name = str(problem["loc"][-1])
+    what = problem["msg"].removeprefix("Value error, ")
+    if any(argument.partition("=")[0] == f"--{name}" for argument in arguments):
+        where = f"--{name}"
+    elif name.upper() in WORDS and os.environ.get(name.upper()):
+        where = f"{name.upper()} in the environment"
+    elif name.upper() in WORDS and _dotenv().get(name.upper()):
+        where = f"{name.upper()} in .env"
+    else:
+        where = f"the script's default for --{name}"
+    value = problem["input"]
+    return f"{where} is {str(value)!r}: {what[0].lower()}{what[1:]}"
+
+
+def _meant(word: str, known: Any) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+# ---- running a script -----------------------------------------------------------------------------
+
+
+def run_script(main: Callable[[FormType], None], form: type[FormType]) -> None:
+    """Read the form from the command line and call `main` with it; end with a sentence and an exit status.
+
+    Status 0: done. 1: something outside failed. 2: the input cannot be used. 130: Ctrl-C.
+    """
+    run_command({"": (form, main)})
+
+
+def run_command(commands: dict[str, tuple[type[Form], Callable[[Any], None]]]) -> None:
+    """As run_script, for a script whose first argument chooses one of several commands."""
+    _log_to_console()
+    try:
+        command, arguments = _choose(commands, sys.argv[1:])
+        form, main = commands[command]
+        main(read_form(form, arguments, program=f"{Path(sys.argv[0]).name} {command}".strip()))
+    except (InputError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
+        _stop(error, 2)
+    except (RunError, OSError) as error:
+        _stop(error, 1)
+    except ModuleNotFoundError as error:
+        _stop(f"{error}: run `pip install -r requirements.txt`", 1)
+    except KeyboardInterrupt:
+        _stop("stopped by Ctrl-C; no file is half-written", 130)
+
+
+def _choose(commands: dict[str, tuple], arguments: list[str]) -> tuple[str, list[str]]:
+    if "" in commands:
+        return "", arguments
+    if arguments and arguments[0] in commands:
+        return arguments[0], arguments[1:]
+    known = "\n".join(f"    {name:10} {form.__doc__}" for name, (form, _) in commands.items())
+    if {"-h", "--help"} & set(arguments):
+        print(f"usage: {Path(sys.argv[0]).name} COMMAND [flags]\n\n{known}")
+        raise SystemExit(0)
+    raise InputError(f"give one of these commands first:\n{known}")
+
+
+def _log_to_console() -> None:
+    """What our rooms log: information to standard output, warnings to standard error."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a file name in any script never stops a run
+    told, warned = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+    told.addFilter(lambda record: record.levelno < logging.WARNING)
+    warned.setLevel(logging.WARNING)
+    warned.setFormatter(logging.Formatter("warning: %(message)s"))
+    rooms = logging.getLogger("retrieval")
+    rooms.setLevel(logging.INFO)
+    rooms.handlers = [told, warned]
+
+
+def _stop(error: BaseException | str, status: int) -> None:
+    if isinstance(error, OSError) and error.strerror:
+        error = f"{error.filename or 'the system'}: {error.strerror.lower()}"
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(status)
