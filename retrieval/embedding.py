@@ -1,0 +1,78 @@
+"""Images and a backbone in; unit vectors with their names out."""
+
+from __future__ import annotations
+
+import logging
+from itertools import compress
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+from get_images import ImageFile, read_batches
+from retrieval.ranking import Embeddings
+from retrieval.settings import RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from retrieval.backbones import Backbone
+
+log = logging.getLogger("retrieval.embedding")
+
+
+def embed(files: list[ImageFile], backbone: Backbone, batch_size: int, kind: str = "images") -> Embeddings:
+    """Embed the files in their order: `Embeddings` with float32 unit vectors (images, backbone.dimension).
+
+    Shows a progress bar. A file that cannot be embedded is named in a warning and keeps a row of zeros.
+    A batch that does not fit into the GPU's memory is halved, and said. Raises RunError if not one image
+    could be embedded, or if a single image does not fit.
+    """
+    import torch
+
+    rows = {file.name: row for row, file in enumerate(files)}
+    vectors = np.zeros((len(files), backbone.dimension), dtype=np.float32)
+    unreadable: dict[str, str] = {}
+    fits = batch_size
+    with torch.inference_mode(), tqdm(total=len(files), desc=kind, unit="image") as bar:
+        for batch in read_batches(files, backbone.prepare, batch_size):
+            unreadable |= batch.unreadable
+            if batch.images:
+                features, fits = _embed_what_fits(backbone, torch.stack(batch.images), fits)
+                lengths = features.norm(dim=1, keepdim=True)
+                usable = (lengths.isfinite() & (lengths > 0)).squeeze(1)
+                vectors[[rows[name] for name in batch.names]] = (features / lengths).where(usable[:, None], 0)
+                unreadable |= dict.fromkeys(
+                    compress(batch.names, ~usable), "the network gave no usable numbers"
+                )
+            bar.update(len(batch.names) + len(batch.unreadable))
+    _warn(unreadable, kind)
+    if len(unreadable) == len(files):
+        raise RunError(f"not one of the {len(files)} {kind} could be embedded: see the reasons above")
+    return Embeddings(list(rows), vectors)
+
+
+def _embed_what_fits(backbone: Backbone, images: Tensor, fits: int) -> tuple[Tensor, int]:
+    """(images, 3, size, size) → (images, dimension) on the CPU, in parts that fit; and their size."""
+    import torch
+
+    while True:
+        try:
+            return torch.cat([backbone.embed(part) for part in images.split(fits)]).cpu(), fits
+        except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, a plain RuntimeError on MPS
+            if "out of memory" not in str(error):
+                raise
+            if fits == 1:
+                raise RunError(
+                    f"not one image fits into the memory of {backbone.device}: use --device cpu"
+                ) from None
+        fits = max(1, min(fits, len(images)) // 2)
+        log.warning("the batch does not fit into the memory of %s: trying %d at once", backbone.device, fits)
+        torch.cuda.empty_cache()
+
+
+def _warn(unreadable: dict[str, str], kind: str, shown: int = 10) -> None:
+    for name, reason in list(unreadable.items())[:shown]:
+        log.warning("%s in the %s could not be embedded: %s", name, kind, reason)
+    if len(unreadable) > shown:
+        log.warning("and %d more of the %s: metrics.json names them all", len(unreadable) - shown, kind)

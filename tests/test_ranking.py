@@ -1,0 +1,96 @@
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from retrieval import ranking
+from retrieval.ranking import Embeddings, rank
+
+
+def unit(vectors):
+    vectors = np.asarray(vectors, dtype=np.float32)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
+
+
+def embeddings(vectors, prefix):
+    return Embeddings([f"{prefix}{row}" for row in range(len(vectors))], unit(vectors))
+
+
+def naive(queries, gallery, keep):
+    """The definition: every cosine in float64, a stable sort, the first ones."""
+    result = {}
+    for name, query in zip(queries.names, queries.vectors.astype(np.float64), strict=True):
+        cosines = [sum(query * vector) for vector in gallery.vectors.astype(np.float64)]
+        best = sorted(range(len(cosines)), key=lambda row: -cosines[row])[:keep]
+        result[name] = [gallery.names[row] for row in best]
+    return result
+
+
+def test_by_hand():
+    queries = embeddings([[1, 0], [0, 1]], "q")
+    gallery = embeddings([[0, 5], [1, 1], [3, 0], [-1, 0]], "g")
+    assert rank(queries, gallery, 3) == {"q0": ["g2", "g1", "g0"], "q1": ["g0", "g1", "g2"]}
+
+
+def test_the_same_as_the_definition_whatever_the_blocks(monkeypatch):
+    random = np.random.default_rng(0)
+    queries, gallery = (embeddings(random.normal(size=(n, 64)), p) for n, p in ((40, "q"), (300, "g")))
+    expected = naive(queries, gallery, 10)
+    for block_bytes in (1, 300 * 4 * 7, 2**27):
+        monkeypatch.setattr(ranking, "BLOCK_BYTES", block_bytes)
+        assert rank(queries, gallery, 10) == expected
+
+
+@pytest.mark.parametrize("dimension", [3, 64, 1280])
+def test_ties_keep_the_gallerys_order(dimension):
+    random = np.random.default_rng(1)
+    kinds = random.normal(size=(3, dimension))
+    gallery = embeddings(kinds[random.integers(0, 3, size=777)], "g")  # only three different vectors
+    queries = embeddings(random.normal(size=(5, dimension)), "q")
+    for names in rank(queries, gallery, 777).values():
+        rows = [int(name[1:]) for name in names]
+        kind = [gallery.vectors[row].tobytes() for row in rows]
+        starts = [i for i in range(1, 777) if kind[i] != kind[i - 1]]
+        assert len(starts) == 2
+        for group in np.split(rows, starts):
+            assert (np.diff(group) > 0).all()
+    assert rank(queries, gallery, 10) == {q: names[:10] for q, names in rank(queries, gallery, 777).items()}
+
+
+def test_what_float32_cannot_tell_apart_is_ordered_by_float64():
+    # 400 gallery vectors whose cosines with the query differ by about 1e-9, shuffled.
+    random = np.random.default_rng(2)
+    base = unit(random.normal(size=(1, 512)))
+    vectors = np.repeat(base, 400, axis=0)
+    vectors += (random.normal(size=vectors.shape) * 1e-6).astype(np.float32)
+    queries, gallery = Embeddings(["q"], base), Embeddings([f"g{row}" for row in range(400)], vectors)
+    cosines = (vectors.astype(np.float64) * base).sum(axis=1)
+    assert rank(queries, gallery, 10)["q"] == [f"g{row}" for row in np.argsort(-cosines, kind="stable")[:10]]
+
+
+def test_unreadable_gallery_images_come_last_and_an_unreadable_query_gets_the_gallerys_order(caplog):
+    queries = embeddings([[1, 0], [0, 0]], "q")
+    gallery = embeddings([[0, 0], [-1, 0], [1, 0], [0, 0], [-1, 1]], "g")
+    assert rank(queries, gallery, 5) == {
+        "q0": ["g2", "g4", "g1", "g0", "g3"],
+        "q1": ["g1", "g2", "g4", "g0", "g3"],
+    }
+    assert (queries.unreadable, gallery.unreadable) == (["q1"], ["g0", "g3"])
+    assert "1 queries without an embedding" in caplog.text
+
+
+def test_a_small_gallery_is_ranked_whole():
+    assert rank(embeddings([[1, 0]], "q"), embeddings([[1, 0]], "g"), 10) == {"q0": ["g0"]}
+
+
+def test_memory_stays_within_the_stated_bound(monkeypatch):
+    monkeypatch.setattr(ranking, "BLOCK_BYTES", 2**20)
+    random = np.random.default_rng(3)
+    queries, gallery = (embeddings(random.normal(size=(n, 8)), p) for n, p in ((3000, "q"), (4000, "g")))
+    tracemalloc.start()
+    result = rank(queries, gallery, 10)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    lists = sum(names.__sizeof__() for names in result.values()) + result.__sizeof__()
+    assert peak - lists < 2.5 * 2**20  # the whole similarity matrix would be 48 MB
