@@ -1,0 +1,173 @@
+"""A run in; its seconds, its files (each written whole) and its line in the ledger runs.jsonl out."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from get_images import ImageFile
+from retrieval.settings import Form, InputError, RunError
+
+PER_RUN = ("submission.json", "metrics.json", "reply.txt", "matches.png")  # what the next run replaces
+LEDGER = "runs.jsonl"
+
+log = logging.getLogger("retrieval.ledger")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a submission, in a word and in a sentence for the user."""
+
+    word: str  # scored, answered (without a score), saved (not sent), failed or interrupted
+    sentence: str
+    accuracy: float | None = None  # the server's score, 0 to 1000
+    status: int | None = None  # of the server's HTTP answer
+
+    @property
+    def failed(self) -> bool:
+        """Whether the submission should have reached a score and did not."""
+        return self.word in ("failed", "interrupted")
+
+
+@dataclass
+class Run:
+    """One run of a script: where its files go, what it was asked, and how long each step took."""
+
+    settings: Form
+    seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def folder(self) -> Path:
+        return self.settings.output_dir
+
+    def step(self, name: str, what: str = "") -> None:
+        """End a step: keep the seconds since the one before under `name`, and say `what` was done."""
+        self.seconds[name] = time.perf_counter() - self.started - sum(self.seconds.values())
+        if what:
+            log.info("%s in %.1f s", what, self.seconds[name])
+
+    def write_metrics(self, metrics: dict[str, Any]) -> None:
+        """metrics.json: the figures, and the seconds of the steps so far."""
+        seconds = {name: round(spent, 3) for name, spent in self.seconds.items()}
+        figures = metrics | {"seconds": seconds | {"total": round(sum(self.seconds.values()), 3)}}
+        write_whole(self.folder / "metrics.json", as_json(figures, indent=2))
+
+    def finish(self, metrics: dict[str, Any], outcome: Outcome) -> None:
+        """Say the outcome, write metrics.json and the ledger's line; RunError if the sending failed."""
+        say(outcome)
+        self.write_metrics(metrics | ({} if outcome.accuracy is None else {"server_score": outcome.accuracy}))
+        figures = {name: value for name, value in metrics.items() if name != "per_class"}
+        append_line(self.folder, self.settings, outcome, metrics=figures)
+        log.info("the figures are in %s, every run in %s", self.folder / "metrics.json", self.folder / LEDGER)
+        stop_if_failed(outcome)
+
+
+def say(outcome: Outcome) -> None:
+    """Say what the server answered: before anything is written, so that a full disk cannot hide a score."""
+    if not outcome.failed:
+        log.info("%s", outcome.sentence)
+
+
+def stop_if_failed(outcome: Outcome) -> None:
+    """Raise RunError with the outcome's sentence if the submission did not go through."""
+    if outcome.failed:
+        raise RunError(outcome.sentence)
+
+
+# ---- files ----------------------------------------------------------------------------------------
+
+
+def check_room(folder: Path, queries: list[ImageFile], gallery: list[ImageFile]) -> None:
+    """Create the folder and write as much into it as a submission of these images can take, then remove that.
+
+    So a full disk or a folder that cannot be written is known before the images are embedded: InputError
+    where the path is a file's, RunError otherwise.
+    """
+    longest = max(len(json.dumps(image.name)) for image in gallery)
+    needed = sum(len(json.dumps(image.name)) + 10 * (longest + 2) + 4 for image in queries)
+    needed += 2**20  # metrics.json and the ledger's line
+    trial = folder / f".room-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(trial, "wb") as file:
+            file.write(bytes(needed))
+            os.fsync(file.fileno())
+        trial.unlink()
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"--output_dir {folder} is not a folder but a file: give another one") from None
+    except OSError as error:
+        trial.unlink(missing_ok=True)
+        raise RunError(
+            f"{needed / 1e6:.0f} MB cannot be written to {folder} ({error.strerror.lower()}): "
+            "make room, or give another --output_dir"
+        ) from None
+
+
+def as_json(value: Any, indent: int | None = None) -> bytes:
+    """JSON as ASCII bytes, so that no server can read the names in another encoding."""
+    return (json.dumps(value, indent=indent, allow_nan=False) + "\n" * bool(indent)).encode("ascii")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that at any moment it is the old one or the new one, and on the disk when done."""
+    unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+        _sync_folder(path.parent)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # Windows has no such call, and keeps a rename without it
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def set_aside(folder: Path) -> None:
+    """Move the files of the run before to earlier/<its time>/: no run overwrites another's submission."""
+    there = [folder / name for name in PER_RUN if (folder / name).exists()]
+    if there:
+        when = datetime.fromtimestamp(there[0].stat().st_mtime).strftime("%Y%m%d-%H%M%S-%f")
+        earlier = folder / "earlier" / when
+        earlier.mkdir(parents=True, exist_ok=True)
+        for path in there:
+            os.replace(path, earlier / path.name)
+
+
+def append_line(folder: Path, settings: Form, outcome: Outcome, **more: Any) -> None:
+    """Append one run to the ledger, runs.jsonl, and flush it to the disk."""
+    path = folder / LEDGER
+    record = {
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "script": Path(sys.argv[0]).name,
+    }
+    record |= {"settings": settings.model_dump(mode="json"), "outcome": asdict(outcome)} | more
+    line = as_json(record) + b"\n"
+    with open(path, "a+b") as file:
+        if file.tell() and not _ends_in_newline(path):
+            line = b"\n" + line  # a line that a crash tore must not take this one with it
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _ends_in_newline(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"

@@ -1,0 +1,157 @@
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from get_images import ImageFile
+from retrieval.ledger import Outcome, Run, append_line, check_room, set_aside, write_whole
+from retrieval.settings import Form, InputError, NewFolder, RunError
+
+SAVED = Outcome("saved", "saved, not sent")
+
+
+class Settings(Form):
+    output_dir: NewFolder = Path("results")
+
+
+def images(count):
+    return [ImageFile(f"{name:032x}.jpg", Path("x")) for name in range(count)]
+
+
+@pytest.fixture
+def no_more_than_1_mb():
+    """The disk is full: no file may grow past 1 MB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+# ---- the folder
+
+
+def test_a_full_disk_is_noticed_before_the_work(tmp_path, no_more_than_1_mb):
+    with pytest.raises(RunError, match=r"MB cannot be written to .*results"):
+        check_room(tmp_path / "results", images(10), images(10))
+    assert os.listdir(tmp_path / "results") == []
+
+
+def test_room_is_asked_for_as_much_as_the_submission_takes(tmp_path, monkeypatch):
+    from retrieval import ledger
+    from retrieval.submission import make_submission, save_submission
+
+    written = []
+    monkeypatch.setattr(ledger.os, "fsync", lambda descriptor: written.append(os.fstat(descriptor).st_size))
+    queries, gallery = images(500), [ImageFile(f"gallery/ä/{name}.jpg", Path("x")) for name in range(30)]
+    check_room(tmp_path, queries, gallery)
+    names = [image.name for image in gallery]
+    path = save_submission(make_submission({q.name: names[:10] for q in queries}, names, "team"), tmp_path)
+    assert path.stat().st_size < written[0] < path.stat().st_size * 1.3 + 2**20
+    assert not [name for name in os.listdir(tmp_path) if name.startswith(".room")]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match="not a folder but a file"):
+            check_room(folder, images(1), images(1))
+    with pytest.raises(RunError, match="give another --output_dir"):
+        check_room(Path("/proc/results"), images(1), images(1))
+
+
+def test_a_file_is_the_old_one_or_the_new_one(tmp_path, no_more_than_1_mb):
+    path = tmp_path / "submission.json"
+    write_whole(path, b"old")
+    with pytest.raises(OSError, match="File too large"):
+        write_whole(path, bytes(2 * 10**6))
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["submission.json"]
+    write_whole(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_a_run_never_overwrites_the_files_of_another(tmp_path):
+    set_aside(tmp_path)  # nothing there yet
+    for content in ("first", "second", "third"):
+        set_aside(tmp_path)
+        (tmp_path / "submission.json").write_text(content)
+        (tmp_path / "reply.txt").write_text(content)
+    kept = sorted((tmp_path / "earlier").glob("*/submission.json"))
+    assert sorted(path.read_text() for path in kept) == ["first", "second"]
+    assert all(path.with_name("reply.txt").read_text() == path.read_text() for path in kept)
+
+
+# ---- the ledger
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines() if line]
+
+
+def test_each_run_is_a_line(tmp_path):
+    append_line(tmp_path, Settings(), SAVED, metrics={"top_1": 0.5})
+    append_line(tmp_path, Settings(), Outcome("scored", "…", 698.0, 200))
+    first, second = lines(tmp_path)
+    assert first["metrics"] == {"top_1": 0.5}
+    assert first["settings"] == {"output_dir": "results"}
+    assert (second["outcome"]["accuracy"], second["outcome"]["status"]) == (698.0, 200)
+    assert first["time"] <= second["time"]
+
+
+def test_a_torn_line_takes_no_other_with_it(tmp_path):
+    append_line(tmp_path, Settings(), SAVED)
+    with open(tmp_path / "runs.jsonl", "a") as ledger:
+        ledger.write('{"time": "2026-')
+    append_line(tmp_path, Settings(), SAVED)
+    text = (tmp_path / "runs.jsonl").read_text().splitlines()
+    assert len(text) == 3
+    assert json.loads(text[2])["outcome"]["word"] == "saved"
+
+
+def test_two_processes_write_whole_lines(tmp_path):
+    program = (
+        "import sys; from pathlib import Path; from test_ledger import *\n"
+        "for _ in range(50): append_line(Path(sys.argv[1]), Settings(), SAVED, padding='x' * 5000)"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    both = [subprocess.Popen([sys.executable, "-c", program, tmp_path], env=env) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert len(lines(tmp_path)) == 100
+
+
+# ---- a run
+
+
+def test_seconds_add_up_and_the_files_are_written_even_when_sending_failed(tmp_path, caplog):
+    caplog.set_level("INFO")
+    run = Run(Settings(output_dir=tmp_path))
+    run.step("find", "found 3 images")
+    run.step("send")
+    assert [record.getMessage() for record in caplog.records] == ["found 3 images in 0.0 s"]
+    run.finish({"queries": 3, "per_class": {"a": 1}}, Outcome("scored", "the score", 698.0, 200))
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["server_score"] == 698.0
+    assert metrics["per_class"] == {"a": 1}
+    seconds = metrics["seconds"]
+    assert seconds["total"] == pytest.approx(seconds["find"] + seconds["send"], abs=0.002)
+    with pytest.raises(RunError, match="no answer"):
+        run.finish({"queries": 4}, Outcome("failed", "no answer"))
+    assert json.loads((tmp_path / "metrics.json").read_text())["queries"] == 4
+    assert [line["outcome"]["word"] for line in lines(tmp_path)] == ["scored", "failed"]
+    assert lines(tmp_path)[0]["metrics"] == {"queries": 3}
+
+
+def test_the_score_is_said_before_a_full_disk_can_hide_it(tmp_path, caplog, no_more_than_1_mb):
+    caplog.set_level("INFO")
+    run = Run(Settings(output_dir=tmp_path))
+    with pytest.raises(OSError, match="File too large"):
+        run.finish({"unreadable_queries": ["x" * 100] * 20_000}, Outcome("scored", "the score: 698", 698.0))
+    assert "the score: 698" in caplog.text

@@ -1,0 +1,100 @@
+import numpy as np
+import pytest
+
+from get_images import ImageFile
+from retrieval.metrics import are_labelled, competition_score, measure, require_labels, wilson_interval
+from retrieval.ranking import Embeddings
+from retrieval.settings import InputError
+
+
+def embeddings(*names):
+    return Embeddings(list(names), np.ones((len(names), 2), dtype=np.float32))
+
+
+def ranking_with_first_hits(*ranks):
+    """One query of class a for each rank; its first right image stands there, from 1; 0: nowhere."""
+    gallery = [f"b/{i}.jpg" for i in range(12)] + ["a/right.jpg"]
+    ranking = {}
+    for number, rank in enumerate(ranks):
+        names = gallery[:12]
+        if rank:
+            names[rank - 1] = "a/right.jpg"
+        ranking[f"a/{number}.jpg"] = names
+    return ranking, embeddings(*ranking), embeddings(*gallery)
+
+
+def test_a_published_reply_of_the_competitions_server():
+    assert competition_score(194, 229, 243, queries=300) == 698.0
+    ranks = [1] * 194 + [4] * (229 - 194) + [10] * (243 - 229) + [0] * (300 - 243)
+    metrics = measure(*ranking_with_first_hits(*ranks))
+    assert metrics["score"] == 698.0
+    assert [round(metrics[name], 4) for name in ("top_1", "top_5", "top_10")] == [0.6467, 0.7633, 0.81]
+
+
+def test_each_cut_counts_the_hits_up_to_it():
+    metrics = measure(*ranking_with_first_hits(1, 2, 3, 4, 5, 6, 10, 11, 0, 0), top_k=4)
+    shares = {name: metrics[name] for name in ("top_1", "top_3", "top_5", "top_10", "top_k")}
+    assert shares == {"top_1": 0.1, "top_3": 0.3, "top_5": 0.5, "top_10": 0.7, "top_k": 0.4}
+    assert metrics["score"] == 600 * 0.1 + 300 * 0.5 + 100 * 0.7
+    assert metrics["k"] == 4
+    assert measure(*ranking_with_first_hits(1, 11), top_k=11)["top_k"] == 1.0
+
+
+def test_wilson_against_the_equation_it_solves():
+    """The bounds p of Wilson's interval satisfy |hits/n − p| = z · sqrt(p(1 − p)/n)."""
+    for hits, n in ((8, 10), (1, 300), (194, 300)):
+        for bound in wilson_interval(hits, n):
+            assert abs(hits / n - bound) == pytest.approx(1.959964 * np.sqrt(bound * (1 - bound) / n))
+    assert wilson_interval(0, 5)[0] == pytest.approx(0.0)
+    assert wilson_interval(5, 5)[1] == pytest.approx(1.0)
+
+
+def test_the_scores_interval_against_a_plain_bootstrap():
+    ranks = [1] * 30 + [4] * 20 + [8] * 10 + [0] * 40
+    low, high = measure(*ranking_with_first_hits(*ranks))["score_interval"]
+    points = np.array([1000] * 30 + [400] * 20 + [100] * 10 + [0] * 40)
+    random = np.random.default_rng(5)
+    means = [random.choice(points, size=100).mean() for _ in range(4000)]
+    assert low == pytest.approx(np.percentile(means, 2.5), abs=12)
+    assert high == pytest.approx(np.percentile(means, 97.5), abs=12)
+    assert measure(*ranking_with_first_hits(*ranks))["score_interval"] == [low, high]  # seeded
+
+
+def test_per_class_and_a_class_that_the_gallery_lacks(caplog):
+    ranking = {"a/1": ["a/x", "b/x"], "a/2": ["b/x", "a/x"], "b/1": ["b/x", "a/x"], "c/1": ["a/x", "b/x"]}
+    metrics = measure(ranking, embeddings(*ranking), embeddings("a/x", "b/x"), top_k=2)
+    per_class = metrics["per_class"].items()
+    assert {label: (part["queries"], part["top_1"], part["top_k"]) for label, part in per_class} == {
+        "a": (2, 0.5, 1.0), "b": (1, 1.0, 1.0), "c": (1, 0.0, 0.0),
+    }  # fmt: skip
+    assert metrics["top_1"] == 0.5
+    assert metrics["queries_without_match"] == 1
+    assert "count as misses, since the gallery lacks their classes: c" in caplog.text
+    for name in ("top_1", "top_3", "top_5", "top_10", "top_k", "score"):
+        low, high = metrics[f"{name}_interval"]
+        assert low <= metrics[name] <= high
+        assert f"{name}_interval" in metrics["per_class"]["a"]
+
+
+def test_without_labels_there_are_counts_only():
+    queries = Embeddings(["1.jpg", "2.jpg"], np.array([[1, 0], [0, 0]], dtype=np.float32))
+    metrics = measure({"1.jpg": ["x.jpg"], "2.jpg": ["x.jpg"]}, queries, embeddings("x.jpg"))
+    assert metrics == {
+        "queries": 2, "gallery_images": 1, "k": 10,
+        "unreadable_queries": ["2.jpg"], "unreadable_gallery_images": [],
+    }  # fmt: skip
+
+
+def test_distractors_may_be_unlabelled_but_queries_may_not():
+    assert are_labelled(["a/1.jpg"], ["a/2.jpg", "distractor.jpg"])
+    assert not are_labelled(["a/1.jpg", "2.jpg"], ["a/2.jpg"])
+    assert not are_labelled(["a/1.jpg"], ["2.jpg"])
+
+
+def test_required_labels_are_missed_with_a_sentence(tmp_path):
+    def files(*names):
+        return [ImageFile(name, tmp_path / name) for name in names]
+
+    require_labels(files("a/1.jpg"), files("a/2.jpg"))
+    with pytest.raises(InputError, match=r"1 images, such as .*2.jpg, lie in none"):
+        require_labels(files("a/1.jpg", "2.jpg"), files("a/2.jpg"))
