@@ -1,0 +1,68 @@
+"""Two folders of images in; a ranking by a pretrained network, submission.json and a score out.
+
+    python model_not_tuned.py --query_dir data/test/query --gallery_dir data/test/gallery \\
+        --server_url http://HOST:3001/retrieval/ --group_name "Team AAA"
+
+Edit the settings below, or give them as flags, in the environment or in .env (there in capitals).
+"""
+
+from pathlib import Path
+
+from get_images import find_query_and_gallery
+from retrieval.backbones import ModelType, load_backbone
+from retrieval.embedding import embed
+from retrieval.ledger import Run, check_room
+from retrieval.metrics import measure, require_labels
+from retrieval.ranking import rank
+from retrieval.report import draw_matches
+from retrieval.settings import Device, Folder, Form, GroupName, NewFolder, PositiveInt, ServerUrl, run_script
+from retrieval.submission import NAMES, NOT_SENT, make_submission, save_submission, send_submission
+
+
+class Settings(Form):
+    """Rank a gallery for each query with a pretrained network, and submit the ranking."""
+
+    model_type: ModelType = "efficientnet_lite0"
+    query_dir: Folder = Path("data/test/query")
+    gallery_dir: Folder = Path("data/test/gallery")
+    top_k: PositiveInt = 10
+    custom_dataset: bool = False
+    server_url: ServerUrl = ""
+    group_name: GroupName = "my-team"
+    output_dir: NewFolder = Path("results")
+    batch_size: PositiveInt = 32
+    device: Device = "auto"
+
+
+def main(settings: Settings) -> None:
+    run = Run(settings)
+    queries, gallery = find_query_and_gallery(settings.query_dir, settings.gallery_dir)
+    if settings.custom_dataset:
+        require_labels(queries, gallery)
+    check_room(settings.output_dir, queries, gallery)
+    run.step("find", f"found {len(queries)} query and {len(gallery)} gallery images")
+
+    backbone = load_backbone(settings.model_type, settings.device)
+    run.step("load", f"loaded {backbone.word} on {backbone.device}")
+
+    query_embeddings = embed(queries, backbone, settings.batch_size, "queries")
+    gallery_embeddings = embed(gallery, backbone, settings.batch_size, "gallery images")
+    run.step("embed", f"embedded {len(queries) + len(gallery)} images as {backbone.dimension}-d unit vectors")
+
+    ranking = rank(query_embeddings, gallery_embeddings, keep=max(settings.top_k, NAMES))
+    run.step("rank", f"ranked {len(gallery)} gallery images for each of {len(ranking)} queries")
+
+    metrics = measure(ranking, query_embeddings, gallery_embeddings, settings.top_k)
+    submission = make_submission(ranking, gallery_embeddings.names, settings.group_name)
+    path = save_submission(submission, settings.output_dir)
+    run.write_metrics(metrics)
+    run.step("save", f"saved {path}")
+
+    outcome = NOT_SENT if settings.custom_dataset else send_submission(path, settings.server_url)
+    run.step("send")
+    run.finish(metrics, outcome)
+    draw_matches(ranking, queries, gallery, settings.top_k, settings.output_dir / "matches.png")
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)

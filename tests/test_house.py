@@ -1,0 +1,130 @@
+"""The walls of the house: who may import whom, and how long things may be."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = {"model_not_tuned", "fine_tuning", "model_fine_tuned"}
+# Rooms of retrieval/ that import nothing above them, and what lies below them in the same room of the house.
+BELOW = {
+    "retrieval.settings": set(),
+    "retrieval.ranking": set(),
+    "retrieval.metrics": {"retrieval.settings", "retrieval.ranking"},
+    "retrieval.ledger": {"retrieval.settings"},
+    "retrieval.submission": {"retrieval.settings", "retrieval.ledger"},
+    "retrieval.backbones": {"retrieval.settings"},
+    "retrieval.embedding": {"retrieval.settings", "retrieval.ranking", "retrieval.backbones"},
+    "retrieval.report": {"retrieval.ledger"},
+}
+SOURCES = sorted(p for p in [*ROOT.glob("*.py"), *ROOT.glob("retrieval/*.py"), *ROOT.glob("supcon/*.py")])
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+OURS = {module_of(path) for path in SOURCES}
+
+
+def imports_of(source: str) -> set[str]:
+    """Our modules that this source imports, at the top or anywhere in a function."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        found |= {name for name in names if name in OURS and name != "retrieval"}
+    return found
+
+
+def allowed(module: str, imported: str) -> bool:
+    """The arrows: scripts → supcon → retrieval → get_images, and inside retrieval only downwards."""
+    if imported in SCRIPTS or imported == module:
+        return False
+    if module in SCRIPTS:
+        return True
+    if module == "get_images":
+        return imported == "retrieval.settings"
+    if module.startswith("supcon"):
+        return True
+    if imported.startswith("supcon"):
+        return False
+    if imported == "get_images":
+        return module not in ("retrieval.settings", "retrieval.ranking")
+    return imported in BELOW[module]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_imports_point_down(path):
+    module = module_of(path)
+    wrong = {imported for imported in imports_of(path.read_text()) if not allowed(module, imported)}
+    assert not wrong, f"{module} imports {wrong}"
+
+
+def test_the_images_room_imports_ours_only_for_its_command_line():
+    tree = ast.parse((ROOT / "get_images.py").read_text())
+    outside_main = [node for node in tree.body if getattr(node, "name", "") != "main"]
+    assert not any(imports_of(ast.unparse(node)) for node in outside_main)
+
+
+def test_this_test_would_see_a_wrong_arrow():
+    assert imports_of("def f():\n    from retrieval import embedding") == {"retrieval.embedding"}
+    assert imports_of("import model_not_tuned as m") == {"model_not_tuned"}
+    assert not allowed("retrieval.ranking", "retrieval.embedding")
+    assert not allowed("retrieval.metrics", "model_not_tuned")
+    assert not allowed("get_images", "retrieval.embedding")
+    assert not allowed("model_fine_tuned", "model_not_tuned")
+
+
+def test_no_two_rooms_lie_below_each_other():
+    order, remaining = [], dict(BELOW)
+    while remaining:
+        ready = [room for room, below in remaining.items() if below <= set(order)]
+        assert ready, f"a circle among {set(remaining)}"
+        order += ready
+        remaining = {room: below for room, below in remaining.items() if room not in ready}
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *sorted(ROOT.glob("tests/*.py"))], ids=module_of)
+def test_files_and_functions_stay_readable(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
+    for function in functions:
+        assert function.end_lineno - function.lineno < 60, f"{function.name} is too long"
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS & OURS))
+def test_main_is_a_short_story_without_loops(script):
+    tree = ast.parse((ROOT / f"{script}.py").read_text())
+    main = next(node for node in tree.body if getattr(node, "name", "") == "main")
+    assert main.end_lineno - main.lineno <= 30
+    assert not [node for node in ast.walk(main) if isinstance(node, ast.For | ast.While | ast.Try)]
+    assert f"python {script}.py" in ast.get_docstring(tree)
+
+
+def test_public_things_have_docstrings():
+    for path in SOURCES:
+        tree = ast.parse(path.read_text())
+        assert ast.get_docstring(tree), path
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                nested = node.name in ("main", "read", "increment") or len(node.body) == 1
+                assert nested or ast.get_docstring(node), f"{path.name}: {node.name}"
+
+
+def test_the_readme_is_short_and_maps_every_file():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    for path in SOURCES:
+        if path.name != "__init__.py":
+            assert re.search(rf"\b{path.name}", text), f"README.md does not say what {path.name} is for"
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", text):
+        assert (ROOT / picture).is_file()
