@@ -3,8 +3,8 @@
     python benchmarks/embedding.py data/sample/test/gallery --pairs 5
 
 Both embed the same images with the same weights on the CPU. The usual script opens each image with Pillow,
-resizes it, applies ToTensor and Normalize, and runs the network on batches of 32. Each run has its own process,
-and the two alternate. Reading and embedding are timed, loading the network is not.
+resizes it, applies ToTensor and Normalize, and runs the network on batches of 32. Each run is a process of
+its own, and the two alternate. Reading and embedding are timed, loading the network is not.
 """
 
 import argparse
