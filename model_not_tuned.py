@@ -11,7 +11,7 @@ from pathlib import Path
 from get_images import find_query_and_gallery
 from retrieval.backbones import ModelType, load_backbone
 from retrieval.embedding import embed
-from retrieval.ledger import Run, check_room
+from retrieval.ledger import Run, check_output_dir
 from retrieval.metrics import measure, require_labels
 from retrieval.ranking import rank
 from retrieval.report import draw_matches
@@ -39,7 +39,7 @@ def main(settings: Settings) -> None:
     queries, gallery = find_query_and_gallery(settings.query_dir, settings.gallery_dir)
     if settings.custom_dataset:
         require_labels(queries, gallery)
-    check_room(settings.output_dir, queries, gallery)
+    check_output_dir(settings.output_dir, queries, gallery)
     run.step("find", f"found {len(queries)} query and {len(gallery)} gallery images")
 
     backbone = load_backbone(settings.model_type, settings.device)

@@ -81,11 +81,11 @@ def choose_device(name: str) -> str:
 
 
 def known_word(word: str) -> str:
-    """The word itself, if it names a backbone; otherwise ValueError with the words there are."""
+    """The word itself, if it names a backbone; otherwise InputError with the words there are."""
     if word not in BACKBONES:
         close = difflib.get_close_matches(word, BACKBONES, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(f"there is no such backbone; {hint}the words are {', '.join(BACKBONES)}")
+        raise InputError(f"there is no such backbone; {hint}the words are {', '.join(BACKBONES)}")
     return word
 
 

@@ -85,7 +85,7 @@ def stop_if_failed(outcome: Outcome) -> None:
 # ---- files ----------------------------------------------------------------------------------------
 
 
-def check_room(folder: Path, queries: list[ImageFile], gallery: list[ImageFile]) -> None:
+def check_output_dir(folder: Path, queries: list[ImageFile], gallery: list[ImageFile]) -> None:
     """Create the folder and write as much into it as a submission of these images can take, then remove that.
 
     So a full disk or a folder that cannot be written is known before the images are embedded: InputError

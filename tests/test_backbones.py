@@ -93,9 +93,9 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
 
 def test_an_unknown_word_is_a_sentence():
     assert known_word("efficientnet_lite0") == "efficientnet_lite0"
-    with pytest.raises(ValueError, match="did you mean efficientnet_lite0"):
+    with pytest.raises(InputError, match="did you mean efficientnet_lite0"):
         known_word("efficientnet-lite")
-    with pytest.raises(ValueError, match="the words are efficientnet_lite0"):
+    with pytest.raises(InputError, match="the words are efficientnet_lite0"):
         load_backbone("resnet")
 
 

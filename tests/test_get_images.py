@@ -190,7 +190,7 @@ def broken_files(folder, photo):
         "text.jpg": (b"no picture\n" * 50, "not an image"),
         "cut.jpg": (jpeg.getvalue()[:-100], "truncated"),
         "cut.png": (png.getvalue()[:-60], "truncated"),
-        "headless.png": (png.getvalue()[:20], ""),
+        "headless.png": (png.getvalue()[:20], "(?i)truncated"),
     }
     for name, (content, _) in contents.items():
         (folder / name).write_bytes(content)

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from get_images import ImageFile
-from retrieval.ledger import Outcome, Run, append_line, check_room, set_aside, write_whole
+from retrieval.ledger import Outcome, Run, append_line, check_output_dir, set_aside, write_whole
 from retrieval.settings import Form, InputError, NewFolder, RunError
 
 SAVED = Outcome("saved", "saved, not sent")
@@ -40,7 +40,7 @@ def no_more_than_1_mb():
 
 def test_a_full_disk_is_noticed_before_the_work(tmp_path, no_more_than_1_mb):
     with pytest.raises(RunError, match=r"MB cannot be written to .*results"):
-        check_room(tmp_path / "results", images(10), images(10))
+        check_output_dir(tmp_path / "results", images(10), images(10))
     assert os.listdir(tmp_path / "results") == []
 
 
@@ -51,7 +51,7 @@ def test_room_is_asked_for_as_much_as_the_submission_takes(tmp_path, monkeypatch
     written = []
     monkeypatch.setattr(ledger.os, "fsync", lambda descriptor: written.append(os.fstat(descriptor).st_size))
     queries, gallery = images(500), [ImageFile(f"gallery/ä/{name}.jpg", Path("x")) for name in range(30)]
-    check_room(tmp_path, queries, gallery)
+    check_output_dir(tmp_path, queries, gallery)
     names = [image.name for image in gallery]
     path = save_submission(make_submission({q.name: names[:10] for q in queries}, names, "team"), tmp_path)
     assert path.stat().st_size < written[0] < path.stat().st_size * 1.3 + 2**20
@@ -62,9 +62,9 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(InputError, match="not a folder but a file"):
-            check_room(folder, images(1), images(1))
+            check_output_dir(folder, images(1), images(1))
     with pytest.raises(RunError, match="give another --output_dir"):
-        check_room(Path("/proc/results"), images(1), images(1))
+        check_output_dir(Path("/proc/results"), images(1), images(1))
 
 
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path, no_more_than_1_mb):
