@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+NO_FILES_OF_A_USER = ("thumbs.db", "desktop.ini")  # what Windows leaves in folders
 
 log = logging.getLogger("retrieval.images")
 
@@ -59,20 +60,21 @@ def find_images(folder: Path | str) -> list[ImageFile]:
     """Every image at or below `folder`, sorted by name.
 
     An image is what ends in one of SUFFIXES, in any letter case. Hidden files and folders are left out,
-    and links are followed: each folder is entered once, so that a loop of links ends. A file that cannot
-    be read is found all the same: whoever reads it says so.
+    and it is said if other files are. Links are followed: each folder is entered once, so that a loop of
+    links ends. An image that cannot be read is found all the same: whoever reads it says so.
 
     Raises NotADirectoryError where there is no such folder, FileNotFoundError where it holds no image.
     """
     if not Path(folder).is_dir():
         raise NotADirectoryError(f"{folder} is not a folder: give one that holds images")
-    files = list(_walk(folder))
+    files = [(name, path) for name, path in _walk(folder) if not name.lower().endswith(NO_FILES_OF_A_USER)]
     images = [ImageFile(name, Path(path)) for name, path in files if name.lower().endswith(SUFFIXES)]
+    others = [name for name, _ in files if not name.lower().endswith(SUFFIXES)]
     if not images:
-        seen = f"{len(files)} other files, such as {files[0][0]}" if files else "no files at all"
-        raise FileNotFoundError(
-            f"{folder} holds no images ({seen}): give a folder with {' '.join(SUFFIXES)} files"
-        )
+        seen = f"only {len(others)} other files, such as {others[0]}" if others else "no files at all"
+        raise FileNotFoundError(f"{folder} holds no images, {seen}: give one with {' '.join(SUFFIXES)} files")
+    if others:
+        log.warning("%d files in %s are not taken for images, such as %s", len(others), folder, others[0])
     return sorted(images, key=lambda image: image.name)
 
 
@@ -87,7 +89,8 @@ def _walk(top: Path | str) -> Iterator[tuple[str, str]]:
             continue
         entered.add((status.st_dev, status.st_ino))
         with os.scandir(folder) as entries:
-            visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+            visible = [entry for entry in entries if not entry.name.startswith((".", "__MACOSX"))]
+            visible.sort(key=lambda entry: entry.name)
         for entry in visible:
             is_link = entry.is_symlink()
             if os.path.isdir(entry.path) if is_link else entry.is_dir():

@@ -11,12 +11,12 @@ from pathlib import Path
 from get_images import find_query_and_gallery
 from retrieval.backbones import ModelType, load_backbone
 from retrieval.embedding import embed
-from retrieval.ledger import Run, check_output_dir
+from retrieval.ledger import Run, stop_if_failed
 from retrieval.metrics import measure, require_labels
 from retrieval.ranking import rank
 from retrieval.report import draw_matches
 from retrieval.settings import Device, Folder, Form, GroupName, NewFolder, PositiveInt, ServerUrl, run_script
-from retrieval.submission import NAMES, NOT_SENT, make_submission, save_submission, send_submission
+from retrieval.submission import NAMES_PER_QUERY, NOT_SENT, make_submission, save_submission, send_submission
 
 
 class Settings(Form):
@@ -26,42 +26,44 @@ class Settings(Form):
     query_dir: Folder = Path("data/test/query")
     gallery_dir: Folder = Path("data/test/gallery")
     top_k: PositiveInt = 10
-    custom_dataset: bool = False
-    server_url: ServerUrl = ""
+    custom_dataset: bool = False  # True: score by the folder labels, and send nothing
+    server_url: ServerUrl = ""  # such as "http://10.0.0.7:3001/retrieval/"; empty: only save
     group_name: GroupName = "my-team"
     output_dir: NewFolder = Path("results")
     batch_size: PositiveInt = 32
-    device: Device = "auto"
+    device: Device = "auto"  # or "cpu", "cuda", "mps"
 
 
 def main(settings: Settings) -> None:
-    run = Run(settings)
+    run = Run(settings)  # its clock, its files, its line in the ledger
     queries, gallery = find_query_and_gallery(settings.query_dir, settings.gallery_dir)
     if settings.custom_dataset:
         require_labels(queries, gallery)
-    check_output_dir(settings.output_dir, queries, gallery)
-    run.step("find", f"found {len(queries)} query and {len(gallery)} gallery images")
+    run.check_output_dir(queries, gallery)
+    run.done("find", f"found {len(queries)} query and {len(gallery)} gallery images")
 
     backbone = load_backbone(settings.model_type, settings.device)
-    run.step("load", f"loaded {backbone.word} on {backbone.device}")
+    run.done("load", f"loaded {backbone.word} on {backbone.device}")
 
     query_embeddings = embed(queries, backbone, settings.batch_size, "queries")
     gallery_embeddings = embed(gallery, backbone, settings.batch_size, "gallery images")
-    run.step("embed", f"embedded {len(queries) + len(gallery)} images as {backbone.dimension}-d unit vectors")
+    run.done("embed", f"embedded {len(queries) + len(gallery)} images as {backbone.dimension}-d unit vectors")
 
-    ranking = rank(query_embeddings, gallery_embeddings, keep=max(settings.top_k, NAMES))
-    run.step("rank", f"ranked {len(gallery)} gallery images for each of {len(ranking)} queries")
+    ranking = rank(query_embeddings, gallery_embeddings, keep=max(settings.top_k, NAMES_PER_QUERY))
+    run.done("rank", f"ranked {len(gallery)} gallery images for each of {len(ranking)} queries")
 
+    # Everything is on the disk before anything is sent.
     metrics = measure(ranking, query_embeddings, gallery_embeddings, settings.top_k)
     submission = make_submission(ranking, gallery_embeddings.names, settings.group_name)
     path = save_submission(submission, settings.output_dir)
     run.write_metrics(metrics)
-    run.step("save", f"saved {path}")
+    run.done("save", f"saved {path}")
 
     outcome = NOT_SENT if settings.custom_dataset else send_submission(path, settings.server_url)
-    run.step("send")
+    run.done("send")
     run.finish(metrics, outcome)
     draw_matches(ranking, queries, gallery, settings.top_k, settings.output_dir / "matches.png")
+    stop_if_failed(outcome)
 
 
 if __name__ == "__main__":

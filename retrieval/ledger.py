@@ -48,11 +48,41 @@ class Run:
     def folder(self) -> Path:
         return self.settings.output_dir
 
-    def step(self, name: str, what: str = "") -> None:
-        """End a step: keep the seconds since the one before under `name`, and say `what` was done."""
-        self.seconds[name] = time.perf_counter() - self.started - sum(self.seconds.values())
+    def check_output_dir(self, queries: list[ImageFile], gallery: list[ImageFile]) -> None:
+        """Create the output folder and write as much into it as a submission of these images can take.
+
+        So a full disk or a folder that cannot be written is known before the images are embedded. Raises
+        InputError where it is a file, or where the next run would find its pictures among the images;
+        RunError where it cannot be written.
+        """
+        for images in (self.settings.query_dir, self.settings.gallery_dir):
+            if self.folder.resolve().is_relative_to(images.resolve()):
+                raise InputError(
+                    f"--output_dir {self.folder} lies in the images' folder {images}: give another one"
+                )
+        longest = max(len(json.dumps(image.name)) for image in gallery)
+        needed = sum(len(json.dumps(image.name)) + 10 * (longest + 2) + 4 for image in queries)
+        needed += 2**20  # metrics.json and the ledger's line
+        trial = self.folder / f".room-{os.getpid()}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(trial, bytes(needed))
+            trial.unlink()
+        except (FileExistsError, NotADirectoryError):
+            raise InputError(
+                f"--output_dir {self.folder} is not a folder but a file: give another one"
+            ) from None
+        except OSError as error:
+            raise RunError(
+                f"{needed / 1e6:.0f} MB cannot be written to {self.folder} ({error.strerror.lower()}): "
+                "make room, or give another --output_dir"
+            ) from None
+
+    def done(self, step: str, what: str = "") -> None:
+        """End a step: keep the seconds since the one before under its name, and say `what` was done."""
+        self.seconds[step] = time.perf_counter() - self.started - sum(self.seconds.values())
         if what:
-            log.info("%s in %.1f s", what, self.seconds[name])
+            log.info("%s in %.1f s", what, self.seconds[step])
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """metrics.json: the figures, and the seconds of the steps so far."""
@@ -61,13 +91,12 @@ class Run:
         write_whole(self.folder / "metrics.json", as_json(figures, indent=2))
 
     def finish(self, metrics: dict[str, Any], outcome: Outcome) -> None:
-        """Say the outcome, write metrics.json and the ledger's line; RunError if the sending failed."""
+        """Say the outcome, then write metrics.json once more and the ledger's line."""
         say(outcome)
         self.write_metrics(metrics | ({} if outcome.accuracy is None else {"server_score": outcome.accuracy}))
         figures = {name: value for name, value in metrics.items() if name != "per_class"}
         append_line(self.folder, self.settings, outcome, metrics=figures)
         log.info("the figures are in %s, every run in %s", self.folder / "metrics.json", self.folder / LEDGER)
-        stop_if_failed(outcome)
 
 
 def say(outcome: Outcome) -> None:
@@ -83,32 +112,6 @@ def stop_if_failed(outcome: Outcome) -> None:
 
 
 # ---- files ----------------------------------------------------------------------------------------
-
-
-def check_output_dir(folder: Path, queries: list[ImageFile], gallery: list[ImageFile]) -> None:
-    """Create the folder and write as much into it as a submission of these images can take, then remove that.
-
-    So a full disk or a folder that cannot be written is known before the images are embedded: InputError
-    where the path is a file's, RunError otherwise.
-    """
-    longest = max(len(json.dumps(image.name)) for image in gallery)
-    needed = sum(len(json.dumps(image.name)) + 10 * (longest + 2) + 4 for image in queries)
-    needed += 2**20  # metrics.json and the ledger's line
-    trial = folder / f".room-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(trial, "wb") as file:
-            file.write(bytes(needed))
-            os.fsync(file.fileno())
-        trial.unlink()
-    except (FileExistsError, NotADirectoryError):
-        raise InputError(f"--output_dir {folder} is not a folder but a file: give another one") from None
-    except OSError as error:
-        trial.unlink(missing_ok=True)
-        raise RunError(
-            f"{needed / 1e6:.0f} MB cannot be written to {folder} ({error.strerror.lower()}): "
-            "make room, or give another --output_dir"
-        ) from None
 
 
 def as_json(value: Any, indent: int | None = None) -> bytes:

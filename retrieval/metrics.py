@@ -22,17 +22,22 @@ log = logging.getLogger("retrieval.metrics")
 
 
 def are_labelled(queries: Iterable[str], gallery: Iterable[str]) -> bool:
-    """Whether images of these names can be scored: each query has a label, and some gallery image has one."""
-    return None not in map(label_of, queries) and any(map(label_of, gallery))
+    """Whether images of these names can be scored: each query has a label, and there are two labels at least.
+
+    With one label only, as in query/images/ and gallery/images/, any ranking would score 1000.
+    """
+    labels = {label_of(name) for name in queries}
+    return None not in labels and len(labels | {label_of(name) for name in gallery} - {None}) > 1
 
 
 def require_labels(queries: list[ImageFile], gallery: list[ImageFile]) -> None:
     """Raise InputError unless are_labelled, with what to do."""
     if not are_labelled((image.name for image in queries), (image.name for image in gallery)):
         bare = [image.path for image in [*queries, *gallery] if label_of(image.name) is None]
+        what = f"{len(bare)} images, such as {bare[0]}, lie in none" if bare else "all images lie in one"
         raise InputError(
-            f"--custom_dataset scores by folder, but {len(bare)} images, such as {bare[0]}, lie in none: "
-            "lay them out as QUERY_DIR/<class>/x.jpg and GALLERY_DIR/<class>/x.jpg, or leave the flag out"
+            f"--custom_dataset scores by class folders, but {what}: lay the images out as "
+            "QUERY_DIR/<class>/x.jpg and GALLERY_DIR/<class>/x.jpg, or give --no-custom_dataset"
         )
 
 

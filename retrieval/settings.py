@@ -6,6 +6,7 @@ The command line wins over the environment, that over `.env`, and that over the 
 from __future__ import annotations
 
 import difflib
+import io
 import logging
 import os
 import re
@@ -16,7 +17,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
-from pydantic import AfterValidator, Field, ValidationError
+from dotenv.parser import parse_stream
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, InitSettingsSource, SettingsConfigDict, SettingsError
 
 # Every word that a form may use, and what it means. Those in capitals are also names in the environment
@@ -27,9 +29,9 @@ WORDS = {
     "GALLERY_DIR": "folder of gallery images to search for each query",
     "TOP_K": "the k of the top_k figure and of the picture (a submission always holds ten names a query)",
     "CUSTOM_DATASET": "score against the folder labels, and send nothing",
-    "SERVER_URL": "where to POST the submission; without it the submission is only saved",
+    "SERVER_URL": "where to POST the submission, such as http://10.0.0.7:3001/retrieval/",
     "GROUP_NAME": "your group's name on the server",
-    "OUTPUT_DIR": "folder for submission.json, metrics.json and the ledger runs.jsonl",
+    "OUTPUT_DIR": "folder for submission.json, metrics.json and the other files of a run",
     "BATCH_SIZE": "images that go through the network at once",
     "device": "where the network runs",
     "out": "folder to write to",
@@ -50,10 +52,17 @@ class RunError(RuntimeError):
 # ---- the types of the settings --------------------------------------------------------------------
 
 
+def _path(value: Any) -> Path:
+    if not str(value):
+        raise ValueError("it may not be empty")  # Path("") would be the current folder
+    return Path(value).expanduser()
+
+
 def _existing_folder(path: Path) -> Path:
-    path = path.expanduser()
+    if path.is_file():
+        raise ValueError("it is a file; give the folder that holds the images")
     if not path.is_dir():
-        raise ValueError("there is no such folder; create it or name another one")
+        raise ValueError(f"there is no folder {path.absolute()}; create it or name another one")
     return path
 
 
@@ -70,7 +79,9 @@ def _server_url(url: str) -> str:
     except ValueError:  # the port is no number, or a bracket is missing
         valid = False
     if stripped and (not valid or re.search(r"\s", stripped)):
-        raise ValueError("a server's URL looks like http://HOST:3001/retrieval/")
+        raise ValueError("a server's URL looks like http://10.0.0.7:3001/retrieval/")
+    if stripped and parts.hostname == "host":
+        raise ValueError("HOST stands for the name or the address of your server")
     return stripped
 
 
@@ -80,8 +91,8 @@ def _not_blank(text: str) -> str:
     return text
 
 
-Folder = Annotated[Path, AfterValidator(_existing_folder)]
-NewFolder = Annotated[Path, AfterValidator(Path.expanduser)]
+NewFolder = Annotated[Path, BeforeValidator(_path)]
+Folder = Annotated[NewFolder, AfterValidator(_existing_folder)]
 PositiveInt = Annotated[int, Field(gt=0)]
 ServerUrl = Annotated[str, AfterValidator(_server_url)]
 GroupName = Annotated[str, AfterValidator(_not_blank)]
@@ -99,7 +110,7 @@ class Form(BaseSettings):
         frozen=True,
         validate_default=True,
         protected_namespaces=(),
-        cli_implicit_flags="toggle",  # a switch takes no value
+        cli_implicit_flags=True,  # a switch takes no value: --custom_dataset or --no-custom_dataset
         cli_avoid_json=True,
         cli_exit_on_error=False,  # the sentence is ours
     )
@@ -107,6 +118,10 @@ class Form(BaseSettings):
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         for name, setting in cls.model_fields.items():
+            if name.upper() not in WORDS and name not in WORDS:
+                raise TypeError(
+                    f"the setting {name} needs a meaning: add it to WORDS in retrieval/settings.py"
+                )
             setting.description = WORDS.get(name.upper()) or WORDS[name]
 
     @classmethod
@@ -123,11 +138,21 @@ def _settings_in(form: type[Form], names: dict[str, str | None]) -> dict[str, st
 
 
 def _dotenv() -> dict[str, str | None]:
-    """The names in the .env of the current folder, if there is one."""
+    """The names in the .env of the current folder, if there is one. Raises InputError for a broken line."""
+    path = Path(".env")
+    if not path.is_file():
+        return {}
     try:
-        return dotenv_values(Path(".env"), encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise InputError(".env in this folder is not UTF-8 text: save it as UTF-8") from None
+        raise InputError(f"{path.absolute()} is not UTF-8 text: save it as UTF-8") from None
+    for line in parse_stream(io.StringIO(text)):
+        if line.error or (line.key and line.value is None):
+            broken = line.original.string.strip().splitlines()[0]
+            raise InputError(
+                f"{path.absolute()}, line {line.original.line}: {broken!r} is not of the form NAME=value"
+            )
+    return dotenv_values(stream=io.StringIO(text))
 
 
 FormType = TypeVar("FormType", bound=Form)
@@ -138,17 +163,22 @@ def read_form(form: type[FormType], arguments: list[str], program: str | None = 
 
     Warns of names in .env that no form knows. Raises InputError, with a sentence for each wrong setting.
     """
+    known = [word for word in WORDS if word.isupper()]
     for name in _dotenv():
-        known = [word for word in WORDS if word.isupper()]
         if name not in known:
-            log.warning(".env sets %s, which no script reads%s", name, _meant(name.upper(), known))
+            hint = (
+                f": it is a flag only, --{name.lower()}"
+                if name.lower() in WORDS
+                else _meant(name.upper(), known)
+            )
+            log.warning(".env sets %s, which no script reads%s", name, hint)
     try:
         return form(_cli_parse_args=arguments, _cli_prog_name=program)
     except SettingsError as error:
         raise InputError(_flag_sentence(str(error), form)) from None
     except ValidationError as error:
         sentences = [_value_sentence(problem, arguments) for problem in error.errors()]
-        raise InputError("\n".join(sentences)) from None
+        raise InputError("\nerror: ".join(sentences)) from None
 
 
 def _flag_sentence(problem: str, form: type[Form]) -> str:
@@ -157,7 +187,7 @@ def _flag_sentence(problem: str, form: type[Form]) -> str:
     if not unknown:
         return f"{problem} (--help lists the flags)"
     if not unknown[2]:
-        return f"{unknown[1]} is no flag, and no flag before it takes it as its value (--help lists them)"
+        return f"{unknown[1]} is neither a flag nor a flag's value: quote what has blanks (see --help)"
     hint = _meant(unknown[2], [f"--{name}" for name in form.model_fields])
     return f"there is no flag {unknown[2]}{hint} (--help lists the flags)"
 
@@ -165,7 +195,7 @@ def _flag_sentence(problem: str, form: type[Form]) -> str:
 def _value_sentence(problem: dict[str, Any], arguments: list[str]) -> str:
     """Where a wrong value stands, what it is, and what is wrong with it."""
     name = str(problem["loc"][-1])
-    what = problem["msg"].removeprefix("Value error, ")
+    what = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
     if any(argument.partition("=")[0] == f"--{name}" for argument in arguments):
         where = f"--{name}"
     elif name.upper() in WORDS and os.environ.get(name.upper()):
@@ -174,8 +204,7 @@ def _value_sentence(problem: dict[str, Any], arguments: list[str]) -> str:
         where = f"{name.upper()} in .env"
     else:
         where = f"the script's default for --{name}"
-    value = problem["input"]
-    return f"{where} is {str(value)!r}: {what[0].lower()}{what[1:]}"
+    return f"{where} is '{problem['input']}': {what}"
 
 
 def _meant(word: str, known: Any) -> str:

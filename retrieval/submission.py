@@ -24,14 +24,14 @@ from urllib.parse import urlsplit
 import requests
 from pydantic_settings import CliPositionalArg
 from requests.adapters import HTTPAdapter
-from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ReadTimeoutError
+from urllib3.exceptions import ConnectTimeoutError, HTTPError, NewConnectionError, ReadTimeoutError, SSLError
 from urllib3.util import Retry
 
 from retrieval import settings
 from retrieval.ledger import Outcome, append_line, as_json, say, set_aside, stop_if_failed, write_whole
 from retrieval.settings import InputError, ServerUrl
 
-NAMES = 10  # gallery names a query, best first
+NAMES_PER_QUERY = 10  # gallery names a query, best first
 REPLY_BYTES = 2**25  # a reply with more is not the server's
 
 log = logging.getLogger("retrieval.submission")
@@ -50,10 +50,10 @@ class Settings(settings.Form):
 def main(settings: Settings) -> None:
     if not settings.server_url:
         raise InputError("there is no server to send it to: give --server_url, or set SERVER_URL in .env")
-    read_submission(settings.submission)  # refuse what no server can score
+    submission = read_submission(settings.submission)  # refuses what no server can score
     outcome = send_submission(settings.submission, settings.server_url)
     say(outcome)
-    append_line(settings.submission.parent, settings, outcome)
+    append_line(settings.submission.parent, settings, outcome, group_name=submission["groupname"])
     stop_if_failed(outcome)
 
 
@@ -68,18 +68,20 @@ def make_submission(
     A gallery of fewer than ten images gives that many names, with a warning. Raises InputError as
     check_submission does.
     """
-    if len(gallery) < NAMES:
+    if len(gallery) < NAMES_PER_QUERY:
         log.warning("the gallery has %d images, so each query gets %d names instead of %d",
-                    len(gallery), len(gallery), NAMES)  # fmt: skip
+                    len(gallery), len(gallery), NAMES_PER_QUERY)  # fmt: skip
     submission = {
         "groupname": group_name,
-        "images": {query: names[:NAMES] for query, names in ranking.items()},
+        "images": {query: names[:NAMES_PER_QUERY] for query, names in ranking.items()},
     }
     check_submission(submission)
     known = set(gallery)
     for query, names in submission["images"].items():
-        if not known.issuperset(names) or len(names) != min(NAMES, len(known)):
-            raise InputError(f"the ranking of {query} is not {min(NAMES, len(known))} names of the gallery")
+        if not known.issuperset(names) or len(names) != min(NAMES_PER_QUERY, len(known)):
+            raise InputError(
+                f"the ranking of {query} is not {min(NAMES_PER_QUERY, len(known))} names of the gallery"
+            )
     return submission
 
 
@@ -96,10 +98,10 @@ def check_submission(submission: Any) -> None:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise InputError(f"the query {query} has no list of names: a submission looks like {shape}")
         length = len(names) if length is None else length
-        if len(set(names)) < len(names) or not 1 <= len(names) <= NAMES or len(names) != length:
+        if len(set(names)) < len(names) or not 1 <= len(names) <= NAMES_PER_QUERY or len(names) != length:
             raise InputError(
                 f"the query {query} has {len(names)} names, {len(set(names))} of them different: each query "
-                f"needs the same number of different names, at most {NAMES}"
+                f"needs the same number of different names, at most {NAMES_PER_QUERY}"
             )
 
 
@@ -135,11 +137,13 @@ def _is_loopback(host: str | None) -> bool:
 
 
 def save_submission(submission: dict[str, Any], folder: Path) -> Path:
-    """Write submission.json, the exact body to send, and return its path; another run's files move away."""
+    """Write submission.json, the exact body to send, and return its path.
+
+    The files of an earlier run move to earlier/, unless they are of the same submission and hold no reply.
+    """
     path, body = folder / "submission.json", as_json(submission)
-    if not path.exists() or path.read_bytes() != body:
+    if (folder / "reply.txt").exists() or not path.exists() or path.read_bytes() != body:
         set_aside(folder)
-    (folder / "reply.txt").unlink(missing_ok=True)
     write_whole(path, body)
     return path
 
@@ -159,10 +163,14 @@ def send_submission(
     """
     if not url:
         example = _resend(path, "http://HOST:3001/retrieval/")
-        return Outcome("saved", f"{path} is saved and not sent; to send it, set SERVER_URL or run: {example}")
-    again = f"{path} is saved; to send it again: {_resend(path, url)}"
+        return Outcome(
+            "saved", f"{path} is saved and not sent; to send it, set SERVER_URL or run\n    {example}"
+        )
     body = path.read_bytes()
-    _warn_of_folders(json.loads(body), url)
+    submission = json.loads(body)
+    _warn_of_folders(submission, url)
+    log.info("sending %d queries to %s as %r, and waiting up to %g s for the answer",
+             len(submission["images"]), url, submission["groupname"], timeouts[1])  # fmt: skip
     reply = bytearray()
     try:
         response = _post(body, url, timeouts, retries, backoff, reply)
@@ -171,10 +179,15 @@ def send_submission(
     except (requests.RequestException, HTTPError) as error:
         outcome = Outcome("failed", _network_sentence(error, url))
     except KeyboardInterrupt:
-        outcome = Outcome("interrupted", "stopped while sending: the submission may have been counted")
+        outcome = Outcome(
+            "interrupted", "stopped while sending: if the server took it, it may have been counted"
+        )
     if reply:
         _keep_reply(path.with_name("reply.txt"), bytes(reply))
-    return replace(outcome, sentence=f"{outcome.sentence}. {again}") if outcome.failed else outcome
+    if outcome.failed:
+        again = f"{path} is saved; to send it again:\n    {_resend(path, url)}"
+        return replace(outcome, sentence=f"{outcome.sentence}\n{again}")
+    return outcome
 
 
 def _resend(path: Path, url: str) -> str:
@@ -215,8 +228,8 @@ class _SaidRetry(Retry):
     def increment(
         self, *request: Any, response: Any = None, error: Exception | None = None, **rest: Any
     ) -> Retry:
-        if isinstance(error, ReadTimeoutError):
-            raise error  # the server has the submission and takes its time: a second one would not help
+        if isinstance(error, ReadTimeoutError | SSLError):
+            raise error  # the server has it and takes its time, or speaks no TLS: a second one would not help
         retry = super().increment(
             *request, response=response, error=error, **rest
         )  # raises when they are used up
@@ -240,6 +253,12 @@ def _root(error: BaseException | None) -> str:
 
 
 def _network_sentence(error: requests.RequestException | HTTPError, url: str) -> str:
+    if isinstance(error, requests.exceptions.SSLError):
+        return (
+            f"there is no secure connection to {url} ({_root(error)}): does this server want http:// instead?"
+        )
+    if isinstance(error, requests.exceptions.ProxyError):
+        return f"the proxy in http_proxy or https_proxy cannot be reached ({_root(error)}): unset or mend it"
     if isinstance(error, requests.ConnectTimeout):
         return f"nothing answers at {url}: the submission was not sent; check host, port and network"
     if isinstance(error, requests.Timeout | ReadTimeoutError):
@@ -265,7 +284,11 @@ def _read_reply(response: requests.Response, content: bytes) -> tuple[str, str, 
         return "failed", f"{told}{kind}{hint}: {_excerpt(content)!r}", None
     accuracy = reply.get("accuracy")
     if isinstance(accuracy, int | float) and isfinite(accuracy):
-        return "scored", f"the server's score: {accuracy:g} of 1000", float(accuracy)
+        return (
+            "scored",
+            f"the server's score: {accuracy:g} of 1000 (reply.txt holds its whole reply)",
+            float(accuracy),
+        )
     if "results" in reply:  # what an older server answered
         return "answered", f"the server's results: {reply['results']}", None
     return "failed", f"{told} without a score: {_excerpt(content)!r}", None

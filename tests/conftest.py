@@ -1,5 +1,6 @@
 """What several tests share: sample images, the default network, a server that misbehaves on demand."""
 
+import logging
 import os
 import shutil
 import subprocess
@@ -59,6 +60,10 @@ def _no_settings_from_outside(monkeypatch, tmp_path_factory):
     for word in WORDS:
         monkeypatch.delenv(word.upper(), raising=False)
     monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
+    yield
+    rooms = logging.getLogger("retrieval")
+    rooms.handlers.clear()  # what a script's start leaves behind
+    rooms.setLevel(logging.NOTSET)
 
 
 def run(*arguments, cwd, **environment):

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from importlib.resources import files
 
 import numpy as np
@@ -89,6 +90,23 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         load_weights(network, tmp_path / "weights.pth", rename=lambda name: "bias")
     load_weights(network, tmp_path / "weights.pth")
     assert torch.equal(network.weight, good["weight"])
+
+
+def test_what_is_no_file_of_weights(tmp_path):
+    for content in (b"", b"junk", LITE0.read_bytes()[:100_000]):
+        (tmp_path / "weights.pth").write_bytes(content)
+        with pytest.raises(InputError, match=r"weights\.pth is not a file of weights, or only a part of one"):
+            load_weights(torch.nn.Linear(2, 3), tmp_path / "weights.pth")
+    with pytest.raises(FileNotFoundError):
+        load_weights(torch.nn.Linear(2, 3), tmp_path / "gone.pth")
+
+
+def test_a_backbone_with_its_classifier_on_is_refused(monkeypatch, backbone):
+    monkeypatch.setitem(backbones.BACKBONES, "toy", lambda: replace(backbone, dimension=7))
+    with pytest.raises(
+        InputError, match=r"toy gives \(1280,\) numbers an image, not 7: take its classifier off"
+    ):
+        load_backbone("toy", "cpu")
 
 
 def test_an_unknown_word_is_a_sentence():

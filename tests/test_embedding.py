@@ -7,7 +7,7 @@ from PIL import Image
 
 from get_images import find_images, read_image
 from retrieval.embedding import embed
-from retrieval.settings import RunError
+from retrieval.settings import InputError, RunError
 
 
 def corner_network(images):
@@ -83,7 +83,7 @@ def test_numbers_that_a_ranking_cannot_use_are_unreadable_too(colours, toy, capl
 def test_not_one_image_is_an_error_and_many_warnings_are_cut_short(tmp_path, toy, caplog):
     for name in range(15):
         (tmp_path / f"{name}.png").write_bytes(b"")
-    with pytest.raises(RunError, match="not one of the 15 queries"):
+    with pytest.raises(InputError, match="not one of the 15 queries"):
         embed(find_images(tmp_path), toy, batch_size=4, kind="queries")
     assert len(caplog.records) == 11
     assert "and 5 more of the queries" in caplog.text

@@ -39,8 +39,18 @@ def test_images_are_found_in_every_folder_by_any_of_the_suffixes_sorted_by_name(
     assert [image.path for image in find_images(tmp_path)] == [tmp_path / name for name in expected]
 
 
+def test_other_files_are_said_but_not_what_systems_leave(tmp_path, caplog):
+    touch(tmp_path, "a.jpg", "Thumbs.db", "desktop.ini", ".DS_Store")
+    find_images(tmp_path)
+    assert not caplog.records
+    touch(tmp_path, "photo.heic", "query.jpg.part")
+    find_images(tmp_path)
+    assert "2 files in" in caplog.text
+    assert "are not taken for images, such as photo.heic" in caplog.text
+
+
 def test_hidden_files_and_folders_are_not_images(tmp_path):
-    touch(tmp_path, "._a.jpg", ".a.jpg", ".cache/a.jpg", "__MACOSX/._a.jpg", "a.jpg")
+    touch(tmp_path, "._a.jpg", ".a.jpg", ".cache/a.jpg", "__MACOSX/a.jpg", "a.jpg")
     assert names(tmp_path) == ["a.jpg"]
 
 
@@ -71,7 +81,7 @@ def test_no_images_is_an_error_that_says_what_is_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="no files at all"):
         find_images(tmp_path)
     touch(tmp_path, "a.txt", "b.txt")
-    with pytest.raises(FileNotFoundError, match=r"2 other files, such as a.txt"):
+    with pytest.raises(FileNotFoundError, match=r"only 2 other files, such as a.txt"):
         find_images(tmp_path)
     with pytest.raises(NotADirectoryError, match=r"a.txt is not a folder"):
         find_images(tmp_path / "a.txt")

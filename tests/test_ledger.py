@@ -10,13 +10,15 @@ import pytest
 from conftest import ROOT
 
 from get_images import ImageFile
-from retrieval.ledger import Outcome, Run, append_line, check_output_dir, set_aside, write_whole
+from retrieval.ledger import Outcome, Run, append_line, set_aside, stop_if_failed, write_whole
 from retrieval.settings import Form, InputError, NewFolder, RunError
 
 SAVED = Outcome("saved", "saved, not sent")
 
 
 class Settings(Form):
+    query_dir: NewFolder = Path("query")
+    gallery_dir: NewFolder = Path("gallery")
     output_dir: NewFolder = Path("results")
 
 
@@ -40,7 +42,7 @@ def no_more_than_1_mb():
 
 def test_a_full_disk_is_noticed_before_the_work(tmp_path, no_more_than_1_mb):
     with pytest.raises(RunError, match=r"MB cannot be written to .*results"):
-        check_output_dir(tmp_path / "results", images(10), images(10))
+        Run(Settings(output_dir=tmp_path / "results")).check_output_dir(images(10), images(10))
     assert os.listdir(tmp_path / "results") == []
 
 
@@ -51,7 +53,7 @@ def test_room_is_asked_for_as_much_as_the_submission_takes(tmp_path, monkeypatch
     written = []
     monkeypatch.setattr(ledger.os, "fsync", lambda descriptor: written.append(os.fstat(descriptor).st_size))
     queries, gallery = images(500), [ImageFile(f"gallery/ä/{name}.jpg", Path("x")) for name in range(30)]
-    check_output_dir(tmp_path, queries, gallery)
+    Run(Settings(output_dir=tmp_path)).check_output_dir(queries, gallery)
     names = [image.name for image in gallery]
     path = save_submission(make_submission({q.name: names[:10] for q in queries}, names, "team"), tmp_path)
     assert path.stat().st_size < written[0] < path.stat().st_size * 1.3 + 2**20
@@ -62,9 +64,9 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(InputError, match="not a folder but a file"):
-            check_output_dir(folder, images(1), images(1))
+            Run(Settings(output_dir=folder)).check_output_dir(images(1), images(1))
     with pytest.raises(RunError, match="give another --output_dir"):
-        check_output_dir(Path("/proc/results"), images(1), images(1))
+        Run(Settings(output_dir=Path("/proc/results"))).check_output_dir(images(1), images(1))
 
 
 def test_a_file_is_the_old_one_or_the_new_one(tmp_path, no_more_than_1_mb):
@@ -89,6 +91,12 @@ def test_a_run_never_overwrites_the_files_of_another(tmp_path):
     assert all(path.with_name("reply.txt").read_text() == path.read_text() for path in kept)
 
 
+@pytest.mark.parametrize("folder", ["query", "query/results", "gallery/../query"])
+def test_the_output_may_not_lie_among_the_images(folder):
+    with pytest.raises(InputError, match="lies in the images' folder query"):
+        Run(Settings(output_dir=folder)).check_output_dir(images(1), images(1))
+
+
 # ---- the ledger
 
 
@@ -101,7 +109,7 @@ def test_each_run_is_a_line(tmp_path):
     append_line(tmp_path, Settings(), Outcome("scored", "…", 698.0, 200))
     first, second = lines(tmp_path)
     assert first["metrics"] == {"top_1": 0.5}
-    assert first["settings"] == {"output_dir": "results"}
+    assert first["settings"]["output_dir"] == "results"
     assert (second["outcome"]["accuracy"], second["outcome"]["status"]) == (698.0, 200)
     assert first["time"] <= second["time"]
 
@@ -133,17 +141,20 @@ def test_two_processes_write_whole_lines(tmp_path):
 def test_seconds_add_up_and_the_files_are_written_even_when_sending_failed(tmp_path, caplog):
     caplog.set_level("INFO")
     run = Run(Settings(output_dir=tmp_path))
-    run.step("find", "found 3 images")
-    run.step("send")
+    run.done("find", "found 3 images")
+    run.done("send")
     assert [record.getMessage() for record in caplog.records] == ["found 3 images in 0.0 s"]
+    stop_if_failed(SAVED)
     run.finish({"queries": 3, "per_class": {"a": 1}}, Outcome("scored", "the score", 698.0, 200))
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["server_score"] == 698.0
     assert metrics["per_class"] == {"a": 1}
     seconds = metrics["seconds"]
     assert seconds["total"] == pytest.approx(seconds["find"] + seconds["send"], abs=0.002)
+    failed = Outcome("failed", "no answer")
+    run.finish({"queries": 4}, failed)
     with pytest.raises(RunError, match="no answer"):
-        run.finish({"queries": 4}, Outcome("failed", "no answer"))
+        stop_if_failed(failed)
     assert json.loads((tmp_path / "metrics.json").read_text())["queries"] == 4
     assert [line["outcome"]["word"] for line in lines(tmp_path)] == ["scored", "failed"]
     assert lines(tmp_path)[0]["metrics"] == {"queries": 3}

@@ -86,15 +86,22 @@ def test_without_labels_there_are_counts_only():
 
 
 def test_distractors_may_be_unlabelled_but_queries_may_not():
-    assert are_labelled(["a/1.jpg"], ["a/2.jpg", "distractor.jpg"])
+    assert are_labelled(["a/1.jpg"], ["a/2.jpg", "b/3.jpg", "distractor.jpg"])
     assert not are_labelled(["a/1.jpg", "2.jpg"], ["a/2.jpg"])
     assert not are_labelled(["a/1.jpg"], ["2.jpg"])
+
+
+def test_one_folder_for_all_images_is_no_label():
+    """As an archive unpacks to query/images/ and gallery/images/: any ranking would score 1000."""
+    assert not are_labelled(["images/1.jpg", "images/2.jpg"], ["images/3.jpg"])
 
 
 def test_required_labels_are_missed_with_a_sentence(tmp_path):
     def files(*names):
         return [ImageFile(name, tmp_path / name) for name in names]
 
-    require_labels(files("a/1.jpg"), files("a/2.jpg"))
+    require_labels(files("a/1.jpg"), files("a/2.jpg", "b/2.jpg"))
+    with pytest.raises(InputError, match="all images lie in one"):
+        require_labels(files("a/1.jpg"), files("a/2.jpg"))
     with pytest.raises(InputError, match=r"1 images, such as .*2.jpg, lie in none"):
         require_labels(files("a/1.jpg", "2.jpg"), files("a/2.jpg"))

@@ -56,7 +56,13 @@ def test_a_competition_from_two_flat_folders_to_the_servers_score(flat):
     with Server(answer(body=reply)) as server:
         ended = run("model_not_tuned.py", *flags, "--server_url", server.url, cwd=flat)
     assert ended.returncode == 0, ended.stderr
-    for line in ("found 8 query and 24 gallery images in", "the server's score: 698 of 1000", "metrics.json"):
+    for line in (
+        "found 8 query and 24 gallery images in",
+        "sending 8 queries to",
+        "as 'Team AAA'",
+        "the server's score: 698 of 1000",
+        "metrics.json",
+    ):
         assert line in ended.stdout
     assert "queries: 100%" in ended.stderr  # the progress bar
     assert "warning" not in ended.stderr
@@ -128,7 +134,8 @@ def test_a_server_that_fails_loses_nothing(flat):
     assert ended.returncode == 1
     assert "error: the server answered 404 Not Found: check the URL" in ended.stderr
     assert "Traceback" not in ended.stderr
-    (again,) = re.findall(r"to send it again: python (.*)$", ended.stderr, re.M)
+    (again,) = re.findall(r"to send it again:\n    python (.*)$", ended.stderr, re.M)
+    assert (flat / "results" / "matches.png").exists()
     assert metrics(flat / "results")["queries"] == 8
     assert (flat / "results" / "reply.txt").read_bytes() == b"<html><h1>Not Found</h1></html>"
     assert ledger(flat / "results")[0]["outcome"]["word"] == "failed"
@@ -141,10 +148,10 @@ def test_a_server_that_fails_loses_nothing(flat):
 @pytest.mark.parametrize(
     ("flags", "status", "sentence"),
     [
-        (("--query_dir", "none", "--gallery_dir", "gallery"), 2, "--query_dir is 'none': there is no such"),
-        (("--query_dir", "empty", "--gallery_dir", "gallery"), 2, "empty holds no images (no files at all)"),
-        (("--query_dir", "texts", "--gallery_dir", "gallery"), 2, "texts holds no images (1 other files"),
-        ((*FOLDERS, "--custom_dataset"), 2, "--custom_dataset scores by folder, but 32 images"),
+        (("--query_dir", "none", "--gallery_dir", "gallery"), 2, "--query_dir is 'none': there is no folder"),
+        (("--query_dir", "empty", "--gallery_dir", "gallery"), 2, "empty holds no images, no files at all"),
+        (("--query_dir", "texts", "--gallery_dir", "gallery"), 2, "texts holds no images, only 1 other"),
+        ((*FOLDERS, "--custom_dataset"), 2, "scores by class folders, but 32 images"),
         ((*FOLDERS, "--model_type", "efficientnet"), 2, "did you mean efficientnet_lite0?"),
         ((*FOLDERS, "--output_dir", "texts/a.txt"), 2, "is not a folder but a file"),
         ((*FOLDERS, "--output_dir", "/proc/results"), 1, "give another --output_dir"),

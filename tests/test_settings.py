@@ -1,4 +1,5 @@
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -68,9 +69,19 @@ def test_unknown_names_in_dotenv_are_warned_of(caplog):
     read()
     assert [record.getMessage() for record in caplog.records] == [
         ".env sets QUERRY_DIR, which no script reads; did you mean QUERY_DIR?",
-        ".env sets DEVICE, which no script reads",
+        ".env sets DEVICE, which no script reads: it is a flag only, --device",
         ".env sets query_dir, which no script reads; did you mean QUERY_DIR?",
     ]
+
+
+@pytest.mark.parametrize(
+    "line", ['GROUP_NAME="Team BBB', "SERVER_URL: http://a/", "this is no setting", "TOP_K"]
+)
+def test_a_broken_line_in_dotenv_is_an_error_and_not_another_name(line):
+    Path(".env").write_text(f"# mine\n\n{line}\nTOP_K=3\n")
+    with pytest.raises(InputError) as error:
+        read()
+    assert re.search(r"/\.env, line \d: .*" + re.escape(line.strip('"')[:8]), str(error.value))
 
 
 def test_a_dotenv_from_notepad():
@@ -83,10 +94,11 @@ def test_a_dotenv_from_notepad():
 
 def test_switches_take_no_value(monkeypatch):
     assert read("--custom_dataset").custom_dataset is True
-    with pytest.raises(InputError, match="true is no flag"):
+    with pytest.raises(InputError, match="true is neither a flag nor"):
         read("--custom_dataset", "true")
     monkeypatch.setenv("CUSTOM_DATASET", "true")
     assert read().custom_dataset is True
+    assert read("--no-custom_dataset").custom_dataset is False
 
 
 @pytest.mark.parametrize(
@@ -95,15 +107,18 @@ def test_switches_take_no_value(monkeypatch):
         (["--querry_dir", "x"], "there is no flag --querry_dir; did you mean --query_dir? (--help lists"),
         (["--query"], "there is no flag --query; did you mean --query_dir?"),  # no abbreviations
         (["--query_dir"], "argument --query_dir: expected one argument"),
-        (["--query_dir", "nowhere"], "--query_dir is 'nowhere': there is no such folder"),
-        (["--top_k", "0"], "--top_k is '0': input should be greater than 0"),
-        (["--top_k=three"], "--top_k is 'three': input should be a valid integer"),
-        (["--device", "gpu"], "--device is 'gpu': input should be 'auto', 'cpu', 'cuda' or 'mps'"),
+        (["--query_dir", "nowhere"], "--query_dir is 'nowhere': there is no folder /"),
+        (["--query_dir", "data.zip"], "--query_dir is 'data.zip': it is a file"),
+        (["--query_dir", ""], "--query_dir is '': it may not be empty"),
+        (["--top_k", "0"], "--top_k is '0': it should be greater than 0"),
+        (["--top_k=three"], "--top_k is 'three': it should be a valid integer"),
+        (["--device", "gpu"], "--device is 'gpu': it should be 'auto', 'cpu', 'cuda' or 'mps'"),
         (["--group_name", " "], "--group_name is ' ': it may not be empty"),
         (["--server_url", "local"], "--server_url is 'local': this version has no evaluation server"),
     ],
 )
 def test_a_wrong_flag_is_a_sentence(arguments, sentence):
+    Path("data.zip").touch()
     with pytest.raises(InputError) as error:
         read(*arguments)
     assert sentence in str(error.value)
@@ -138,15 +153,29 @@ def test_urls(url, caplog):
 
 
 @pytest.mark.parametrize(
-    "url", ["10.0.0.7:3001/x", "ftp://a/", "http://", "http://a:x/", "http://a b/", "http://a:99999/"]
+    "url",
+    [
+        "10.0.0.7:3001/x",
+        "ftp://a/",
+        "http://",
+        "http://a:x/",
+        "http://a b/",
+        "http://h:0/",
+        "http://a:99999/",
+    ],
 )
 def test_what_is_no_url(url):
-    with pytest.raises(InputError, match="looks like http://HOST:3001/retrieval/"):
+    with pytest.raises(InputError, match="looks like http://10"):
         read("--server_url", url)
 
 
+def test_the_placeholder_of_the_readme_is_no_server():
+    with pytest.raises(InputError, match="HOST stands for the name or the address of your server"):
+        read("--server_url", "http://HOST:3001/retrieval/")
+
+
 def test_every_setting_of_a_form_needs_a_meaning():
-    with pytest.raises(KeyError):
+    with pytest.raises(TypeError, match="colour needs a meaning"):
 
         class Wrong(Form):
             colour: str = "red"

@@ -93,9 +93,13 @@ def test_saving_keeps_an_earlier_submission_and_drops_no_reply_for_it(saved):
     saved.with_name("reply.txt").write_text("its reply")
     first = saved.read_bytes()
     save_submission(make_submission(RANKING, GALLERY, "Team AAA"), saved.parent)  # the same again
-    assert not (saved.parent / "earlier").exists()
-    assert not saved.with_name("reply.txt").exists()
-    saved.with_name("reply.txt").write_text("its reply")
+    (answered,) = (saved.parent / "earlier").iterdir()
+    assert (answered / "submission.json").read_bytes() == first
+    save_submission(make_submission(RANKING, GALLERY, "Team AAA"), saved.parent)  # and again, without a reply
+    assert len(list((saved.parent / "earlier").iterdir())) == 1
+    (answered / "submission.json").unlink()
+    (answered / "reply.txt").rename(saved.with_name("reply.txt"))
+    answered.rmdir()
     save_submission(make_submission(RANKING, GALLERY, "Team BBB"), saved.parent)
     (earlier,) = (saved.parent / "earlier").iterdir()
     assert (earlier / "submission.json").read_bytes() == first
@@ -120,7 +124,7 @@ def test_every_byte_of_the_post(saved):
     )
     assert body.decode("ascii") == f'{{"groupname": "Team AAA", "images": {{{images}}}}}'
     assert (outcome.word, outcome.accuracy, outcome.status) == ("scored", 698.0, 200)
-    assert outcome.sentence == "the server's score: 698 of 1000"
+    assert outcome.sentence.startswith("the server's score: 698 of 1000")
     assert saved.with_name("reply.txt").read_bytes() == b'{"groupname": "Team AAA", "accuracy": 698.0}'
 
 
@@ -160,7 +164,7 @@ def test_replies_without_a_score_fail_with_a_sentence_and_are_sent_once(saved, b
     assert outcome.failed
     assert sentence in outcome.sentence
     assert (
-        f"to send it again: python -m retrieval.submission {saved} --server_url {server.url}"
+        f"to send it again:\n    python -m retrieval.submission {saved} --server_url {server.url}"
         in outcome.sentence
     )
     assert len([request for request in server.received if request[0] == "POST"]) == 1
@@ -180,7 +184,7 @@ def test_a_server_in_trouble_is_asked_again_and_it_is_said(saved, caplog, status
         outcome = send(saved, server.url)
     assert outcome.word == "scored"
     assert len(server.received) == 3
-    said = [record.getMessage() for record in caplog.records]
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(said) == 2
     assert all(f"the server answered {status}; the submission may have been counted" in line for line in said)
 
@@ -231,7 +235,7 @@ def test_a_refused_connection_is_tried_again_and_was_not_sent(saved, caplog):
         url = f"http://127.0.0.1:{free.getsockname()[1]}/retrieval/"
     outcome = send(saved, url)
     assert "cannot be reached (connection refused): the submission was not sent" in outcome.sentence
-    assert [record.getMessage() for record in caplog.records] == [
+    assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
         "no answer (connection refused); it was not sent. Sending it again in 0 s",
         "no answer (connection refused); it was not sent. Sending it again in 0.02 s",
     ]
@@ -293,13 +297,28 @@ def test_ctrl_c_while_sending_leaves_an_outcome(saved):
         threading.Thread(target=interrupt).start()
         outcome = send(saved, server.url, timeouts=(1, 10))
     assert (outcome.word, outcome.failed) == ("interrupted", True)
-    assert "may have been counted" in outcome.sentence
+    assert "if the server took it" in outcome.sentence
+
+
+def test_a_server_without_tls_is_not_asked_again(saved):
+    with Server(answer()) as server:
+        outcome = send(saved, server.url.replace("http:", "https:"))
+    assert "does this server want http:// instead?" in outcome.sentence
+    assert not server.received
+
+
+def test_a_proxy_that_is_not_there_is_named(saved, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert (
+        "the proxy in http_proxy or https_proxy cannot be reached"
+        in send(saved, "http://192.0.2.1/").sentence
+    )
 
 
 def test_without_a_server_it_is_only_saved(saved):
     outcome = send(saved, "")
     assert (outcome.word, outcome.failed) == ("saved", False)
-    assert "set SERVER_URL or run: python -m retrieval.submission" in outcome.sentence
+    assert "set SERVER_URL or run\n    python -m retrieval.submission" in outcome.sentence
 
 
 def test_a_reply_that_cannot_be_kept_hides_no_score(saved, caplog):
@@ -347,7 +366,7 @@ def test_a_saved_submission_is_sent_again_from_the_command_line(saved):
 def test_a_failure_on_the_command_line_is_a_sentence_a_status_and_a_line_in_the_ledger(saved):
     with Server(answer(404, b"<h1>gone</h1>")) as server:
         ended = run("-m", "retrieval.submission", saved, cwd=saved.parent, SERVER_URL=server.url)
-    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 3)
     assert ended.stderr.startswith("error: the server answered 404 Not Found: check the URL")
     (line,) = (saved.parent / "runs.jsonl").read_text().splitlines()
     assert json.loads(line)["outcome"]["status"] == 404
