@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 import stat
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING
 try:
     import numpy as np
     from PIL import Image, ImageOps, UnidentifiedImageError
-except ModuleNotFoundError as missing:  # every script comes here first
+except ModuleNotFoundError as missing:  # the scripts come here first
     hint = "run `make demo` once and `source .venv/bin/activate`, or `pip install -r requirements.txt`"
     raise SystemExit(f"error: {missing}: {hint}") from None
 
@@ -33,6 +34,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 NO_FILES_OF_A_USER = ("thumbs.db", "desktop.ini")  # what Windows leaves in folders
 
 log = logging.getLogger("retrieval.images")
+warnings.filterwarnings(
+    "ignore", category=Image.DecompressionBombWarning
+)  # its error, at twice the size, counts
 
 
 # ---- find -----------------------------------------------------------------------------------------
@@ -84,10 +88,9 @@ def _walk(top: Path | str) -> Iterator[tuple[str, str]]:
     real, links = deque([("", os.fspath(top))]), deque()
     while real or links:
         prefix, folder = (real or links).popleft()
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in entered:
+        if os.path.realpath(folder) in entered:
             continue
-        entered.add((status.st_dev, status.st_ino))
+        entered.add(os.path.realpath(folder))
         with os.scandir(folder) as entries:
             visible = [entry for entry in entries if not entry.name.startswith((".", "__MACOSX"))]
             visible.sort(key=lambda entry: entry.name)
@@ -121,8 +124,8 @@ class UnreadableImageError(OSError):
 def read_image(path: Path | str) -> Tensor:
     """The pixels of an image file as a viewer shows them: uint8 RGB, (3, height, width).
 
-    torchvision decodes JPEG and Pillow the rest, and JPEG in CMYK. EXIF orientation is applied,
-    transparency lies over white, 16 bits are scaled to 8, the first frame of an animation counts.
+    torchvision decodes JPEG, and Pillow the rest and JPEG that is turned or CMYK. EXIF orientation is
+    applied, transparency lies over white, 16 bits are scaled to 8, the first frame of an animation counts.
     Colour profiles are not applied: the networks were trained without them.
 
     Raises UnreadableImageError for whatever is broken, is no image, or has more pixels than Pillow's limit
@@ -135,17 +138,26 @@ def read_image(path: Path | str) -> Tensor:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise UnreadableImageError("not a regular file")
         with open(path, "rb") as file, Image.open(file) as image:
-            if image.format == "JPEG" and image.mode in ("L", "RGB"):
-                data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
-                return decode_jpeg(data, ImageReadMode.RGB, apply_exif_orientation=True)
+            if image.format == "JPEG" and image.mode in ("L", "RGB") and _orientation(image) == 1:
+                file.seek(0)
+                return decode_jpeg(torch.from_numpy(np.fromfile(file, dtype=np.uint8)), ImageReadMode.RGB)
             return torch.from_numpy(np.array(_to_rgb(image))).permute(2, 0, 1)
     except Exception as error:  # decoders raise anything on broken bytes, and no file may cost the run
         raise UnreadableImageError(_reason(error, path)) from error
 
 
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1, upright, also where the metadata are broken: the pixels may not be."""
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:  # anything, on broken bytes; if the pixels are broken too, decoding them will say so
+        return 1
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB, upright, over white."""
-    image = ImageOps.exif_transpose(image)
+    if _orientation(image) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # one channel of 16 or 32 bits, or of floats
         image = _to_8_bits(image)
     if image.has_transparency_data:
@@ -156,8 +168,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
     """Grey levels as 0..255. White is 65535 for integers, 1.0 for floats, or the largest level if above."""
-    levels = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0, neginf=0)
-    white = max(1.0 if image.mode == "F" else 65535.0, levels.max())
+    levels = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
+    white = max(1.0 if image.mode == "F" else 65535.0, float(levels.max()))
     return Image.fromarray((levels.clip(min=0) * (255 / white)).round().astype(np.uint8))
 
 
@@ -233,6 +245,7 @@ def lay_out_sample(out: Path, seed: int = 0) -> None:
     """
     from sklearn.datasets import load_digits
 
+    out = out.absolute()
     digits = load_digits()
     places = _sample_places(digits.target, np.random.default_rng(seed))
     if out.exists() and any(out.iterdir()):
@@ -271,7 +284,7 @@ def main() -> None:
     class Sample(settings.Form):
         """Lay out scikit-learn's handwritten digits as train, test/query and test/gallery."""
 
-        out: Path = Path("data/sample")
+        out: settings.NewFolder = Path("data/sample")
 
     settings.run_command({"sample": (Sample, lambda form: lay_out_sample(form.out))})
 

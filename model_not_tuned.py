@@ -11,12 +11,13 @@ from pathlib import Path
 from get_images import find_query_and_gallery
 from retrieval.backbones import ModelType, load_backbone
 from retrieval.embedding import embed
-from retrieval.ledger import Run, stop_if_failed
+from retrieval.ledger import Run
 from retrieval.metrics import measure, require_labels
 from retrieval.ranking import rank
 from retrieval.report import draw_matches
+from retrieval.sending import NOT_SENT, send_submission
 from retrieval.settings import Device, Folder, Form, GroupName, NewFolder, PositiveInt, ServerUrl, run_script
-from retrieval.submission import NAMES_PER_QUERY, NOT_SENT, make_submission, save_submission, send_submission
+from retrieval.submission import NAMES_PER_QUERY, make_submission, save_submission
 
 
 class Settings(Form):
@@ -54,16 +55,15 @@ def main(settings: Settings) -> None:
 
     # Everything is on the disk before anything is sent.
     metrics = measure(ranking, query_embeddings, gallery_embeddings, settings.top_k)
-    submission = make_submission(ranking, gallery_embeddings.names, settings.group_name)
+    submission = make_submission(ranking, queries, gallery, settings.group_name)
     path = save_submission(submission, settings.output_dir)
     run.write_metrics(metrics)
-    run.done("save", f"saved {path}")
+    draw_matches(ranking, queries, gallery, settings.top_k, settings.output_dir / "matches.png")
+    run.done("save", f"saved {path}, and metrics.json and matches.png beside it,")
 
     outcome = NOT_SENT if settings.custom_dataset else send_submission(path, settings.server_url)
     run.done("send")
     run.finish(metrics, outcome)
-    draw_matches(ranking, queries, gallery, settings.top_k, settings.output_dir / "matches.png")
-    stop_if_failed(outcome)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator
 
-from retrieval.settings import InputError
+from retrieval.settings import InputError, RunError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -55,7 +55,8 @@ class Backbone:
 def load_backbone(word: str, device: str = "auto") -> Backbone:
     """The pretrained backbone that `word` names, in inference mode on `device`.
 
-    Raises InputError for an unknown word, a device that is not there, or weights that do not fit.
+    Raises InputError for an unknown word, a device that is not there, or weights that do not fit; RunError if
+    the device has no room for it.
     """
     import torch
 
@@ -63,9 +64,16 @@ def load_backbone(word: str, device: str = "auto") -> Backbone:
     if backbone.device == "cpu":
         _keep_freed_memory()
     # channels_last: ×1.8 on the CPU for depthwise networks, and what tensor cores want.
-    backbone.network.eval().to(backbone.device, memory_format=torch.channels_last)
-    with torch.inference_mode():
-        numbers = backbone.embed(torch.zeros(1, 3, backbone.size, backbone.size, dtype=torch.uint8)).shape[1:]
+    try:
+        backbone.network.eval().to(backbone.device, memory_format=torch.channels_last)
+        with torch.inference_mode():
+            numbers = backbone.embed(
+                torch.zeros(1, 3, backbone.size, backbone.size, dtype=torch.uint8)
+            ).shape[1:]
+    except torch.OutOfMemoryError:
+        raise RunError(
+            f"{backbone.device} has no room for {word}: free its memory, or use --device cpu"
+        ) from None
     if numbers != (backbone.dimension,):
         given = f"{word} gives {tuple(numbers)} numbers an image, not {backbone.dimension}"
         raise InputError(
@@ -101,8 +109,10 @@ def _keep_freed_memory() -> None:
     Without it half of the time goes into page faults. Options and their numbers: man 3 mallopt.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):  # musl has none
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: only what is larger comes straight from the system
+    if not hasattr(libc, "mallopt"):  # musl has none
+        return
+    # M_MMAP_THRESHOLD: only what is larger comes straight from the system; older releases take 32 MiB.
+    if libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25):
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep what is freed
 
 

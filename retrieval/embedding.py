@@ -46,7 +46,8 @@ def embed(files: list[ImageFile], backbone: Backbone, batch_size: int, kind: str
                     compress(batch.names, ~usable), "the network gave no usable numbers"
                 )
             bar.update(len(batch.names) + len(batch.unreadable))
-    _warn(unreadable, kind)
+    for name, reason in unreadable.items():
+        log.warning("%s in the %s could not be embedded: %s", name, kind, reason)
     if len(unreadable) == len(files):
         raise InputError(f"not one of the {len(files)} {kind} could be embedded: see the reasons above")
     return Embeddings(list(rows), vectors)
@@ -69,10 +70,3 @@ def _embed_what_fits(backbone: Backbone, images: Tensor, fits: int) -> tuple[Ten
         fits = max(1, min(fits, len(images)) // 2)
         log.warning("the batch does not fit into the memory of %s: trying %d at once", backbone.device, fits)
         torch.cuda.empty_cache()
-
-
-def _warn(unreadable: dict[str, str], kind: str, shown: int = 10) -> None:
-    for name, reason in list(unreadable.items())[:shown]:
-        log.warning("%s in the %s could not be embedded: %s", name, kind, reason)
-    if len(unreadable) > shown:
-        log.warning("and %d more of the %s: metrics.json names them all", len(unreadable) - shown, kind)

@@ -60,9 +60,14 @@ class Run:
                 raise InputError(
                     f"--output_dir {self.folder} lies in the images' folder {images}: give another one"
                 )
+        for name in (*PER_RUN, LEDGER):
+            if (self.folder / name).is_dir():
+                raise InputError(
+                    f"{self.folder / name} is a folder in the way of a file: give another --output_dir"
+                )
         longest = max(len(json.dumps(image.name)) for image in gallery)
         needed = sum(len(json.dumps(image.name)) + 10 * (longest + 2) + 4 for image in queries)
-        needed += 2**20  # metrics.json and the ledger's line
+        needed += 2**22  # metrics.json, the picture, the ledger's line
         trial = self.folder / f".room-{os.getpid()}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -91,24 +96,23 @@ class Run:
         write_whole(self.folder / "metrics.json", as_json(figures, indent=2))
 
     def finish(self, metrics: dict[str, Any], outcome: Outcome) -> None:
-        """Say the outcome, then write metrics.json once more and the ledger's line."""
+        """Say the outcome, add it to metrics.json and the ledger, and leave with its status if it failed."""
         say(outcome)
         self.write_metrics(metrics | ({} if outcome.accuracy is None else {"server_score": outcome.accuracy}))
         figures = {name: value for name, value in metrics.items() if name != "per_class"}
         append_line(self.folder, self.settings, outcome, metrics=figures)
-        log.info("the figures are in %s, every run in %s", self.folder / "metrics.json", self.folder / LEDGER)
+        stop_if_failed(outcome)
 
 
 def say(outcome: Outcome) -> None:
-    """Say what the server answered: before anything is written, so that a full disk cannot hide a score."""
-    if not outcome.failed:
-        log.info("%s", outcome.sentence)
+    """Say what became of the submission: before anything is written, so that a full disk cannot hide it."""
+    log.log(logging.ERROR if outcome.failed else logging.INFO, "%s", outcome.sentence)
 
 
 def stop_if_failed(outcome: Outcome) -> None:
-    """Raise RunError with the outcome's sentence if the submission did not go through."""
+    """Leave with status 1, or 130 after Ctrl-C, if the submission did not go through."""
     if outcome.failed:
-        raise RunError(outcome.sentence)
+        raise SystemExit(130 if outcome.word == "interrupted" else 1)
 
 
 # ---- files ----------------------------------------------------------------------------------------
@@ -116,7 +120,7 @@ def stop_if_failed(outcome: Outcome) -> None:
 
 def as_json(value: Any, indent: int | None = None) -> bytes:
     """JSON as ASCII bytes, so that no server can read the names in another encoding."""
-    return (json.dumps(value, indent=indent, allow_nan=False) + "\n" * bool(indent)).encode("ascii")
+    return (json.dumps(value, indent=indent, allow_nan=False) + ("\n" if indent else "")).encode("ascii")
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -142,9 +146,9 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def set_aside(folder: Path) -> None:
+def set_aside(folder: Path, names: tuple[str, ...] = PER_RUN) -> None:
     """Move the files of the run before to earlier/<its time>/: no run overwrites another's submission."""
-    there = [folder / name for name in PER_RUN if (folder / name).exists()]
+    there = [folder / name for name in names if (folder / name).exists()]
     if there:
         when = datetime.fromtimestamp(there[0].stat().st_mtime).strftime("%Y%m%d-%H%M%S-%f")
         earlier = folder / "earlier" / when

@@ -22,12 +22,12 @@ log = logging.getLogger("retrieval.metrics")
 
 
 def are_labelled(queries: Iterable[str], gallery: Iterable[str]) -> bool:
-    """Whether images of these names can be scored: each query has a label, and there are two labels at least.
+    """Whether images of these names can be scored: each query has a label, and the gallery has some.
 
-    With one label only, as in query/images/ and gallery/images/, any ranking would score 1000.
+    One label for all, as in query/images/ and gallery/images/, is none: any ranking would score 1000.
     """
-    labels = {label_of(name) for name in queries}
-    return None not in labels and len(labels | {label_of(name) for name in gallery} - {None}) > 1
+    of_queries, of_gallery = {label_of(name) for name in queries}, {label_of(name) for name in gallery}
+    return None not in of_queries and of_gallery != {None} and len(of_queries | of_gallery) > 1
 
 
 def require_labels(queries: list[ImageFile], gallery: list[ImageFile]) -> None:

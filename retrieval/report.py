@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,6 @@ from retrieval.ledger import write_whole
 
 SIDE, GAP, FRAME = 96, 12, 4  # pixels of a thumbnail, around it, and of its frame
 RIGHT, WRONG, UNKNOWN = "#1a7f37", "#cf222e", "#8c959f"
-
-log = logging.getLogger("retrieval.report")
 
 
 def draw_matches(
@@ -46,7 +43,6 @@ def draw_matches(
     png = io.BytesIO()
     sheet.save(png, "PNG")
     write_whole(path, png.getvalue())
-    log.info("drew %d queries and their best matches: %s", len(shown), path)
 
 
 def _thumbnail(path: Path) -> Image.Image:

@@ -55,13 +55,16 @@ class RunError(RuntimeError):
 def _path(value: Any) -> Path:
     if not str(value):
         raise ValueError("it may not be empty")  # Path("") would be the current folder
-    return Path(value).expanduser()
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        raise ValueError("there is no such user; write the folder out") from None
 
 
 def _existing_folder(path: Path) -> Path:
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file, no error for a name that is too long
         raise ValueError("it is a file; give the folder that holds the images")
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise ValueError(f"there is no folder {path.absolute()}; create it or name another one")
     return path
 
@@ -112,6 +115,8 @@ class Form(BaseSettings):
         protected_namespaces=(),
         cli_implicit_flags=True,  # a switch takes no value: --custom_dataset or --no-custom_dataset
         cli_avoid_json=True,
+        cli_parse_none_str="\0",  # no word means None: a group may be called so
+        case_sensitive=True,
         cli_exit_on_error=False,  # the sentence is ours
     )
 
@@ -148,10 +153,10 @@ def _dotenv() -> dict[str, str | None]:
         raise InputError(f"{path.absolute()} is not UTF-8 text: save it as UTF-8") from None
     for line in parse_stream(io.StringIO(text)):
         if line.error or (line.key and line.value is None):
-            broken = line.original.string.strip().splitlines()[0]
-            raise InputError(
-                f"{path.absolute()}, line {line.original.line}: {broken!r} is not of the form NAME=value"
-            )
+            written = line.original.string.lstrip()
+            number = line.original.line + line.original.string.removesuffix(written).count("\n")
+            broken = written.partition("\n")[0]
+            raise InputError(f"{path.absolute()}, line {number}: {broken!r} is not of the form NAME=value")
     return dotenv_values(stream=io.StringIO(text))
 
 
@@ -188,7 +193,7 @@ def _flag_sentence(problem: str, form: type[Form]) -> str:
         return f"{problem} (--help lists the flags)"
     if not unknown[2]:
         return f"{unknown[1]} is neither a flag nor a flag's value: quote what has blanks (see --help)"
-    hint = _meant(unknown[2], [f"--{name}" for name in form.model_fields])
+    hint = _meant(unknown[2].lower(), [f"--{name}" for name in form.model_fields])
     return f"there is no flag {unknown[2]}{hint} (--help lists the flags)"
 
 
@@ -255,11 +260,14 @@ def _choose(commands: dict[str, tuple], arguments: list[str]) -> tuple[str, list
 def _log_to_console() -> None:
     """What our rooms log: information to standard output, warnings to standard error."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a file name in any script never stops a run
+        if hasattr(stream, "reconfigure"):  # a notebook's has none
+            stream.reconfigure(errors="backslashreplace")  # a file name in any script never stops a run
+    logging.raiseExceptions = False  # nor does a reader that went away, as with `| head`
     told, warned = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
     told.addFilter(lambda record: record.levelno < logging.WARNING)
     warned.setLevel(logging.WARNING)
-    warned.setFormatter(logging.Formatter("warning: %(message)s"))
+    warned.addFilter(lambda record: setattr(record, "kind", record.levelname.lower()) or True)
+    warned.setFormatter(logging.Formatter("%(kind)s: %(message)s"))
     rooms = logging.getLogger("retrieval")
     rooms.setLevel(logging.INFO)
     rooms.handlers = [told, warned]

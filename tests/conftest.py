@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from get_images import lay_out_sample
+from get_images import ImageFile, lay_out_sample
 from retrieval.settings import WORDS
+from retrieval.submission import make_submission, save_submission
 
 ROOT = Path(__file__).parent.parent
+GALLERY = [f"{number:032x}.jpg" for number in range(12)]
+RANKING = {"q1.jpg": GALLERY[:11], "q2.jpg": GALLERY[::-1]}
 
 
 @pytest.fixture(scope="session")
@@ -47,6 +50,20 @@ def flat(few, tmp_path):
     return tmp_path
 
 
+def image_files(names):
+    return [ImageFile(name, Path(name)) for name in names]
+
+
+def submission_of(ranking, gallery, group_name):
+    """A submission of just these queries."""
+    return make_submission(ranking, image_files(ranking), image_files(gallery), group_name)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return save_submission(submission_of(RANKING, GALLERY, "Team AAA"), tmp_path)
+
+
 @pytest.fixture(scope="session")
 def backbone():
     from retrieval.backbones import load_backbone
@@ -69,8 +86,7 @@ def _no_settings_from_outside(monkeypatch, tmp_path_factory):
 def run(*arguments, cwd, **environment):
     """Run a script of the project, or `-m module`, as a user does; its status, output and errors."""
     command = [str(ROOT / part) if part.endswith(".py") else str(part) for part in map(str, arguments)]
-    env = {name: value for name, value in os.environ.items() if name not in WORDS}
-    env |= {"PYTHONPATH": str(ROOT)} | environment
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
     return subprocess.run(
         [sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
     )

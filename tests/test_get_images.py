@@ -1,6 +1,7 @@
 import io
 import os
 import threading
+import zlib
 
 import numpy as np
 import pytest
@@ -135,6 +136,50 @@ def test_exif_orientation_is_applied(photo, tmp_path, kind, orientation):
     upright = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     assert upright.size == ((40, 60) if orientation > 4 else (60, 40))
     assert abs(pixels(path) - np.asarray(upright, int)).max() <= 1
+
+
+def test_only_upright_jpeg_takes_the_fast_decoder(photo, tmp_path, monkeypatch):
+    import torchvision.io
+
+    decoded = []
+    fast = torchvision.io.decode_jpeg
+    monkeypatch.setattr(torchvision.io, "decode_jpeg", lambda *args: decoded.append(1) or fast(*args))
+    pixels(saved(photo, "JPEG", tmp_path / "a.jpg"))
+    assert decoded == [1]
+    pixels(saved(photo, "PNG", tmp_path / "a.png"))
+    pixels(saved(photo.convert("CMYK"), "JPEG", tmp_path / "b.jpg"))
+    assert decoded == [1]
+
+
+def test_exif_orientation_behind_other_metadata_is_applied(photo, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = saved(photo, "JPEG", tmp_path / "a.jpg", exif=exif, xmp=b"<x:xmpmeta/>")
+    jpeg = path.read_bytes()
+    first = jpeg.index(b"\xff\xe1")
+    second = jpeg.index(b"\xff\xe1", first + 2)
+    end = second + 2 + int.from_bytes(jpeg[second + 2 : second + 4], "big")
+    path.write_bytes(jpeg[:first] + jpeg[second:end] + jpeg[first:second] + jpeg[end:])  # XMP before Exif
+    assert pixels(path).shape == (60, 40, 3)
+
+
+def test_broken_metadata_cost_no_pixels(photo, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("JPEG", "PNG", "WEBP"):
+        path = saved(photo, kind, tmp_path / f"a.{kind}", exif=exif)
+        content = path.read_bytes()
+        at = content.index(b"MM\x00*") if b"MM\x00*" in content else content.index(b"II*\x00")
+        broken = content[:at] + b"XXXX" + content[at + 4 :]
+        if kind == "PNG":  # the chunk's checksum covers its type and its content
+            start, length = (
+                content.index(b"eXIf"),
+                int.from_bytes(content[content.index(b"eXIf") - 4 :][:4], "big"),
+            )
+            checksum = zlib.crc32(broken[start : start + 4 + length]).to_bytes(4, "big")
+            broken = broken[: start + 4 + length] + checksum + broken[start + 8 + length :]
+        path.write_bytes(broken)
+        assert pixels(path).shape == (40, 60, 3)
 
 
 def test_a_cmyk_jpeg_has_the_colours_of_the_picture_it_was_made_from(photo, tmp_path):

@@ -2,6 +2,7 @@ import json
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from get_images import ImageFile
-from retrieval.ledger import Outcome, Run, append_line, set_aside, stop_if_failed, write_whole
+from retrieval.ledger import Outcome, Run, append_line, set_aside, write_whole
 from retrieval.settings import Form, InputError, NewFolder, RunError
 
 SAVED = Outcome("saved", "saved, not sent")
@@ -55,9 +56,10 @@ def test_room_is_asked_for_as_much_as_the_submission_takes(tmp_path, monkeypatch
     queries, gallery = images(500), [ImageFile(f"gallery/ä/{name}.jpg", Path("x")) for name in range(30)]
     Run(Settings(output_dir=tmp_path)).check_output_dir(queries, gallery)
     names = [image.name for image in gallery]
-    path = save_submission(make_submission({q.name: names[:10] for q in queries}, names, "team"), tmp_path)
-    assert path.stat().st_size < written[0] < path.stat().st_size * 1.3 + 2**20
-    assert not [name for name in os.listdir(tmp_path) if name.startswith(".room")]
+    ranking = {query.name: names[:10] for query in queries}
+    path = save_submission(make_submission(ranking, queries, gallery, "team"), tmp_path)
+    assert path.stat().st_size + 2**22 < written[0] < path.stat().st_size * 1.3 + 2**22
+    assert os.listdir(tmp_path) == ["submission.json"]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
@@ -95,6 +97,24 @@ def test_a_run_never_overwrites_the_files_of_another(tmp_path):
 def test_the_output_may_not_lie_among_the_images(folder):
     with pytest.raises(InputError, match="lies in the images' folder query"):
         Run(Settings(output_dir=folder)).check_output_dir(images(1), images(1))
+
+
+def test_files_and_lines_are_on_the_disk_before_it_goes_on(tmp_path, monkeypatch):
+    synced = []
+    fsync = os.fsync
+    monkeypatch.setattr(
+        "os.fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_mode) or fsync(descriptor)
+    )
+    write_whole(tmp_path / "submission.json", b"{}")
+    assert [stat.S_ISDIR(mode) for mode in synced] == [False, True]  # the file, and its name in the folder
+    append_line(tmp_path, Settings(), SAVED)
+    assert len(synced) == 3
+
+
+def test_a_folder_in_the_way_of_a_file_is_noticed_before_the_work(tmp_path):
+    (tmp_path / "runs.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"runs\.jsonl is a folder in the way"):
+        Run(Settings(output_dir=tmp_path)).check_output_dir(images(1), images(1))
 
 
 # ---- the ledger
@@ -144,19 +164,19 @@ def test_seconds_add_up_and_the_files_are_written_even_when_sending_failed(tmp_p
     run.done("find", "found 3 images")
     run.done("send")
     assert [record.getMessage() for record in caplog.records] == ["found 3 images in 0.0 s"]
-    stop_if_failed(SAVED)
     run.finish({"queries": 3, "per_class": {"a": 1}}, Outcome("scored", "the score", 698.0, 200))
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["server_score"] == 698.0
     assert metrics["per_class"] == {"a": 1}
     seconds = metrics["seconds"]
     assert seconds["total"] == pytest.approx(seconds["find"] + seconds["send"], abs=0.002)
-    failed = Outcome("failed", "no answer")
-    run.finish({"queries": 4}, failed)
-    with pytest.raises(RunError, match="no answer"):
-        stop_if_failed(failed)
-    assert json.loads((tmp_path / "metrics.json").read_text())["queries"] == 4
-    assert [line["outcome"]["word"] for line in lines(tmp_path)] == ["scored", "failed"]
+    for number, (word, status) in enumerate((("failed", 1), ("interrupted", 130))):
+        with pytest.raises(SystemExit) as end:
+            run.finish({"queries": number}, Outcome(word, "no answer"))
+        assert end.value.code == status
+        assert (caplog.records[-1].levelname, caplog.records[-1].getMessage()) == ("ERROR", "no answer")
+        assert json.loads((tmp_path / "metrics.json").read_text())["queries"] == number
+    assert [line["outcome"]["word"] for line in lines(tmp_path)] == ["scored", "failed", "interrupted"]
     assert lines(tmp_path)[0]["metrics"] == {"queries": 3}
 
 

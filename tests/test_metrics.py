@@ -31,12 +31,14 @@ def test_a_published_reply_of_the_competitions_server():
     assert [round(metrics[name], 4) for name in ("top_1", "top_5", "top_10")] == [0.6467, 0.7633, 0.81]
 
 
-def test_each_cut_counts_the_hits_up_to_it():
+def test_each_cut_counts_the_hits_up_to_it(caplog):
+    caplog.set_level("INFO")
     metrics = measure(*ranking_with_first_hits(1, 2, 3, 4, 5, 6, 10, 11, 0, 0), top_k=4)
     shares = {name: metrics[name] for name in ("top_1", "top_3", "top_5", "top_10", "top_k")}
     assert shares == {"top_1": 0.1, "top_3": 0.3, "top_5": 0.5, "top_10": 0.7, "top_k": 0.4}
     assert metrics["score"] == 600 * 0.1 + 300 * 0.5 + 100 * 0.7
     assert metrics["k"] == 4
+    assert "top-10 0.700 · top-4 0.400 · score 280.0 of 1000" in caplog.text
     assert measure(*ranking_with_first_hits(1, 11), top_k=11)["top_k"] == 1.0
 
 
@@ -88,7 +90,9 @@ def test_without_labels_there_are_counts_only():
 def test_distractors_may_be_unlabelled_but_queries_may_not():
     assert are_labelled(["a/1.jpg"], ["a/2.jpg", "b/3.jpg", "distractor.jpg"])
     assert not are_labelled(["a/1.jpg", "2.jpg"], ["a/2.jpg"])
+    assert are_labelled(["a/1.jpg"], ["a/2.jpg", "distractor.jpg"])
     assert not are_labelled(["a/1.jpg"], ["2.jpg"])
+    assert not are_labelled(["a/1.jpg", "b/1.jpg"], ["x.jpg", "y.jpg"])
 
 
 def test_one_folder_for_all_images_is_no_label():

@@ -69,6 +69,23 @@ def test_what_float32_cannot_tell_apart_is_ordered_by_float64():
     assert rank(queries, gallery, 10)["q"] == [f"g{row}" for row in np.argsort(-cosines, kind="stable")[:10]]
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_candidates_are_enough_where_everything_is_close(seed):
+    """2000 vectors around the query: float32 alone picks the wrong ten."""
+    random = np.random.default_rng(seed)
+    base = unit(random.normal(size=(1, 1280)))
+    vectors = unit(base + random.normal(size=(2000, 1280)).astype(np.float32) * 1e-6)
+    cosines = (vectors.astype(np.float64) * base).sum(axis=1)
+    gallery = Embeddings([f"g{row}" for row in range(2000)], vectors)
+    expected = [f"g{row}" for row in np.argsort(-cosines, kind="stable")[:10]]
+    assert rank(Embeddings(["q"], base), gallery, 10)["q"] == expected
+
+
+def test_many_unreadable_gallery_images_push_no_readable_one_out():
+    gallery = embeddings([[0, 0]] * 15 + [[-1, 0], [-1, 1]], "g")
+    assert rank(embeddings([[1, 0]], "q"), gallery, 2) == {"q0": ["g16", "g15"]}
+
+
 def test_unreadable_gallery_images_come_last_and_an_unreadable_query_gets_the_gallerys_order(caplog):
     queries = embeddings([[1, 0], [0, 0]], "q")
     gallery = embeddings([[0, 0], [-1, 0], [1, 0], [0, 0], [-1, 1]], "g")
@@ -82,6 +99,16 @@ def test_unreadable_gallery_images_come_last_and_an_unreadable_query_gets_the_ga
 
 def test_a_small_gallery_is_ranked_whole():
     assert rank(embeddings([[1, 0]], "q"), embeddings([[1, 0]], "g"), 10) == {"q0": ["g0"]}
+
+
+def test_a_query_tied_with_a_whole_gallery_takes_little_memory():
+    gallery = Embeddings([str(row) for row in range(40_000)], np.ones((40_000, 64), dtype=np.float32) / 8)
+    queries = Embeddings(["q"], gallery.vectors[:1])
+    tracemalloc.start()
+    assert rank(queries, gallery, 10)["q"] == [str(row) for row in range(10)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * 2**20  # in one piece, float64 products would take 20 MB
 
 
 def test_memory_stays_within_the_stated_bound(monkeypatch):

@@ -1,5 +1,6 @@
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -44,6 +45,7 @@ def test_flag_over_environment_over_dotenv_over_default(monkeypatch):
     assert (read().group_name, read().top_k) == ("from environment", 3)
     assert read("--group_name", "Team Ä 1").group_name == "Team Ä 1"
     assert read("--group_name=Team Ä 1").group_name == "Team Ä 1"
+    assert read("--group_name", "None").group_name == "None"
 
 
 def test_an_empty_value_in_the_environment_counts_as_none(monkeypatch):
@@ -78,10 +80,10 @@ def test_unknown_names_in_dotenv_are_warned_of(caplog):
     "line", ['GROUP_NAME="Team BBB', "SERVER_URL: http://a/", "this is no setting", "TOP_K"]
 )
 def test_a_broken_line_in_dotenv_is_an_error_and_not_another_name(line):
-    Path(".env").write_text(f"# mine\n\n{line}\nTOP_K=3\n")
+    Path(".env").write_text(f"# mine\n\nDEVICE=cpu\n\n\n{line}\n")
     with pytest.raises(InputError) as error:
         read()
-    assert re.search(r"/\.env, line \d: .*" + re.escape(line.strip('"')[:8]), str(error.value))
+    assert re.search(r"/\.env, line 6: .*" + re.escape(line.strip('"')[:8]), str(error.value))
 
 
 def test_a_dotenv_from_notepad():
@@ -110,6 +112,9 @@ def test_switches_take_no_value(monkeypatch):
         (["--query_dir", "nowhere"], "--query_dir is 'nowhere': there is no folder /"),
         (["--query_dir", "data.zip"], "--query_dir is 'data.zip': it is a file"),
         (["--query_dir", ""], "--query_dir is '': it may not be empty"),
+        (["--TOP_K", "3"], "there is no flag --TOP_K; did you mean --top_k?"),
+        (["--query_dir", "x" * 300], "there is no folder /"),
+        (["--query_dir", "~nobody-has-this-name/x"], "there is no such user"),
         (["--top_k", "0"], "--top_k is '0': it should be greater than 0"),
         (["--top_k=three"], "--top_k is 'three': it should be a valid integer"),
         (["--device", "gpu"], "--device is 'gpu': it should be 'auto', 'cpu', 'cuda' or 'mps'"),
@@ -249,6 +254,13 @@ def test_commands(monkeypatch, capsys):
         assert end.value.code == status
         said = capsys.readouterr()
         assert "one        A form with every kind" in said.out + said.err
+
+
+def test_a_reader_that_goes_away_is_no_noise(tmp_path):
+    script = f"{sys.executable} {ROOT / 'model_not_tuned.py'} --help | head -1"
+    ended = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert ended.stdout.startswith("usage: model_not_tuned.py")
+    assert "Logging error" not in ended.stderr
 
 
 def test_a_file_name_that_no_console_can_show_stops_nothing(tmp_path):
