@@ -43,10 +43,8 @@ def send_submission(
     the server does, nor for Ctrl-C: the outcome tells it.
     """
     if not url:
-        example = _resend(path, "http://HOST:3001/retrieval/")
-        return Outcome(
-            "saved", f"{path} is not sent: set SERVER_URL or --server_url, or send it with\n    {example}"
-        )
+        what = f"{path} is not sent: set SERVER_URL or --server_url, or send it with"
+        return Outcome("saved", f"{what}\n    {_resend(path, 'http://HOST:3001/retrieval/')}")
     body = path.read_bytes()
     submission = json.loads(body)
     _warn_of_folders(submission, url)
@@ -102,13 +100,10 @@ def _post(path: Path, body: bytes, url: str, timeouts: tuple[float, float]) -> t
             headers = {"Content-Type": "application/json"}
             response = session.post(url, data=body, headers=headers, timeout=timeouts, stream=True)
             _read_to_the_end(response, reply, timeouts[1])
-        fate = REFUSED if 300 <= response.status_code < 500 else MAYBE_COUNTED
+        turned_away = response.request.method != "POST" or 400 <= response.status_code < 500
+        fate = REFUSED if turned_away else MAYBE_COUNTED
         return _read_reply(response, bytes(reply)), fate, response.status_code >= 500
-    except (
-        requests.RequestException,
-        HTTPError,
-        ValueError,
-    ) as error:  # ValueError: a redirect to no address
+    except (requests.RequestException, HTTPError, ValueError) as error:  # ValueError: redirected nowhere
         sentence, fate, again = _network_failure(error, url)
         return Outcome("failed", sentence), fate, again
     finally:
