@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 try:
     import numpy as np
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 except ModuleNotFoundError as missing:  # the scripts come here first
     hint = "run `make demo` once and `source .venv/bin/activate`, or `pip install -r requirements.txt`"
     raise SystemExit(f"error: {missing}: {hint}") from None
@@ -34,9 +34,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 NO_FILES_OF_A_USER = ("thumbs.db", "desktop.ini")  # what Windows leaves in folders
 
 log = logging.getLogger("retrieval.images")
-warnings.filterwarnings(
-    "ignore", category=Image.DecompressionBombWarning
-)  # its error, at twice the size, counts
+# Only its error, at twice the size, counts.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 # ---- find -----------------------------------------------------------------------------------------
@@ -149,15 +148,29 @@ def read_image(path: Path | str) -> Tensor:
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1, upright, also where the metadata are broken: the pixels may not be."""
     try:
-        return image.getexif().get(0x0112, 1)
+        orientation = image.getexif().get(0x0112, 1)
     except Exception:  # anything, on broken bytes; if the pixels are broken too, decoding them will say so
         return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+TURNS = {  # EXIF orientation → what makes it upright: Exif 2.32, tag 0x0112
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB, upright, over white."""
-    if _orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
+    image.load()  # Pillow turns a TIFF by itself while loading, and then takes the tag away
+    turn = TURNS.get(_orientation(image))
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode[0] in "IF":  # one channel of 16 or 32 bits, or of floats
         image = _to_8_bits(image)
     if image.has_transparency_data:

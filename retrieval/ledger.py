@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -56,7 +57,7 @@ class Run:
         RunError where it cannot be written.
         """
         for images in (self.settings.query_dir, self.settings.gallery_dir):
-            if self.folder.resolve().is_relative_to(images.resolve()):
+            if Path(os.path.realpath(self.folder)).is_relative_to(os.path.realpath(images)):
                 raise InputError(
                     f"--output_dir {self.folder} lies in the images' folder {images}: give another one"
                 )
@@ -65,14 +66,19 @@ class Run:
                 raise InputError(
                     f"{self.folder / name} is a folder in the way of a file: give another --output_dir"
                 )
+        if (self.folder / "earlier").is_file():
+            raise InputError(
+                f"{self.folder / 'earlier'} is a file in the way of a folder: give another --output_dir"
+            )
         longest = max(len(json.dumps(image.name)) for image in gallery)
         needed = sum(len(json.dumps(image.name)) + 10 * (longest + 2) + 4 for image in queries)
         needed += 2**22  # metrics.json, the picture, the ledger's line
-        trial = self.folder / f".room-{os.getpid()}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(trial, bytes(needed))
-            trial.unlink()
+            with tempfile.TemporaryFile(dir=self.folder) as trial:
+                trial.write(bytes(needed))
+                trial.flush()
+                os.fsync(trial.fileno())
         except (FileExistsError, NotADirectoryError):
             raise InputError(
                 f"--output_dir {self.folder} is not a folder but a file: give another one"
@@ -98,9 +104,9 @@ class Run:
     def finish(self, metrics: dict[str, Any], outcome: Outcome) -> None:
         """Say the outcome, add it to metrics.json and the ledger, and leave with its status if it failed."""
         say(outcome)
-        self.write_metrics(metrics | ({} if outcome.accuracy is None else {"server_score": outcome.accuracy}))
         figures = {name: value for name, value in metrics.items() if name != "per_class"}
         append_line(self.folder, self.settings, outcome, metrics=figures)
+        self.write_metrics(metrics | ({} if outcome.accuracy is None else {"server_score": outcome.accuracy}))
         stop_if_failed(outcome)
 
 
@@ -150,9 +156,10 @@ def set_aside(folder: Path, names: tuple[str, ...] = PER_RUN) -> None:
     """Move the files of the run before to earlier/<its time>/: no run overwrites another's submission."""
     there = [folder / name for name in names if (folder / name).exists()]
     if there:
-        when = datetime.fromtimestamp(there[0].stat().st_mtime).strftime("%Y%m%d-%H%M%S-%f")
-        earlier = folder / "earlier" / when
-        earlier.mkdir(parents=True, exist_ok=True)
+        when = datetime.fromtimestamp(there[0].stat().st_mtime).strftime("%Y%m%d-%H%M%S")
+        taken = len(list((folder / "earlier").glob(f"{when}*")))
+        earlier = folder / "earlier" / (f"{when}-{taken + 1}" if taken else when)
+        earlier.mkdir(parents=True)
         for path in there:
             os.replace(path, earlier / path.name)
 

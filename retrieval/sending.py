@@ -10,17 +10,17 @@ import shlex
 import time
 from dataclasses import replace
 from itertools import chain
-from math import isfinite, nan
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import requests
-from urllib3.exceptions import HTTPError, NewConnectionError, ReadTimeoutError
+from urllib3.exceptions import HTTPError, LocationValueError, NewConnectionError, ReadTimeoutError
 
-from retrieval.ledger import Outcome, write_whole
+from retrieval.ledger import Outcome, set_aside, write_whole
 
 REPLY_BYTES = 2**25  # a reply with more is not the server's
+REDIRECTS = 3
 
 NOT_SENT = Outcome("saved", "scored by the folder labels (--custom_dataset): nothing was sent")
 
@@ -61,6 +61,7 @@ def send_submission(
                 break
             wait = backoff * 2**attempt
             log.warning("%s: %s. Sending it again in %g s", outcome.sentence, fate, wait)
+            set_aside(path.parent, ("reply.txt",))  # the next attempt may bring another
             time.sleep(wait)
     except KeyboardInterrupt:
         fate = MAYBE_COUNTED if posting else fate
@@ -92,37 +93,53 @@ def _resend(path: Path, url: str) -> str:
 
 
 def _post(path: Path, body: bytes, url: str, timeouts: tuple[float, float]) -> tuple[Outcome, str, bool]:
-    """POST once: the outcome, what became of the submission, and whether it makes sense to try again."""
-    reply = bytearray()
+    """POST once: the outcome, what became of the submission, and whether it makes sense to try again.
+
+    307 and 308 mean that the same POST belongs elsewhere, and are followed; after any other redirect the
+    submission may have been counted, so it is not sent there without a word.
+    """
+    headers = {"Content-Type": "application/json"}
     try:
-        with requests.Session() as session:
-            session.max_redirects = 3
-            headers = {"Content-Type": "application/json"}
-            response = session.post(url, data=body, headers=headers, timeout=timeouts, stream=True)
-            _read_to_the_end(response, reply, timeouts[1])
-        turned_away = response.request.method != "POST" or 400 <= response.status_code < 500
-        fate = REFUSED if turned_away else MAYBE_COUNTED
-        return _read_reply(response, bytes(reply)), fate, response.status_code >= 500
+        for _ in range(1 + REDIRECTS):
+            response = requests.post(
+                url, data=body, headers=headers, timeout=timeouts, stream=True, allow_redirects=False
+            )
+            if response.status_code not in (307, 308):
+                break
+            url = urljoin(url, response.headers.get("Location", ""))
     except (requests.RequestException, HTTPError, ValueError) as error:  # ValueError: redirected nowhere
         sentence, fate, again = _network_failure(error, url)
         return Outcome("failed", sentence), fate, again
+    reply = bytearray()
+    try:
+        broken = _read_to_the_end(response, reply, timeouts[1])
     finally:
-        if reply:
-            _keep_reply(path.with_name("reply.txt"), bytes(reply))
+        _keep_reply(path.with_name("reply.txt"), bytes(reply))
+        response.close()
+    turned_away = 400 <= response.status_code < 500 or response.status_code in (301, 307, 308)
+    fate = REFUSED if turned_away else MAYBE_COUNTED
+    return _read_reply(response, bytes(reply), broken), fate, response.status_code >= 500
 
 
-def _read_to_the_end(response: requests.Response, reply: bytearray, seconds: float) -> None:
-    """Fill `reply` with what comes, however slowly. Raises ReadTimeout if it ends too late, or is huge."""
+def _read_to_the_end(response: requests.Response, reply: bytearray, seconds: float) -> str:
+    """Fill `reply` with what comes, however slowly; return what kept it from its end, or ''."""
     deadline = time.monotonic() + seconds
-    while chunk := response.raw.read1(2**16, decode_content=True):
-        reply += chunk
-        if len(reply) > REPLY_BYTES or time.monotonic() > deadline:
-            raise requests.ReadTimeout("the reply does not end")
+    try:
+        while chunk := response.raw.read1(2**16, decode_content=True):
+            reply += chunk
+            if len(reply) > REPLY_BYTES or time.monotonic() > deadline:
+                return "did not end its answer in time"
+    except ReadTimeoutError:
+        return "did not end its answer in time"
+    except HTTPError as error:
+        return f"broke its answer off ({_words_of_the_system(error)})"
+    return ""
 
 
 def _keep_reply(path: Path, reply: bytes) -> None:
     try:
-        write_whole(path, reply)
+        if reply:
+            write_whole(path, reply)
     except OSError as error:  # the score in it must still be said
         log.warning("the server's reply cannot be kept in %s: %s", path, error.strerror)
 
@@ -132,23 +149,21 @@ def _network_failure(error: Exception, url: str) -> tuple[str, str, bool]:
     wrapped = getattr(error.args[0] if error.args else None, "reason", None)
     cause = _words_of_the_system(error)
     match error:
-        case requests.Timeout() | ReadTimeoutError() if not isinstance(error, requests.ConnectTimeout):
-            return f"{url} took the submission and did not finish its answer in time", MAYBE_COUNTED, False
+        case LocationValueError():
+            return f"{url} is no address ({error})", NOTHING_SENT, False
         case requests.ConnectTimeout():
             return f"nothing answers at {url} (check host, port and network)", NOTHING_SENT, True
+        case requests.Timeout() | ReadTimeoutError():
+            return f"{url} took the submission and did not answer in time", MAYBE_COUNTED, False
         case requests.exceptions.SSLError():
             fate = MAYBE_COUNTED if "EOF" in str(error) else NOTHING_SENT
             return f"there is no secure connection to {url} ({cause}; is it http:// there?)", fate, False
         case requests.exceptions.ProxyError():
-            return f"the proxy in http_proxy or https_proxy cannot be reached ({cause})", NOTHING_SENT, True
-        case requests.TooManyRedirects():
-            return f"{url} sends the POST in a circle", REFUSED, False
+            return f"the proxy in http_proxy or https_proxy failed ({cause})", NOTHING_SENT, True
         case requests.ConnectionError() if isinstance(wrapped, NewConnectionError):
             return f"{url} cannot be reached ({cause}; check host and port)", NOTHING_SENT, True
-        case requests.ConnectionError():
+        case requests.ConnectionError() | HTTPError():
             return f"{url} broke the connection off ({cause})", MAYBE_COUNTED, True
-        case HTTPError() | requests.exceptions.ChunkedEncodingError():
-            return f"{url} broke its answer off ({cause})", MAYBE_COUNTED, False
     return f"{url} cannot be opened ({error})", NOTHING_SENT, False
 
 
@@ -160,31 +175,24 @@ def _words_of_the_system(error: BaseException | None) -> str:
     return error.strerror.lower() if error else "the connection failed"
 
 
-def _read_reply(response: requests.Response, content: bytes) -> Outcome:
+def _read_reply(response: requests.Response, content: bytes, broken: str) -> Outcome:
     """The outcome that a reply tells: the score if there is one."""
-    status, told = (
-        response.status_code,
-        f"the server answered {response.status_code} {response.reason or ''}".strip(),
-    )
-    if response.request.method != "POST":
-        return Outcome(
-            "failed", f"the server moved to {response.url} (give that as --server_url)", status=status
-        )
+    status = response.status_code
+    told = f"the server answered {status} {response.reason or ''}".strip()
     try:
         reply = json.loads(content)
     except (ValueError, RecursionError):
         reply = None
+    if 300 <= status < 400:
+        return Outcome("failed", f"{told}, and points to {response.headers.get('Location')}", status=status)
     if not response.ok or not isinstance(reply, dict):
         hint = " (check the URL, down to its last slash)" if status == 404 else ""
-        kind = ", but not with the JSON of a score" if response.ok else ""
+        kind = f" and {broken}" if broken else ", but not with the JSON of a score" if response.ok else ""
         return Outcome("failed", f"{told}{kind}{hint}, {_excerpt(content)!r}", status=status)
-    try:
-        accuracy = float(reply["accuracy"])
-    except (KeyError, TypeError, ValueError, OverflowError):
-        accuracy = nan
-    if isfinite(accuracy):
+    accuracy = reply.get("accuracy")
+    if isinstance(accuracy, int | float) and not isinstance(accuracy, bool) and abs(accuracy) <= 1e9:
         sentence = f"the server's score: {accuracy:g} of 1000 (reply.txt holds its whole reply)"
-        return Outcome("scored", sentence, accuracy, status)
+        return Outcome("scored", sentence, float(accuracy), status)
     if "results" in reply:  # what an older server answered
         return Outcome("answered", f"the server's results: {_excerpt(content)}", status=status)
     return Outcome("failed", f"{told} without a score, {_excerpt(content)!r}", status=status)

@@ -55,6 +55,8 @@ class RunError(RuntimeError):
 def _path(value: Any) -> Path:
     if not str(value):
         raise ValueError("it may not be empty")  # Path("") would be the current folder
+    if "\0" in str(value):
+        raise ValueError("it holds a character that no path can have")
     try:
         return Path(value).expanduser()
     except RuntimeError:

@@ -94,7 +94,7 @@ def read_submission(path: Path) -> dict[str, Any]:
     """A saved submission, checked. Raises FileNotFoundError, or InputError for anything that is none."""
     try:
         submission = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}): give the submission.json that a run wrote") from None
     except IsADirectoryError:
         raise InputError(f"{path} is a folder: give the submission.json in it") from None

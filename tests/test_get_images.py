@@ -163,6 +163,17 @@ def test_exif_orientation_behind_other_metadata_is_applied(photo, tmp_path):
     assert pixels(path).shape == (60, 40, 3)
 
 
+def test_odd_metadata_beside_the_orientation_cost_no_pixels(photo, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x0100] = 5  # the image's width, a number, which becomes a text below
+    path = saved(photo, "JPEG", tmp_path / "a.jpg", exif=exif)
+    number, text = (b"\x01\x00" + kind + b"\x00\x00\x00\x01" for kind in (b"\x00\x04", b"\x00\x02"))
+    assert number in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(number, text))
+    assert pixels(path).shape == (60, 40, 3)
+
+
 def test_broken_metadata_cost_no_pixels(photo, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -84,12 +84,13 @@ def test_a_file_is_the_old_one_or_the_new_one(tmp_path, no_more_than_1_mb):
 
 def test_a_run_never_overwrites_the_files_of_another(tmp_path):
     set_aside(tmp_path)  # nothing there yet
-    for content in ("first", "second", "third"):
+    for content in ("first", "second", "third", "fourth"):
         set_aside(tmp_path)
-        (tmp_path / "submission.json").write_text(content)
-        (tmp_path / "reply.txt").write_text(content)
+        for name in ("submission.json", "reply.txt"):
+            (tmp_path / name).write_text(content)
+            os.utime(tmp_path / name, (10**9, 10**9))  # a file system that knows no time between them
     kept = sorted((tmp_path / "earlier").glob("*/submission.json"))
-    assert sorted(path.read_text() for path in kept) == ["first", "second"]
+    assert sorted(path.read_text() for path in kept) == ["first", "second", "third"]
     assert all(path.with_name("reply.txt").read_text() == path.read_text() for path in kept)
 
 
@@ -109,6 +110,12 @@ def test_files_and_lines_are_on_the_disk_before_it_goes_on(tmp_path, monkeypatch
     assert [stat.S_ISDIR(mode) for mode in synced] == [False, True]  # the file, and its name in the folder
     append_line(tmp_path, Settings(), SAVED)
     assert len(synced) == 3
+
+
+def test_a_file_in_the_way_of_a_folder_is_noticed_before_the_work(tmp_path):
+    (tmp_path / "earlier").touch()
+    with pytest.raises(InputError, match="earlier is a file in the way"):
+        Run(Settings(output_dir=tmp_path)).check_output_dir(images(1), images(1))
 
 
 def test_a_folder_in_the_way_of_a_file_is_noticed_before_the_work(tmp_path):
