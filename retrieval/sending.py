@@ -61,7 +61,6 @@ def send_submission(
                 break
             wait = backoff * 2**attempt
             log.warning("%s: %s. Sending it again in %g s", outcome.sentence, fate, wait)
-            set_aside(path.parent, ("reply.txt",))  # the next attempt may bring another
             time.sleep(wait)
     except KeyboardInterrupt:
         fate = MAYBE_COUNTED if posting else fate
@@ -137,9 +136,11 @@ def _read_to_the_end(response: requests.Response, reply: bytearray, seconds: flo
 
 
 def _keep_reply(path: Path, reply: bytes) -> None:
+    if not reply:
+        return
     try:
-        if reply:
-            write_whole(path, reply)
+        set_aside(path.parent, (path.name,))  # the reply to the attempt before
+        write_whole(path, reply)
     except OSError as error:  # the score in it must still be said
         log.warning("the server's reply cannot be kept in %s: %s", path, error.strerror)
 

@@ -334,7 +334,8 @@ def test_without_a_server_it_is_only_saved(saved):
 
 
 def test_a_reply_that_cannot_be_kept_hides_no_score(saved, caplog):
-    os.mkdir(saved.with_name("reply.txt"))
+    saved.with_name("reply.txt").write_text("before")
+    saved.with_name("earlier").touch()  # a file where the reply before should move to
     with Server(answer()) as server:
         assert send(saved, server.url).accuracy == 698.0
     assert "the server's reply cannot be kept" in caplog.text
