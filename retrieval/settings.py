@@ -111,7 +111,7 @@ class Form(BaseSettings):
     """A script's settings: subclass it with typed fields named in WORDS and their defaults."""
 
     model_config = SettingsConfigDict(
-        extra="ignore",
+        extra="forbid",
         frozen=True,
         validate_default=True,
         protected_namespaces=(),
