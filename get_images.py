@@ -87,9 +87,10 @@ def _walk(top: Path | str) -> Iterator[tuple[str, str]]:
     real, links = deque([("", os.fspath(top))]), deque()
     while real or links:
         prefix, folder = (real or links).popleft()
-        if os.path.realpath(folder) in entered:
+        place = os.path.realpath(folder)
+        if place in entered:
             continue
-        entered.add(os.path.realpath(folder))
+        entered.add(place)
         with os.scandir(folder) as entries:
             visible = [entry for entry in entries if not entry.name.startswith((".", "__MACOSX"))]
             visible.sort(key=lambda entry: entry.name)
@@ -209,11 +210,11 @@ class Batch:
 
 
 def read_batches(
-    files: list[ImageFile], prepare: Callable[[Tensor], Tensor], batch_size: int, workers: int | None = None
+    files: list[ImageFile], prepare: Callable[[Tensor], Tensor], batch_size: int
 ) -> Iterator[Batch]:
     """Yield the files in their order as batches of `batch_size` prepared images; the last may be smaller.
 
-    Worker threads (one a core by default) read and prepare up to two batches ahead of the caller; both
+    Worker threads, one a core, read and prepare up to two batches ahead of the caller; both
     release Python's lock. `prepare` turns pixels (3, height, width) into what the network wants.
     """
     import torch
@@ -225,7 +226,7 @@ def read_batches(
             return error
 
     # One torch thread a worker: the workers are the parallelism, and the network keeps its own threads.
-    pool = ThreadPoolExecutor(workers or os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
+    pool = ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
     try:
         remaining = iter(files)
         ahead = deque((file, pool.submit(read, file)) for file in islice(remaining, 2 * batch_size))

@@ -6,7 +6,6 @@ To add a word: write a function that returns its Backbone, and give it a row in 
 from __future__ import annotations
 
 import ctypes
-import difflib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator
 
-from retrieval.settings import InputError, RunError
+from retrieval.settings import InputError, RunError, did_you_mean
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -70,7 +69,9 @@ def load_backbone(word: str, device: str = "auto") -> Backbone:
             numbers = backbone.embed(
                 torch.zeros(1, 3, backbone.size, backbone.size, dtype=torch.uint8)
             ).shape[1:]
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
         raise RunError(
             f"{backbone.device} has no room for {word}: free its memory, or use --device cpu"
         ) from None
@@ -80,6 +81,11 @@ def load_backbone(word: str, device: str = "auto") -> Backbone:
             f"{given}: take its classifier off, or correct the dimension in retrieval/backbones.py"
         )
     return backbone
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device had no room: torch.OutOfMemoryError on CUDA, a plain RuntimeError on MPS."""
+    return "out of memory" in str(error)
 
 
 def choose_device(name: str) -> str:
@@ -97,9 +103,8 @@ def choose_device(name: str) -> str:
 def known_word(word: str) -> str:
     """The word itself, if it names a backbone; otherwise InputError with the words there are."""
     if word not in BACKBONES:
-        close = difflib.get_close_matches(word, BACKBONES, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise InputError(f"there is no such backbone; {hint}the words are {', '.join(BACKBONES)}")
+        hint = did_you_mean(word, BACKBONES) or ";"
+        raise InputError(f"there is no such backbone{hint} the words are {', '.join(BACKBONES)}")
     return word
 
 

@@ -10,13 +10,12 @@ import numpy as np
 from tqdm import tqdm
 
 from get_images import ImageFile, read_batches
+from retrieval.backbones import Backbone, out_of_memory
 from retrieval.ranking import Embeddings
 from retrieval.settings import InputError, RunError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from retrieval.backbones import Backbone
 
 log = logging.getLogger("retrieval.embedding")
 
@@ -60,8 +59,8 @@ def _embed_what_fits(backbone: Backbone, images: Tensor, fits: int) -> tuple[Ten
     while True:
         try:
             return torch.cat([backbone.embed(part) for part in images.split(fits)]).cpu(), fits
-        except RuntimeError as error:  # torch.OutOfMemoryError on CUDA, a plain RuntimeError on MPS
-            if "out of memory" not in str(error):
+        except RuntimeError as error:
+            if not out_of_memory(error):
                 raise
             if fits == 1:
                 raise RunError(

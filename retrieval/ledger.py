@@ -11,13 +11,14 @@ import time
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from get_images import ImageFile
 from retrieval.settings import Form, InputError, RunError
 
 PER_RUN = ("submission.json", "metrics.json", "reply.txt", "matches.png")  # what the next run replaces
 LEDGER = "runs.jsonl"
+EARLIER = "earlier"  # the folder that they move to
 
 log = logging.getLogger("retrieval.ledger")
 
@@ -66,9 +67,9 @@ class Run:
                 raise InputError(
                     f"{self.folder / name} is a folder in the way of a file: give another --output_dir"
                 )
-        if (self.folder / "earlier").is_file():
+        if (self.folder / EARLIER).is_file():
             raise InputError(
-                f"{self.folder / 'earlier'} is a file in the way of a folder: give another --output_dir"
+                f"{self.folder / EARLIER} is a file in the way of a folder: give another --output_dir"
             )
         longest = max(len(json.dumps(image.name)) for image in gallery)
         needed = sum(len(json.dumps(image.name)) + 10 * (longest + 2) + 4 for image in queries)
@@ -76,9 +77,7 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder) as trial:
-                trial.write(bytes(needed))
-                trial.flush()
-                os.fsync(trial.fileno())
+                _write_through(trial, bytes(needed))
         except (FileExistsError, NotADirectoryError):
             raise InputError(
                 f"--output_dir {self.folder} is not a folder but a file: give another one"
@@ -134,13 +133,18 @@ def write_whole(path: Path, data: bytes) -> None:
     unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
     try:
         with open(unfinished, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+            _write_through(file, data)
         os.replace(unfinished, path)
         _sync_folder(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _write_through(file: IO[bytes], data: bytes) -> None:
+    """Write, and go on when it is on the disk."""
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:
@@ -157,8 +161,8 @@ def set_aside(folder: Path, names: tuple[str, ...] = PER_RUN) -> None:
     there = [folder / name for name in names if (folder / name).exists()]
     if there:
         when = datetime.fromtimestamp(there[0].stat().st_mtime).strftime("%Y%m%d-%H%M%S")
-        taken = len(list((folder / "earlier").glob(f"{when}*")))
-        earlier = folder / "earlier" / (f"{when}-{taken + 1}" if taken else when)
+        taken = len(list((folder / EARLIER).glob(f"{when}*")))
+        earlier = folder / EARLIER / (f"{when}-{taken + 1}" if taken else when)
         earlier.mkdir(parents=True)
         for path in there:
             os.replace(path, earlier / path.name)
@@ -176,9 +180,7 @@ def append_line(folder: Path, settings: Form, outcome: Outcome, **more: Any) -> 
     with open(path, "a+b") as file:
         if file.tell() and not _ends_in_newline(path):
             line = b"\n" + line  # a line that a crash tore must not take this one with it
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+        _write_through(file, line)
 
 
 def _ends_in_newline(path: Path) -> bool:

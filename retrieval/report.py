@@ -33,13 +33,14 @@ def draw_matches(
     columns = min(top_k, max(len(names) for names in ranking.values()), 10)
     width = GAP + (SIDE + GAP) * (columns + 1) + GAP
     sheet = Image.new("RGB", (width, GAP + (SIDE + GAP) * len(shown)), "white")
+    draw = ImageDraw.Draw(sheet)
     for row, query in enumerate(shown):
         y = GAP + (SIDE + GAP) * row
         sheet.paste(_thumbnail(query.path), (GAP, y))
         for column, name in enumerate(ranking[query.name][:columns]):
             x = GAP + (SIDE + GAP) * (column + 1) + GAP
             sheet.paste(_thumbnail(paths[name]), (x, y))
-            _frame(ImageDraw.Draw(sheet), x, y, label_of(query.name), label_of(name))
+            _frame(draw, x, y, label_of(query.name), label_of(name))
     png = io.BytesIO()
     sheet.save(png, "PNG")
     write_whole(path, png.getvalue())

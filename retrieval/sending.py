@@ -154,7 +154,7 @@ def _network_failure(error: Exception, url: str) -> tuple[str, str, bool]:
             return f"{url} is no address ({error})", NOTHING_SENT, False
         case requests.ConnectTimeout():
             return f"nothing answers at {url} (check host, port and network)", NOTHING_SENT, True
-        case requests.Timeout() | ReadTimeoutError():
+        case requests.Timeout():
             return f"{url} took the submission and did not answer in time", MAYBE_COUNTED, False
         case requests.exceptions.SSLError():
             fate = MAYBE_COUNTED if "EOF" in str(error) else NOTHING_SENT

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -176,7 +176,7 @@ def read_form(form: type[FormType], arguments: list[str], program: str | None = 
             hint = (
                 f": it is a flag only, --{name.lower()}"
                 if name.lower() in WORDS
-                else _meant(name.upper(), known)
+                else did_you_mean(name.upper(), known)
             )
             log.warning(".env sets %s, which no script reads%s", name, hint)
     try:
@@ -195,7 +195,7 @@ def _flag_sentence(problem: str, form: type[Form]) -> str:
         return f"{problem} (--help lists the flags)"
     if not unknown[2]:
         return f"{unknown[1]} is neither a flag nor a flag's value: quote what has blanks (see --help)"
-    hint = _meant(unknown[2].lower(), [f"--{name}" for name in form.model_fields])
+    hint = did_you_mean(unknown[2].lower(), [f"--{name}" for name in form.model_fields])
     return f"there is no flag {unknown[2]}{hint} (--help lists the flags)"
 
 
@@ -214,8 +214,9 @@ def _value_sentence(problem: dict[str, Any], arguments: list[str]) -> str:
     return f"{where} is '{problem['input']}': {what}"
 
 
-def _meant(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown word: the known one that is like it, or nothing."""
+    close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 

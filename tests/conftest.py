@@ -85,7 +85,7 @@ def _no_settings_from_outside(monkeypatch, tmp_path_factory):
 
 def run(*arguments, cwd, **environment):
     """Run a script of the project, or `-m module`, as a user does; its status, output and errors."""
-    command = [str(ROOT / part) if part.endswith(".py") else str(part) for part in map(str, arguments)]
+    command = [str(ROOT / part) if part.endswith(".py") else part for part in map(str, arguments)]
     env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
     return subprocess.run(
         [sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True, timeout=300

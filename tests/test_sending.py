@@ -186,11 +186,16 @@ def test_a_server_that_hangs_is_not_sent_a_second_one(saved):
     assert len(server.received) == 1
 
 
-def drip(handler):
-    handler.send_response(200)
-    handler.end_headers()
-    while not handler.server_stopped.wait(0.05):
-        handler.wfile.write(b"x")
+def dripping(status):
+    """The behaviour of answering with this status and a body that comes slowly and never ends."""
+
+    def behave(handler):
+        handler.send_response(status)
+        handler.end_headers()
+        while not handler.server_stopped.wait(0.05):
+            handler.wfile.write(b"x")
+
+    return behave
 
 
 def flood(handler):
@@ -200,15 +205,23 @@ def flood(handler):
         handler.wfile.write(bytes(2**20))
 
 
-def half(handler):
-    handler.send_response(200)
-    handler.send_header("Content-Length", "1000")
-    handler.end_headers()
-    handler.wfile.write(b'{"accuracy": 69')
+def cut_off(body):
+    """The behaviour of promising more than this body, and closing after it."""
+
+    def behave(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000")
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return behave
+
+
+HALF = b'{"accuracy": 69'
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "kept"), [(drip, b"xx"), (flood, bytes(100)), (half, b'{"accuracy": 69')]
+    ("behaviour", "kept"), [(dripping(200), b"xx"), (flood, bytes(100)), (cut_off(HALF), HALF)]
 )
 def test_a_reply_that_never_ends_or_breaks_off_is_kept_as_far_as_it_came(saved, behaviour, kept):
     with quiet(Server(behaviour)) as server:
@@ -241,15 +254,8 @@ def test_ctrl_c_between_two_attempts_knows_that_nothing_was_sent(saved, monkeypa
     assert "stopped by Ctrl-C: the submission was not sent" in send(saved, "http://127.0.0.1:9/").sentence
 
 
-def slow_trouble(handler):
-    handler.send_response(500)
-    handler.end_headers()
-    while not handler.server_stopped.wait(0.05):
-        handler.wfile.write(b"x")
-
-
 def test_trouble_that_drips_ends_too(saved):
-    with quiet(Server(slow_trouble)) as server:
+    with quiet(Server(dripping(500))) as server:
         outcome = send(saved, server.url, timeouts=(1, 0.3), retries=1)
     assert outcome.failed
     assert saved.with_name("reply.txt").read_bytes().startswith(b"x")
@@ -278,14 +284,7 @@ def unended(handler):
     handler.server_stopped.wait(20)
 
 
-def overlong(handler):
-    handler.send_response(200)
-    handler.send_header("Content-Length", "1000")
-    handler.end_headers()
-    handler.wfile.write(b'{"accuracy": 698.0}')
-
-
-@pytest.mark.parametrize("behaviour", [unended, overlong])
+@pytest.mark.parametrize("behaviour", [unended, cut_off(b'{"accuracy": 698.0}')])
 def test_a_score_in_a_reply_that_ends_badly_is_a_score(saved, behaviour):
     with quiet(Server(behaviour)) as server:
         assert send(saved, server.url, timeouts=(1, 0.5)).accuracy == 698.0
