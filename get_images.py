@@ -7,18 +7,22 @@ As a script it lays out a data set: `sample` is 1797 labelled handwritten digits
 
 from __future__ import annotations
 
+import functools
 import logging
+import multiprocessing
 import os
 import shutil
+import signal
 import stat
+import threading
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 try:
     import numpy as np
@@ -200,50 +204,114 @@ def _reason(error: Exception, path: Path | str) -> str:
 # ---- batch ----------------------------------------------------------------------------------------
 
 
+class Square(NamedTuple):
+    """What a network sees of an image."""
+
+    pixels: Tensor  # uint8 RGB (3, size, size)
+    face: bool | None = None  # whether it shows a face that was found; None: none was looked for
+
+
 @dataclass
 class Batch:
     """Images ready for a network, with their names; and those that could not be read, with the reason."""
 
     names: list[str] = field(default_factory=list)
-    images: list[Tensor] = field(default_factory=list)
+    images: list[Square] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
 
 
 def read_batches(
-    files: list[ImageFile], prepare: Callable[[Tensor], Tensor], batch_size: int
+    files: list[ImageFile], prepare: Callable[[Tensor], Square], batch_size: int, processes: bool = False
 ) -> Iterator[Batch]:
     """Yield the files in their order as batches of `batch_size` prepared images; the last may be smaller.
 
-    Worker threads, one a core, read and prepare up to two batches ahead of the caller; both
-    release Python's lock. `prepare` turns pixels (3, height, width) into what the network wants.
+    Readers, one a core, read and prepare up to two batches ahead of the caller: threads, since decoding and
+    resizing release Python's lock; or processes for a `prepare` that does not, which must then be picklable.
+    `prepare` turns pixels (3, height, width) into what the network sees. Raises BrokenProcessPool where a
+    process was killed.
     """
     import torch
 
-    def read(file: ImageFile) -> Tensor | UnreadableImageError:
-        try:
-            return prepare(read_image(file.path))
-        except UnreadableImageError as error:
-            return error
-
-    # One torch thread a worker: the workers are the parallelism, and the network keeps its own threads.
-    pool = ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
+    pool: Executor = reader_processes() if processes else _reader_threads()
+    read = functools.partial(_read_in_process if processes else _read, prepare)
+    remaining = iter(files)
+    ahead: deque[tuple[ImageFile, Future]] = deque()
     try:
-        remaining = iter(files)
-        ahead = deque((file, pool.submit(read, file)) for file in islice(remaining, 2 * batch_size))
+        ahead.extend((file, pool.submit(read, file.path)) for file in islice(remaining, 2 * batch_size))
         batch = Batch()
         while ahead:
-            file, result = ahead[0][0], ahead.popleft()[1].result()
-            ahead.extend((file, pool.submit(read, file)) for file in islice(remaining, 1))
+            file, future = ahead.popleft()
+            result = future.result()
+            ahead.extend((file, pool.submit(read, file.path)) for file in islice(remaining, 1))
             if isinstance(result, UnreadableImageError):
                 batch.unreadable[file.name] = str(result)
             else:
                 batch.names.append(file.name)
-                batch.images.append(result)
+                batch.images.append(result._replace(pixels=torch.as_tensor(result.pixels)))
             if len(batch.images) == batch_size or not ahead:
                 yield batch
                 batch = Batch()
     finally:
-        pool.shutdown(cancel_futures=True)
+        for _, future in ahead:
+            future.cancel()
+        if not processes:
+            pool.shutdown()
+
+
+def _read(prepare: Callable[[Tensor], Square], path: Path) -> Square | UnreadableImageError:
+    try:
+        return prepare(read_image(path))
+    except UnreadableImageError as error:
+        return error
+
+
+def _read_in_process(prepare: Callable[[Tensor], Square], path: Path) -> Square | UnreadableImageError:
+    """As _read, with pixels that travel as plain bytes: shared memory is scarce in containers."""
+    result = _read(prepare, path)
+    return result._replace(pixels=result.pixels.numpy()) if isinstance(result, Square) else result
+
+
+def _reader_threads() -> ThreadPoolExecutor:
+    import torch
+
+    # One torch thread a worker: the workers are the parallelism, and the network keeps its own threads.
+    return ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
+
+
+@functools.cache
+def reader_processes() -> ProcessPoolExecutor:
+    """The reader processes, one a core, which start at the first call and serve until the program ends.
+
+    Not forks of this process: a fork of a process with threads may hang.
+    """
+    if "forkserver" in multiprocessing.get_all_start_methods():
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["__main__", "torchvision.io"])  # imported once for all of them
+    else:
+        context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(os.cpu_count(), mp_context=context, initializer=_start_reader)
+    # Ctrl-C reaches every process of a terminal, but is for the program alone, which then ends its readers:
+    # they inherit that it is blocked. (Windows has no such thing; there they ignore it once they are up.)
+    can_block = hasattr(signal, "pthread_sigmask")
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if can_block else None
+    pool.submit(os.getpid)  # the first task starts them
+    if can_block:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return pool
+
+
+def _start_reader() -> None:
+    import torch
+
+    torch.set_num_threads(1)  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_program, daemon=True).start()
+
+
+def _end_with_the_program() -> None:
+    """A program that is killed cannot tell its readers: they would wait for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 # ---- data sets ------------------------------------------------------------------------------------

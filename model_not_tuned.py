@@ -16,7 +16,20 @@ from retrieval.metrics import measure, require_labels
 from retrieval.ranking import rank
 from retrieval.report import draw_matches
 from retrieval.sending import NOT_SENT, send_submission
-from retrieval.settings import Device, Folder, Form, GroupName, NewFolder, PositiveInt, ServerUrl, run_script
+from retrieval.settings import (
+    Crop,
+    Device,
+    File,
+    Folder,
+    Form,
+    GroupName,
+    NewFolder,
+    PositiveInt,
+    PositiveShare,
+    ServerUrl,  # fmt: skip
+    Share,
+    run_script,
+)
 from retrieval.submission import NAMES_PER_QUERY, make_submission, save_submission
 
 
@@ -33,6 +46,12 @@ class Settings(Form):
     output_dir: NewFolder = Path("results")
     batch_size: PositiveInt = 32
     device: Device = "auto"  # or "cpu", "cuda", "mps"
+    weights: File | None = None  # instead of the word's own
+    crop: Crop = "auto"  # "face", "none", or what the word is for
+    image_size: PositiveInt | None = None  # this and the next two: None is what the word was trained with
+    face_margin: Share | None = None
+    min_face_size: PositiveShare | None = None
+    save_crops: NewFolder | None = None  # to look at
 
 
 def main(settings: Settings) -> None:
@@ -43,11 +62,12 @@ def main(settings: Settings) -> None:
     run.check_output_dir(queries, gallery)
     run.done("find", f"found {len(queries)} query and {len(gallery)} gallery images")
 
-    backbone = load_backbone(settings.model_type, settings.device)
+    backbone = load_backbone(settings.model_type, settings.device, settings.weights, settings.crop,
+                             settings.image_size, settings.face_margin, settings.min_face_size)  # fmt: skip
     run.done("load", f"loaded {backbone.word} on {backbone.device}")
 
-    query_embeddings = embed(queries, backbone, settings.batch_size, "queries")
-    gallery_embeddings = embed(gallery, backbone, settings.batch_size, "gallery images")
+    query_embeddings = embed(queries, backbone, settings.batch_size, "queries", settings.save_crops)
+    gallery_embeddings = embed(gallery, backbone, settings.batch_size, "gallery images", settings.save_crops)
     run.done("embed", f"embedded {len(queries) + len(gallery)} images as {backbone.dimension}-d unit vectors")
 
     ranking = rank(query_embeddings, gallery_embeddings, keep=max(settings.top_k, NAMES_PER_QUERY))
@@ -58,6 +78,7 @@ def main(settings: Settings) -> None:
     submission = make_submission(ranking, queries, gallery, settings.group_name)
     path = save_submission(submission, settings.output_dir)
     run.write_metrics(metrics)
+    run.write_without_face(query_embeddings, gallery_embeddings)
     draw_matches(ranking, queries, gallery, settings.top_k, settings.output_dir / "matches.png")
     run.done("save", f"saved {path}, and metrics.json and matches.png beside it,")
 

@@ -26,9 +26,10 @@ def usual(folder: Path) -> tuple[float, list]:
     from torchvision import transforms
 
     from get_images import find_images
-    from retrieval.backbones import efficientnet_lite0
+    from retrieval.model_zoo import find_word
 
-    network = efficientnet_lite0().network.eval()
+    row = find_word("efficientnet_lite0")
+    network = row.network(row.weights.fetch()).eval()
     resize = transforms.Resize((224, 224), interpolation=transforms.InterpolationMode.BICUBIC)
     normalise = transforms.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     transform = transforms.Compose([resize, transforms.ToTensor(), normalise])

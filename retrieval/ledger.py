@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from get_images import ImageFile
+from retrieval.ranking import Embeddings
 from retrieval.settings import Form, InputError, RunError
 
-PER_RUN = ("submission.json", "metrics.json", "reply.txt", "matches.png")  # what the next run replaces
+# What the next run replaces.
+PER_RUN = ("submission.json", "metrics.json", "reply.txt", "matches.png", "without_face.json")
 LEDGER = "runs.jsonl"
 EARLIER = "earlier"  # the folder that they move to
 
@@ -57,11 +59,13 @@ class Run:
         InputError where it is a file, or where the next run would find its pictures among the images;
         RunError where it cannot be written.
         """
+        written = {"output_dir": self.folder, "save_crops": self.settings.save_crops}
         for images in (self.settings.query_dir, self.settings.gallery_dir):
-            if Path(os.path.realpath(self.folder)).is_relative_to(os.path.realpath(images)):
-                raise InputError(
-                    f"--output_dir {self.folder} lies in the images' folder {images}: give another one"
-                )
+            for flag, folder in written.items():
+                if folder and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(images)):
+                    raise InputError(
+                        f"--{flag} {folder} lies in the images' folder {images}: give another one"
+                    )
         for name in (*PER_RUN, LEDGER):
             if (self.folder / name).is_dir():
                 raise InputError(
@@ -99,6 +103,12 @@ class Run:
         seconds = {name: round(spent, 3) for name, spent in self.seconds.items()}
         figures = metrics | {"seconds": seconds | {"total": round(sum(self.seconds.values()), 3)}}
         write_whole(self.folder / "metrics.json", as_json(figures, indent=2))
+
+    def write_without_face(self, queries: Embeddings, gallery: Embeddings) -> None:
+        """without_face.json: the names of the images without a face, if one was looked for."""
+        if queries.without_face is not None:
+            names = {"queries": queries.without_face, "gallery_images": gallery.without_face}
+            write_whole(self.folder / "without_face.json", as_json(names, indent=2))
 
     def finish(self, metrics: dict[str, Any], outcome: Outcome) -> None:
         """Say the outcome, add it to metrics.json and the ledger, and leave with its status if it failed."""

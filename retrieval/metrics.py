@@ -50,6 +50,9 @@ def measure(ranking: dict[str, list[str]], queries: Embeddings, gallery: Embeddi
     """
     unreadable = {"unreadable_queries": queries.unreadable, "unreadable_gallery_images": gallery.unreadable}
     metrics = {"queries": len(queries.names), "gallery_images": len(gallery.names), "k": top_k} | unreadable
+    if queries.without_face is not None:
+        metrics["queries_without_face"] = len(queries.without_face)
+        metrics["gallery_images_without_face"] = len(gallery.without_face)
     if not are_labelled(queries.names, gallery.names):
         return metrics
     labels = np.array([label_of(query) for query in ranking], dtype=object)

@@ -18,11 +18,13 @@ log = logging.getLogger("retrieval.ranking")
 class Embeddings:
     """Unit vectors with their names: row i of `vectors` (images, dimension), float32, belongs to names[i].
 
-    An image that could not be embedded has a row of zeros.
+    An image that could not be embedded has a row of zeros. `without_face` are the names of those in which a
+    face was looked for and not found; None if none was looked for.
     """
 
     names: list[str]
     vectors: np.ndarray
+    without_face: list[str] | None = None
 
     @property
     def unreadable(self) -> list[str]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from get_images import ImageFile, UnreadableImageError, label_of, read_image
 from retrieval.ledger import write_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SIDE, GAP, FRAME = 96, 12, 4  # pixels of a thumbnail, around it, and of its frame
 RIGHT, WRONG, UNKNOWN = "#1a7f37", "#cf222e", "#8c959f"
@@ -46,11 +50,21 @@ def draw_matches(
     write_whole(path, png.getvalue())
 
 
+def write_png(pixels: Tensor, path: Path) -> None:
+    """Write uint8 RGB (3, height, width) as a PNG file, with the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _picture(pixels).save(path, "PNG")
+
+
+def _picture(pixels: Tensor) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+
+
 def _thumbnail(path: Path) -> Image.Image:
     """The whole image in a square, on grey; a cross where it cannot be read."""
     square = Image.new("RGB", (SIDE, SIDE), "#eaeef2")
     try:
-        image = Image.fromarray(np.ascontiguousarray(read_image(path).permute(1, 2, 0).numpy()))
+        image = _picture(read_image(path))
     except UnreadableImageError:
         ImageDraw.Draw(square).line([(0, 0), (SIDE, SIDE), (SIDE, 0), (0, SIDE)], fill=UNKNOWN, width=2)
         return square

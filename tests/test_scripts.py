@@ -32,8 +32,11 @@ def test_the_form_is_read_before_the_slow_imports(script):
     subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
 
 
-@pytest.mark.parametrize("command", [["model_not_tuned.py"], ["get_images.py"], ["get_images.py", "sample"],
-                                     ["-m", "retrieval.submission"]])  # fmt: skip
+COMMANDS = [["model_not_tuned.py"], ["get_images.py"], ["get_images.py", "sample"],
+            ["-m", "retrieval.submission"], ["-m", "retrieval.backbones"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help(command, tmp_path):
     ended = run(*command, "--help", cwd=tmp_path)
     assert ended.returncode == 0
@@ -46,10 +49,10 @@ def test_batch_size_and_device_reach_the_network(few, monkeypatch, backbone, tmp
     asked = []
     embed = model_not_tuned.embed
     monkeypatch.setattr(
-        model_not_tuned, "load_backbone", lambda word, device: asked.append((word, device)) or backbone
+        model_not_tuned, "load_backbone", lambda word, device, *_: asked.append((word, device)) or backbone
     )
     monkeypatch.setattr(
-        model_not_tuned, "embed", lambda f, b, size, kind: asked.append(size) or embed(f, b, size, kind)
+        model_not_tuned, "embed", lambda f, b, size, *more: asked.append(size) or embed(f, b, size, *more)
     )
     folders = {"query_dir": few / "query", "gallery_dir": few / "gallery", "output_dir": tmp_path}
     model_not_tuned.main(
@@ -70,6 +73,7 @@ def test_without_the_packages_a_sentence_says_how_to_get_them():
         ["model_not_tuned.py"],
         ["get_images.py", "sample"],
         ["-m", "retrieval.submission", "a.json"],
+        ["-m", "retrieval.backbones"],
     ):
         command = [sys.executable, "-S", *script]
         ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -182,7 +186,7 @@ def test_a_server_that_fails_loses_nothing(flat):
         (("--query_dir", "empty", "--gallery_dir", "gallery"), 2, "empty holds no images, no files at all"),
         (("--query_dir", "texts", "--gallery_dir", "gallery"), 2, "texts holds no images, only 1 other"),
         ((*FOLDERS, "--custom_dataset"), 2, "scores by class folders, but 32 images"),
-        ((*FOLDERS, "--model_type", "efficientnet"), 2, "did you mean efficientnet_lite0?"),
+        ((*FOLDERS, "--model_type", "efficientnet_lit0"), 2, "did you mean efficientnet_lite0?"),
         ((*FOLDERS, "--output_dir", "texts/a.txt"), 2, "is not a folder but a file"),
         ((*FOLDERS, "--output_dir", "/proc/results"), 1, "give another --output_dir"),
         ((*FOLDERS, "--top", "3"), 2, "there is no flag --top"),
@@ -231,14 +235,37 @@ def test_the_readme_begins_with_the_two_commands():
     assert readme_commands()[:2] == ["make demo", "make test"]
 
 
+def weights_of_the_study(folder):
+    """Untrained weights where the study's networks are looked for, and the environment that says so."""
+    import torch
+    from facenet_pytorch import InceptionResnetV1
+    from torchvision.models import resnet50
+
+    network = resnet50()
+    snapshot = folder / "hub" / "models--lightly-ai--simclrv1-imagenet1k-resnet50-1x" / "snapshots" / "0"
+    places = {
+        folder / "torch" / "hub" / "checkpoints" / "resnet50-11ad3fa6.pth": network.state_dict(),
+        folder / "torch" / "checkpoints" / "20180402-114759-vggface2.pt": InceptionResnetV1().state_dict(),
+        snapshot / "resnet50-1x.pth": {"state_dict": network.state_dict()},
+    }
+    for place, state in places.items():
+        place.parent.mkdir(parents=True)
+        torch.save(state, place)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("0")
+    return {"TORCH_HOME": str(folder / "torch"), "HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}
+
+
 def test_every_other_command_of_the_readme_runs(few, tmp_path):
     """In a copy of the project, with sample images at the places that the README names and a server there."""
     for name in ("get_images.py", "model_not_tuned.py", "retrieval", ".env.example"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
-    shutil.copytree(few, tmp_path / "data" / "test")
+    for place in ("test", "competition/test", "intel_dataset/test"):
+        shutil.copytree(few, tmp_path / "data" / place)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "activate").write_text("")
     env = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    env |= weights_of_the_study(tmp_path)
     with Server(answer()) as server:
         for command in readme_commands()[2:]:
             command = command.replace("http://HOST:3001/retrieval/", server.url)

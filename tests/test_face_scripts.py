@@ -1,0 +1,147 @@
+"""model_not_tuned.py on photographs of people, with dlib's real network and the reader processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures.process import BrokenProcessPool
+
+import pytest
+import torch
+from conftest import ROOT, face_photograph, run
+from PIL import Image
+from torchvision.transforms.v2.functional import resize
+
+FLAGS = ("--model_type", "dlib", "--query_dir", "query", "--gallery_dir", "gallery")
+
+
+@pytest.fixture
+def people(tmp_path):
+    """Two people, each as a query and mirrored in the gallery, and there also what is nobody."""
+    for name in ("hopper", "collins"):
+        photo = resize(face_photograph(name), [300], antialias=True)
+        for part, pixels in (("query", photo), ("gallery", photo.flip(2))):
+            (tmp_path / part / name).mkdir(parents=True)
+            picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+            picture.save(tmp_path / part / name / f"{part}.jpg")
+    (tmp_path / "gallery" / "nobody").mkdir()
+    for number in range(3):
+        Image.new("RGB", (40 + number, 60), "black").save(tmp_path / "gallery" / "nobody" / f"{number}.png")
+    (tmp_path / "gallery" / "nobody" / "broken.jpg").write_bytes(b"no image")
+    return tmp_path
+
+
+def test_people_are_found_and_nobody_loses_a_row(people):
+    ended = run("model_not_tuned.py", *FLAGS, "--custom_dataset", "--save_crops", "crops", cwd=people)
+    assert ended.returncode == 0, ended.stderr
+    assert "no face was found in 3 of the 6 gallery images, such as nobody/0.png" in ended.stderr
+    found = json.loads((people / "results" / "metrics.json").read_text())
+    assert found["top_1"] == 1.0
+    assert (found["queries_without_face"], found["gallery_images_without_face"]) == (0, 3)
+    assert found["unreadable_gallery_images"] == ["nobody/broken.jpg"]
+    names = json.loads((people / "results" / "without_face.json").read_text())
+    assert names == {"queries": [], "gallery_images": [f"nobody/{number}.png" for number in range(3)]}
+    images = json.loads((people / "results" / "submission.json").read_text())["images"]
+    assert {len(ranked) for ranked in images.values()} == {6}  # all of the gallery
+    crops = sorted(str(path.relative_to(people / "crops")) for path in (people / "crops").rglob("*.png"))
+    assert len(crops) == 7
+    assert "queries/hopper/query.jpg.png" in crops
+    assert Image.open(people / "crops" / "gallery_images" / "nobody" / "0.png.png").size == (150, 150)
+
+
+def test_without_a_crop_no_face_is_looked_for(people):
+    ended = run("model_not_tuned.py", *FLAGS, "--crop", "none", cwd=people)
+    assert ended.returncode == 0, ended.stderr
+    assert "no face" not in ended.stderr
+    assert "queries_without_face" not in (people / "results" / "metrics.json").read_text()
+    assert not (people / "results" / "without_face.json").exists()
+
+
+def test_a_face_crop_before_any_network(people):
+    ended = run("model_not_tuned.py", *FLAGS[2:], "--custom_dataset", cwd=people, CROP="face")
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads((people / "results" / "metrics.json").read_text())["top_1"] == 1.0
+    assert "no face was found in 3 of the 6 gallery images" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--save_crops", "gallery/crops"), "--save_crops gallery/crops lies in the images' folder"),
+        (("--weights", "gone.pth"), "--weights is 'gone.pth': there is no file"),
+        (("--weights", "tuned.pth"), "run `python model_fine_tuned.py --weights tuned.pth`"),
+        (("--weights", "query/hopper/query.jpg"), "is not a file of weights, or only a part of one"),
+        (("--face_margin", "1"), "--face_margin is '1': it should be less than 1"),
+        (("--min_face_size", "0"), "--min_face_size is '0': it should be greater than 0"),
+        (("--image_size", "20"), "dlib does not take images of 20 pixels"),
+        (("--crop", "faces"), "--crop is 'faces': it should be 'auto', 'none' or 'face'"),
+    ],
+)
+def test_wrong_input_is_a_sentence(people, flags, sentence):
+    torch.save({"recipe": {"word": "dlib"}, "network": {}}, people / "tuned.pth")
+    ended = run("model_not_tuned.py", *FLAGS, *flags, cwd=people)
+    assert ended.returncode == 2
+    assert sentence in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("seconds", [0, 0.3, 1])  # while the readers start, and when they work
+def test_ctrl_c_ends_the_reader_processes_too(people, seconds):
+    for number in range(600):
+        os.link(people / "query" / "hopper" / "query.jpg", people / "query" / "hopper" / f"{number}.jpg")
+    command = [sys.executable, ROOT / "model_not_tuned.py", *FLAGS]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=people, env=env, start_new_session=True, **pipes)
+    while b"loaded" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to each process of the group
+    errors = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130
+    assert "stopped by Ctrl-C" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_killed_program_leaves_no_reader_behind(people):
+    for number in range(600):
+        os.link(people / "query" / "hopper" / "query.jpg", people / "query" / "hopper" / f"{number}.jpg")
+    command = [sys.executable, ROOT / "model_not_tuned.py", *FLAGS]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=people, env=env, start_new_session=True, stdout=subprocess.PIPE)
+    while b"loaded" not in process.stdout.readline():
+        assert process.poll() is None
+    process.kill()
+    process.communicate()
+    for _ in range(100):
+        try:
+            os.killpg(process.pid, 0)  # nothing, if any process of the group is left
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    pytest.fail("reader processes are left")
+
+
+def test_a_killed_reader_is_a_sentence(monkeypatch, people):
+    from get_images import find_images
+    from retrieval import embedding
+    from retrieval.backbones import load_backbone
+    from retrieval.settings import RunError
+
+    def killed(*_, **__):
+        raise BrokenProcessPool
+        yield
+
+    monkeypatch.setattr(embedding, "read_batches", killed)
+    with pytest.raises(RunError, match="a process that looks for faces was killed"):
+        embedding.embed(find_images(people / "query"), load_backbone("dlib", "cpu"), 8)
+
+
+def test_a_disk_that_is_full_costs_the_crops_only(people):
+    ended = run("model_not_tuned.py", *FLAGS, "--save_crops", "/proc/crops", cwd=people)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.count("the run goes on without crops") == 2
+    assert (people / "results" / "submission.json").exists()

@@ -1,0 +1,182 @@
+"""Photographs of two people, and what is none: every image gives one crop, whatever is in it."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from conftest import face_photograph
+from PIL import Image
+from torchvision.transforms.v2.functional import pad, resize
+
+from get_images import find_images
+from retrieval import faces
+from retrieval.embedding import embed
+from retrieval.faces import DETECTORS, FaceCrop, centre_box, main_face
+from retrieval.model_zoo import find_word
+
+CROPS = {"mtcnn": FaceCrop("mtcnn", 160, 14 / 160, 0.08), "dlib": FaceCrop("dlib", 150, 1 / 3, 0.16)}
+
+
+@functools.cache
+def hopper():
+    """Grace Hopper, 250 pixels high as a photograph of LFW: small enough for no detector to shrink it."""
+    return resize(face_photograph("hopper"), [250], antialias=True)[:, :250, :200]
+
+
+def photo_of(image):
+    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+
+
+def main_box(crop, image):
+    """The chosen face's box, in shares of the photograph's sides."""
+    photo = photo_of(image)
+    height, width = photo.shape[:2]
+    box = main_face(DETECTORS[crop.detector].find(photo, crop.min_face_size), (height, width))
+    return np.array(box) / [width, height, width, height]
+
+
+def overlap(one, other):
+    """Intersection over union of two boxes."""
+    sides = np.minimum(one[2:], other[2:]) - np.maximum(one[:2], other[:2])
+    shared = sides.clip(0).prod()
+    return shared / ((one[2:] - one[:2]).prod() + (other[2:] - other[:2]).prod() - shared)
+
+
+def cosine(one, other):
+    one, other = one.double().flatten() - 128, other.double().flatten() - 128
+    return float(one @ other / one.norm() / other.norm())
+
+
+@pytest.fixture(params=CROPS)
+def crop(request):
+    return CROPS[request.param]
+
+
+def test_the_crop_is_mtcnns_own_pixel_by_pixel():
+    from facenet_pytorch import MTCNN
+
+    theirs = MTCNN(image_size=160, margin=14, post_process=False, selection_method="center_weighted_size")
+    for image in (hopper(), hopper().flip(2)):
+        expected = theirs(Image.fromarray(photo_of(image)))
+        assert torch.equal(CROPS["mtcnn"](image).pixels.float(), expected)
+
+
+def test_facenets_input_is_its_own_standardisation():
+    from facenet_pytorch import fixed_image_standardization
+
+    row = find_word("facenet")
+    pixels = torch.arange(256, dtype=torch.float32)
+    assert torch.allclose(
+        (pixels / 255 - row.mean[0]) / row.std[0], fixed_image_standardization(pixels), atol=1e-6
+    )
+
+
+def test_the_chip_is_dlibs_own_pixel_by_pixel():
+    import dlib
+
+    detect, landmarks = faces._dlib()
+    photo = photo_of(hopper())
+    expected = dlib.get_face_chip(photo, landmarks(photo, detect(photo)[0]), size=150, padding=0.25)
+    assert np.array_equal(photo_of(CROPS["dlib"](hopper()).pixels), expected)
+
+
+def test_a_large_photograph_gives_nearly_the_same_box(crop):
+    large = resize(hopper(), [2000, 1600], antialias=True)
+    assert overlap(main_box(crop, large), main_box(crop, hopper())) > 0.6
+    assert crop(large).pixels.shape == (3, crop.size, crop.size)
+
+
+def test_of_several_faces_the_largest_and_most_central_wins(crop):
+    small = resize(hopper(), [125, 100], antialias=True)
+    two = torch.full((3, 250, 400), 255, dtype=torch.uint8)
+    two[:, :, 100:300] = hopper()
+    two[:, :125, :100] = small.flip(2)
+    right = main_box(crop, hopper()) * [0.5, 1, 0.5, 1] + [0.25, 0, 0.25, 0]
+    assert overlap(main_box(crop, two), right) > 0.7
+
+
+def test_main_face():
+    corner, centre = [0, 0, 60, 60], [80, 80, 130, 130]
+    assert main_face(np.array([corner, centre]), (200, 200)).tolist() == centre
+    assert main_face(np.array([[0, 0, 150, 150], centre]), (200, 200)).tolist() == [0, 0, 150, 150]
+    assert main_face(np.empty((0, 4)), (200, 200)) is None
+    outside = np.array([[-50.0, 10, 0, 60], [200, 0, 260, 50]])
+    assert main_face(outside, (200, 200)) is None
+    assert main_face(np.array([*outside, [-5, 20, 30, 55]]), (200, 200)).tolist() == [-5, 20, 30, 55]
+
+
+def test_a_face_at_the_edge_gives_a_crop(crop):
+    box = main_face(DETECTORS[crop.detector].find(photo_of(hopper()), crop.min_face_size), (250, 200))
+    left, top, right, bottom = (int(side) for side in box)
+    for image in (hopper()[:, (top + bottom) // 2 - 30 :, left + 10 :], hopper()[:, :bottom, : right - 5]):
+        assert crop(image).pixels.shape == (3, crop.size, crop.size)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (19, 200), (8, 8), (300, 1), (21, 500), (60, 40)])
+@pytest.mark.parametrize("fill", ["black", "noise"])
+def test_what_holds_no_face_gives_the_centre(crop, shape, fill):
+    noise = torch.randint(0, 256, (3, *shape), dtype=torch.uint8, generator=torch.manual_seed(0))
+    seen = crop(noise if fill == "noise" else torch.zeros_like(noise))
+    assert seen.face is False
+    assert seen.pixels.shape == (3, crop.size, crop.size)
+    assert seen.pixels.dtype == torch.uint8
+    if fill == "black":
+        assert not seen.pixels.any()
+
+
+def test_without_a_face_the_centre_goes_the_same_way_as_a_box(monkeypatch, crop):
+    detector = DETECTORS[crop.detector]
+    monkeypatch.setitem(DETECTORS, crop.detector, detector._replace(find=lambda *_: np.empty((0, 4))))
+    without = crop(hopper())
+    centre = centre_box((250, 200))
+    monkeypatch.setitem(DETECTORS, crop.detector, detector._replace(find=lambda *_: centre[None]))
+    with_face = crop(hopper())
+    assert (without.face, with_face.face) == (False, True)
+    assert torch.equal(without.pixels, with_face.pixels)
+
+
+def test_a_detector_that_raises_has_found_no_face(monkeypatch, crop):
+    def find(*_):
+        raise RuntimeError("torch.cat(): expected a non-empty list of Tensors")
+
+    expected = crop(torch.zeros(3, 90, 90, dtype=torch.uint8))
+    monkeypatch.setitem(DETECTORS, crop.detector, DETECTORS[crop.detector]._replace(find=find))
+    seen = crop(torch.zeros(3, 90, 90, dtype=torch.uint8))
+    assert seen.face is False
+    assert torch.equal(seen.pixels, expected.pixels)
+
+
+def test_margin_and_smallest_face_change_the_crop(crop):
+    import dataclasses
+
+    wider = dataclasses.replace(crop, margin=0.5)
+    assert cosine(wider(hopper()).pixels, crop(hopper()).pixels) < 0.95
+    small = pad(hopper(), [400, 400, 400, 400])  # a face of 8 % of the longer side, or less
+    assert dataclasses.replace(crop, min_face_size=0.5)(small).face is False
+    assert dataclasses.replace(crop, min_face_size=0.04)(small).face is True
+
+
+def test_one_vector_an_image_in_any_order_and_batch_size(tmp_path):
+    """With dlib's real network, in the reader processes."""
+    from retrieval.backbones import load_backbone
+
+    people = {
+        "hopper.png": hopper(),
+        "collins.png": resize(face_photograph("collins"), [250], antialias=True),
+    }
+    none = {"black.png": torch.zeros(3, 30, 30), "noise.png": torch.randint(0, 256, (3, 90, 70))}
+    for name, image in (people | none).items():
+        Image.fromarray(photo_of(image.to(torch.uint8))).save(tmp_path / name)
+    (tmp_path / "broken.png").write_bytes(b"")
+    backbone = load_backbone("dlib", "cpu")
+    assert backbone.looks_for_faces
+    files = find_images(tmp_path)
+    first = embed(files, backbone, 32)
+    assert first.without_face == ["black.png", "noise.png"]
+    assert first.unreadable == ["broken.png"]
+    for order, batch_size in ((files[::-1], 1), (files[2:] + files[:2], 2)):
+        again = embed(order, backbone, batch_size)
+        assert again.without_face == sorted(first.without_face, key=again.names.index)
+        for name, vector in zip(again.names, again.vectors, strict=True):
+            assert np.allclose(vector, first.vectors[first.names.index(name)], atol=1e-5)

@@ -1,0 +1,279 @@
+"""Each word beside its library's own model, with weights where the library looks for its download."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import face_photograph
+from facenet_pytorch import InceptionResnetV1
+from huggingface_hub import constants
+from safetensors.torch import save_file
+from sklearn.datasets import load_sample_image
+from torchvision.models import ResNet50_Weights, resnet50
+
+from retrieval.backbones import load_backbone
+from retrieval.model_zoo import PRETRAINED, find_word, known_word, lite_name_in_timm
+from retrieval.settings import InputError, RunError
+from retrieval.weights import load_weights
+
+CHINA = torch.from_numpy(load_sample_image("china.jpg").copy()).permute(2, 0, 1)
+FLOWER = torch.from_numpy(load_sample_image("flower.jpg").copy()).permute(2, 0, 1)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """Empty caches of torch.hub, facenet-pytorch and the Hugging Face hub, without a network."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    torch.manual_seed(0)
+    return tmp_path
+
+
+def lay_in_torch_home(home, state, *place):
+    file = home.joinpath("torch", *place)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, file)
+
+
+def lay_in_hub(home, repository, **files):
+    """The cache as huggingface_hub keeps it; `files` are functions that write, with _ for the dot."""
+    folder = home / "hub" / f"models--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    for name, write in files.items():
+        write(folder / "snapshots" / ("0" * 40) / name)
+
+
+def embedded(backbone, *images):
+    """The unit vectors, and the normalised pixels that gave them."""
+    seen = torch.stack([backbone.prepare(image).pixels for image in images])
+    mean, std = (torch.tensor(three).view(3, 1, 1) for three in (backbone.mean, backbone.std))
+    with torch.inference_mode():
+        vectors = backbone.embed(seen)
+    assert vectors.shape == (len(images), backbone.dimension)
+    parameters = sum(tensor.numel() for tensor in backbone.network.parameters())
+    assert find_word(backbone.word).millions in (None, round(parameters / 1e6, 1))
+    return torch.nn.functional.normalize(vectors), (seen / 255 - mean) / std
+
+
+def assert_same_vectors(ours, theirs):
+    cosines = (ours * torch.nn.functional.normalize(theirs)).sum(1)
+    assert cosines.min() >= 0.99999
+    assert (ours[0] - ours[1]).norm() > 1e-3  # the network sees the images at all
+
+
+def changed(network):
+    """The state dict of a network that has seen images: no BatchNorm is as new, and no feature is dead."""
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d | torch.nn.BatchNorm1d):
+            layer.momentum = None  # the average of all that it sees
+    images = torch.stack([image[:, :224, :224] for image in (CHINA, FLOWER, CHINA.flip(2), FLOWER.flip(1))])
+    with torch.no_grad():
+        network.train()((images - 128) / 64)
+    return network.eval().state_dict()
+
+
+@pytest.mark.parametrize("word", ["resnet50", "resnet50:IMAGENET1K_V2", "resnet50:IMAGENET1K_V1"])
+def test_resnet50_is_torchvisions(home, word):
+    weights = ResNet50_Weights[word.partition(":")[2] or "IMAGENET1K_V2"]
+    row = find_word(word)
+    assert row.weights.url == weights.url
+    assert row.weights.find() is None
+    name = weights.url.rpartition("/")[2]
+    lay_in_torch_home(home, changed(resnet50()), "hub", "checkpoints", name)
+    assert row.weights.find().name == name
+    ours, pixels = embedded(load_backbone(word, "cpu"), CHINA, FLOWER)
+    theirs = resnet50(weights=weights).eval()
+    theirs.fc = torch.nn.Identity()
+    with torch.inference_mode():
+        assert_same_vectors(ours, theirs(pixels))
+
+
+def test_simclr_is_resnet50_on_pixels_that_are_not_normalised(home):
+    state = changed(resnet50())
+    lay_in_hub(
+        home, "lightly-ai/simclrv1-imagenet1k-resnet50-1x",
+        **{"resnet50-1x.pth": lambda file: torch.save({"state_dict": state}, file)},
+    )  # fmt: skip
+    backbone = load_backbone("simclr", "cpu")
+    ours, _ = embedded(backbone, CHINA, FLOWER)
+    theirs = resnet50().eval()
+    theirs.load_state_dict(state)
+    theirs.fc = torch.nn.Identity()
+    plain = torch.stack([backbone.prepare(image).pixels for image in (CHINA, FLOWER)]) / 255
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.inference_mode():
+        assert_same_vectors(ours, theirs(plain))
+        normalised = theirs((plain - mean.view(3, 1, 1)) / std.view(3, 1, 1))
+    assert (ours * torch.nn.functional.normalize(normalised)).sum(1).max() < 0.999
+
+
+@pytest.mark.parametrize(
+    ("word", "trained_on", "file", "classes"),
+    [
+        ("facenet", "vggface2", "20180402-114759-vggface2.pt", 8631),
+        ("facenet:casia-webface", "casia-webface", "20180408-102900-casia-webface.pt", 10575),
+    ],
+)
+def test_facenet_is_facenet_pytorchs(home, word, trained_on, file, classes):
+    network = InceptionResnetV1(classify=True, num_classes=classes)
+    lay_in_torch_home(home, changed(network), "checkpoints", file)
+    backbone = load_backbone(word, "cpu")
+    assert find_word(word).weights.find() is not None
+    ours, pixels = embedded(backbone, face_photograph("hopper"), face_photograph("collins"))
+    theirs = InceptionResnetV1(pretrained=trained_on).eval()  # from the same file
+    with torch.inference_mode():
+        assert_same_vectors(ours, theirs(pixels))
+
+
+def test_facenets_addresses_are_facenet_pytorchs():
+    import inspect
+
+    from facenet_pytorch.models import inception_resnet_v1
+
+    source = inspect.getsource(inception_resnet_v1.load_weights)
+    for word in ("facenet", "facenet:casia-webface"):
+        assert PRETRAINED[word].weights.url in source
+
+
+def test_dlib_is_dlibs_own_from_photograph_to_descriptor():
+    import dlib
+
+    from retrieval.faces import _dlib
+
+    photos = [face_photograph(name)[:, :400, :400] for name in ("hopper", "collins")]
+    ours, _ = embedded(load_backbone("dlib", "cpu"), *photos)
+    detect, landmarks = _dlib()
+    network = dlib.face_recognition_model_v1(str(PRETRAINED["dlib"].weights.fetch()))
+    theirs = []
+    for photo in photos:
+        crop = PRETRAINED["dlib"].face
+        array = np.ascontiguousarray(photo.permute(1, 2, 0).numpy())
+        from retrieval.faces import DETECTORS, main_face
+
+        box = main_face(DETECTORS["dlib"].find(array, crop.min_face_size), array.shape[:2])
+        left, top, right, bottom = (round(float(side)) for side in box)
+        points = landmarks(array, dlib.rectangle(left, top, right - 1, bottom - 1))
+        theirs.append(list(network.compute_face_descriptor(array, points)))
+    assert_same_vectors(ours, torch.tensor(theirs))
+    assert detect is not None
+
+
+@pytest.mark.parametrize("name", ["resnet18.a1_in1k", "vit_tiny_patch16_224.augreg_in21k_ft_in1k"])
+def test_a_timm_word_is_timms(home, name):
+    network = timm.create_model(name, pretrained=False)
+    state = {key: tensor.contiguous() for key, tensor in changed(network).items()}
+    lay_in_hub(home, f"timm/{name}", **{"model.safetensors": lambda file: save_file(state, file)})
+    ours, pixels = embedded(load_backbone(f"timm:{name}", "cpu"), CHINA, FLOWER)
+    theirs = timm.create_model(name, pretrained=True, num_classes=0).eval()  # from the same file
+    with torch.inference_mode():
+        assert_same_vectors(ours, theirs(pixels))
+
+
+@pytest.mark.parametrize(("tag", "dimension"), [("cosface_ms1mv3", 64), ("in1k", 512)])
+def test_a_repository_of_the_hub_by_its_config(home, tag, dimension):
+    """Face networks of a margin loss end in the embedding; of others the classifier is taken off."""
+    network = timm.create_model("resnet18", num_classes=64)
+    seen = {"input_size": [3, 112, 112], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear",
+            "crop_pct": 1.0, "num_classes": 64, "first_conv": "conv1", "classifier": "fc"}  # fmt: skip
+    config = {"architecture": "resnet18", "num_classes": 64, "pretrained_cfg": seen}
+    lay_in_hub(
+        home, f"owner/resnet18.{tag}",
+        **{"config.json": lambda file: file.write_text(json.dumps(config)),
+           "model.safetensors": lambda file: save_file(changed(network), file)},
+    )  # fmt: skip
+    backbone = load_backbone(f"timm:hf-hub:owner/resnet18.{tag}", "cpu")
+    assert (backbone.dimension, backbone.prepare.size, backbone.mean) == (dimension, 112, (0.5, 0.5, 0.5))
+    ours, pixels = embedded(backbone, CHINA, FLOWER)
+    theirs = network.eval()
+    if dimension == 512:
+        theirs.reset_classifier(0)
+    with torch.inference_mode():
+        assert_same_vectors(ours, theirs(pixels))
+
+
+def test_weights_of_another_file_go_into_a_timm_word(home, tmp_path):
+    name = "resnet18.a1_in1k"
+    network = timm.create_model(name, pretrained=False)
+    for state in (
+        changed(network),
+        {f"module.{n}": t for n, t in changed(network).items() if "fc." not in n},
+    ):
+        torch.save(state, tmp_path / "w.pth")
+        backbone = load_backbone(f"timm:{name}", "cpu", weights=tmp_path / "w.pth")
+        assert torch.equal(backbone.network.conv1.weight, network.conv1.weight)
+    del state["module.layer1.0.conv1.weight"]
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(
+        InputError, match=r"does not hold the weights of timm:resnet18.*layer1\.0\.conv1\.weight"
+    ):
+        load_backbone(f"timm:{name}", "cpu", weights=tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(
+    "word", ["resnet50", "simclr", "facenet", "timm:resnet18.a1_in1k", "timm:hf-hub:a/b"]
+)
+def test_weights_that_cannot_be_downloaded_are_never_random_ones(home, monkeypatch, word):
+    def offline(*_, **__):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "urlopen", offline)
+    with pytest.raises(RunError, match=r"https://.* could not be downloaded .*(--weights FILE|put it at /)"):
+        load_backbone(word, "cpu")
+
+
+# ---- EfficientNet-Lite
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_every_tensor_of_lite_lies_in_the_network_under_its_name(number):
+    row = find_word(f"efficientnet_lite{number}")
+    file = row.weights.fetch()
+    network = timm.create_model(f"tf_efficientnet_lite{number}", pretrained=False).eval()
+    blocks = [(stage, i) for stage, depth in enumerate(network.blocks) for i in range(len(depth))]
+    load_weights(network, file, rename=lambda name: lite_name_in_timm(name, blocks))
+    given, placed = torch.load(file, weights_only=True), network.state_dict()
+    # The same layers in the same order, which names and shapes alone do not promise.
+    assert [lite_name_in_timm(name, blocks) for name in given] == list(placed)
+    assert all(torch.equal(placed[lite_name_in_timm(name, blocks)], given[name]) for name in given)
+    # ImageNet's words for the two: bell cote (or palace, monastery, stupa: a Chinese temple), and daisy (or
+    # the honeycomb that Lite2 takes its middle for).
+    for image, classes in ((CHINA, {442, 663, 698, 832}), (FLOWER, {985, 599})):
+        pixels = row.transform(image).pixels[None] / 255
+        with torch.inference_mode():
+            assert network((pixels - 0.5) / 0.5).argmax().item() in classes
+    config = network.pretrained_cfg
+    assert (3, row.transform.size, row.transform.size) == config["input_size"]
+    assert (row.mean, row.std, row.transform.interpolation) == (
+        config["mean"], config["std"], config["interpolation"],
+    )  # fmt: skip
+    ours, pixels = embedded(load_backbone(f"efficientnet_lite{number}", "cpu"), CHINA, FLOWER)
+    network.reset_classifier(0)
+    with torch.inference_mode():
+        assert_same_vectors(ours, network(pixels))
+
+
+# ---- the words
+
+
+def test_an_unknown_word_is_a_sentence_with_the_nearest():
+    assert known_word("efficientnet_lite0") == "efficientnet_lite0"
+    for word, hint in {
+        "efficientnet-lite": "did you mean efficientnet_lite",
+        "face_net": "did you mean facenet",
+        "resnet": "did you mean resnet50",
+        "zzzz": "the words are efficientnet_lite0",
+        "timm:": "and timm:NAME",
+    }.items():
+        with pytest.raises(InputError, match=hint):
+            known_word(word)
+    with pytest.raises(InputError, match=r"timm has no weights for resnt18.*did you mean resnet18"):
+        find_word("timm:resnt18")
+    with pytest.raises(InputError, match=r"timm has no weights for resnet18\.nothing"):
+        find_word("timm:resnet18.nothing")
+    with pytest.raises(InputError, match="does not take a square RGB image"):
+        find_word("timm:vit_base_patch16_sapiens2.fb")
