@@ -19,6 +19,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -241,7 +242,11 @@ def read_batches(
         batch = Batch()
         while ahead:
             file, future = ahead.popleft()
-            result = future.result()
+            try:
+                result = future.result()
+            except BrokenProcessPool:
+                ahead.clear()  # the pool is ending them itself, and does not bear that they are cancelled too
+                raise
             ahead.extend((file, pool.submit(read, file.path)) for file in islice(remaining, 1))
             if isinstance(result, UnreadableImageError):
                 batch.unreadable[file.name] = str(result)
@@ -286,17 +291,20 @@ def reader_processes() -> ProcessPoolExecutor:
     """
     if "forkserver" in multiprocessing.get_all_start_methods():
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["__main__", "torchvision.io"])  # imported once for all of them
+        context.set_forkserver_preload(["torchvision.io"])  # imported once for all of them
     else:
         context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(os.cpu_count(), mp_context=context, initializer=_start_reader)
+    pool = ProcessPoolExecutor(mp_context=context, initializer=_start_reader)
     # Ctrl-C reaches every process of a terminal, but is for the program alone, which then ends its readers:
     # they inherit that it is blocked. (Windows has no such thing; there they ignore it once they are up.)
     can_block = hasattr(signal, "pthread_sigmask")
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if can_block else None
-    pool.submit(os.getpid)  # the first task starts them
-    if can_block:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    try:
+        for _ in range(os.cpu_count()):
+            pool.submit(os.getpid)  # each task that finds no process waiting starts one
+    finally:
+        if can_block:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return pool
 
 

@@ -26,7 +26,7 @@ def usual(folder: Path) -> tuple[float, list]:
     from torchvision import transforms
 
     from get_images import find_images
-    from retrieval.model_zoo import find_word
+    from retrieval.backbones import find_word
 
     row = find_word("efficientnet_lite0")
     network = row.network(row.weights.fetch()).eval()

@@ -18,8 +18,9 @@ from pydantic_settings import CliPositionalArg
 from get_images import reader_processes
 from retrieval import settings
 from retrieval.faces import DETECTORS, FaceCrop
-from retrieval.model_zoo import PRETRAINED, ModelType, Pretrained, find_word
+from retrieval.model_zoo import ALIASES, FACES, PRETRAINED, ModelType, Pretrained, known_word
 from retrieval.settings import InputError, RunError
+from retrieval.timm_zoo import find_timm
 from retrieval.transforms import Transform
 from retrieval.weights import require
 
@@ -97,10 +98,20 @@ def load_backbone(
     return replace(backbone, dimension=numbers[0])
 
 
+def find_word(word: str) -> Pretrained:
+    """The row of a word. Raises InputError for an unknown one."""
+    known_word(word)
+    if word.startswith("timm:"):
+        return find_timm(word.removeprefix("timm:"))
+    return PRETRAINED[ALIASES.get(word, word)]
+
+
 def _choose_prepare(
     row: Pretrained, crop: str, size: int | None, margin: float | None, min_face_size: float | None
 ) -> Transform | FaceCrop:
     size = size or row.transform.size
+    if crop == "auto" and row.good_for == FACES and not row.face:
+        log.warning("this is a face network, but sees whole images: --crop face cuts the faces out")
     if crop == "none" or (crop == "auto" and not row.face):
         if margin is not None or min_face_size is not None:
             log.warning("no face is cut out, so that --face_margin and --min_face_size change nothing")
@@ -113,23 +124,30 @@ def _choose_prepare(
 
 
 def _numbers_of_one_image(backbone: Backbone) -> tuple[int, ...]:
-    """The shape of what the network gives for one image. Raises InputError if it does not take its size."""
+    """The shape of what the network gives for one image. Raises InputError if it gives nothing of use."""
     import torch
 
     size = backbone.prepare.size
     try:
         with torch.inference_mode():
-            return tuple(backbone.embed(torch.zeros(1, 3, size, size, dtype=torch.uint8)).shape[1:])
+            vectors = backbone.embed(torch.zeros(1, 3, size, size, dtype=torch.uint8))
     except (RuntimeError, AssertionError, ValueError) as error:
         if isinstance(error, RuntimeError) and out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0]
         raise InputError(f"{backbone.word} does not take images of {size} pixels ({reason})") from None
+    if not vectors.isfinite().all():
+        raise InputError(
+            f"{backbone.word} gives no numbers for a black image of {size} pixels: its weights are broken, "
+            "or --image_size is too small"
+        )
+    return tuple(vectors.shape[1:])
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device had no room: torch.OutOfMemoryError on CUDA, a plain RuntimeError on MPS."""
-    return "out of memory" in str(error)
+    """Whether a device had no room: torch.OutOfMemoryError on CUDA, a RuntimeError on MPS and the CPU."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return any(part in str(error) for part in words)
 
 
 def choose_device(name: str) -> str:
@@ -168,14 +186,24 @@ class Settings(settings.Form):
 
 
 def main(form: Settings) -> None:
-    for word in form.words or PRETRAINED:
-        row = find_word(word)
-        if form.fetch:
-            log.info("%s: %s", word, row.weights.fetch())
-        else:
-            log.info("%s", _described(word, row))
-    if not form.words and not form.fetch:
-        log.info("timm:NAME and timm:hf-hub:OWNER/NAME are any of timm's, with its own transform.")
+    words = form.words or list(PRETRAINED)
+    if form.fetch:
+        fetch(words)
+    else:
+        log.info("%s", "\n".join(_described(word, find_word(word)) for word in words))
+        log.info("timm:NAME and timm:hf-hub:OWNER/NAME are any of timm's, with its own transform")
+
+
+def fetch(words: list[str]) -> None:
+    """Download the weights of each word that are not here. Raises RunError at the end if some failed."""
+    failed = []
+    for word in words:
+        try:
+            log.info("%s: %s", word, find_word(word).weights.fetch())
+        except RunError as error:
+            failed.append(str(error))
+    if failed:
+        raise RunError("\nerror: ".join(failed))
 
 
 def _described(word: str, row: Pretrained) -> str:

@@ -45,6 +45,7 @@ def embed(
     vectors = np.zeros((len(files), backbone.dimension), dtype=np.float32)
     unreadable: dict[str, str] = {}
     without_face: list[str] = []
+    unsaved: list[str] = []
     fits = batch_size
     with torch.inference_mode(), tqdm(total=len(files), desc=kind, unit="image") as bar:
         for batch in _batches(files, backbone, batch_size):
@@ -52,10 +53,8 @@ def embed(
             for name, image in zip(batch.names, batch.images, strict=True):
                 if image.face is False:
                     without_face.append(name)
-                if save_crops and not _saved(
-                    image.pixels, save_crops / kind.replace(" ", "_") / f"{name}.png"
-                ):
-                    save_crops = None
+                if save_crops:
+                    unsaved += [_save(image.pixels, save_crops / kind.replace(" ", "_") / f"{name}.png")]
             if batch.images:
                 pixels = torch.stack([image.pixels for image in batch.images])
                 features, fits = _embed_what_fits(backbone, pixels, fits)
@@ -70,20 +69,23 @@ def embed(
         log.warning("%s in the %s could not be embedded: %s", name, kind, reason)
     if len(unreadable) == len(files):
         raise InputError(f"not one of the {len(files)} {kind} could be embedded: see the reasons above")
+    if any(unsaved):
+        lost = [reason for reason in unsaved if reason]
+        log.warning("%d crops could not be written, such as %s", len(lost), lost[0])
     if without_face:
-        log.warning("no face was found in %d of the %d %s, such as %s: a square in the centre stands in",
+        log.warning("no face was found in %d of the %d %s, such as %s: a square in the centre stands in "
+                    "(--save_crops shows it, and --min_face_size looks for smaller faces)",
                     len(without_face), len(files), kind, without_face[0])  # fmt: skip
     return Embeddings(list(rows), vectors, without_face if backbone.looks_for_faces else None)
 
 
-def _saved(pixels: Tensor, path: Path) -> bool:
-    """Write a crop; a full disk is said, and costs the crops only."""
+def _save(pixels: Tensor, path: Path) -> str:
+    """Write a crop; why it could not be written, or nothing: a full disk costs the crops only."""
     try:
         write_png(pixels, path)
     except OSError as error:
-        log.warning("%s could not be written (%s): the run goes on without crops", path, error.strerror)
-        return False
-    return True
+        return f"{path} ({error.strerror or error})"
+    return ""
 
 
 def _batches(files: list[ImageFile], backbone: Backbone, batch_size: int) -> Iterator[Batch]:
@@ -91,7 +93,8 @@ def _batches(files: list[ImageFile], backbone: Backbone, batch_size: int) -> Ite
         yield from read_batches(files, backbone.prepare, batch_size, processes=backbone.looks_for_faces)
     except BrokenProcessPool:
         raise RunError(
-            "a process that looks for faces was killed, perhaps for want of memory: free some and run again"
+            "a process that looks for faces has ended: killed for want of memory (then free some), or "
+            'started by a script of your own without `if __name__ == "__main__":`'
         ) from None
 
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from get_images import Square
+from retrieval.weights import InPackage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,11 +38,10 @@ class FaceCrop:
         detector = DETECTORS[self.detector]
         photo = image.permute(1, 2, 0).numpy().copy()  # dlib insists on the strides, also of a single pixel
         shape = photo.shape[:2]
-        try:
-            boxes = detector.find(photo, self.min_face_size)
-        except (RuntimeError, ValueError, IndexError):  # on a strange image, which may not cost the run
-            boxes = np.empty((0, 4))
-        face = main_face(boxes, shape)
+        boxes = detector.find(photo, self.min_face_size)
+        # A detector's boxes are good to a tenth of their side.
+        large = (boxes[:, 2:] - boxes[:, :2]).max(1) > 0.9 * self.min_face_size * max(shape)
+        face = main_face(boxes[large], shape)
         crop = detector.cut(photo, centre_box(shape) if face is None else face, self.size, self.margin)
         return Square(torch.from_numpy(crop).permute(2, 0, 1).contiguous(), face=face is not None)
 
@@ -106,17 +104,21 @@ def _mtcnn() -> Any:
 
 
 MTCNN_SMALLEST = 20  # pixels: facenet-pytorch's own choice
-MTCNN_LONGEST = 500  # pixels of the photograph that it looks at
+MTCNN_LONGEST = 500  # pixels of a photograph that it looks at, unless smaller faces are asked for
 
 
 def find_by_mtcnn(photo: np.ndarray, min_face_size: float) -> np.ndarray:
     """Boxes (faces, 4) by MTCNN (Zhang et al. 2016) of facenet-pytorch, whose weights are in the package."""
-    small = _resized(photo, min(max(photo.shape[:2]), MTCNN_LONGEST))
+    longest = max(MTCNN_LONGEST, MTCNN_SMALLEST / min_face_size)
+    small = _resized(photo, min(max(photo.shape[:2]), longest))
     mtcnn = _mtcnn()
     mtcnn.min_face_size = max(MTCNN_SMALLEST, round(min_face_size * max(small.shape[:2])))
     if min(small.shape[:2]) < mtcnn.min_face_size:  # it raises where its pyramid has no step
         return np.empty((0, 4))
-    boxes, _ = mtcnn.detect(small)
+    try:
+        boxes, _ = mtcnn.detect(small)
+    except (RuntimeError, ValueError, IndexError):  # where a step of it has nothing left, as in pure noise
+        boxes = None
     return np.empty((0, 4)) if boxes is None else boxes * (max(photo.shape[:2]) / max(small.shape[:2]))
 
 
@@ -132,6 +134,8 @@ def cut_by_mtcnn(photo: np.ndarray, box: np.ndarray, size: int, margin: float) -
 # ---- dlib -----------------------------------------------------------------------------------------
 
 DLIB_SMALLEST = 80  # pixels: what its detector was made for
+DLIB_MODELS = "face-recognition-models", "face_recognition_models"  # the package, and the module in it
+LANDMARKS = InPackage(*DLIB_MODELS, "models/shape_predictor_5_face_landmarks.dat")
 
 
 @cache
@@ -139,17 +143,18 @@ def _dlib() -> tuple[Any, Any]:
     """The detector of faces and the predictor of five landmarks."""
     import dlib
 
-    models = Path(find_spec("face_recognition_models").submodule_search_locations[0]) / "models"
-    landmarks = models / "shape_predictor_5_face_landmarks.dat"
-    return dlib.get_frontal_face_detector(), dlib.shape_predictor(str(landmarks))
+    return dlib.get_frontal_face_detector(), dlib.shape_predictor(str(LANDMARKS.fetch()))
 
 
 def find_by_dlib(photo: np.ndarray, min_face_size: float) -> np.ndarray:
-    """Boxes (faces, 4) by dlib's HOG detector; where it sees none, a second look at twice the size."""
+    """Boxes (faces, 4) by dlib's HOG detector; where it sees none, then at twice and at four times the size.
+
+    The last look sees faces of `min_face_size`.
+    """
     detect, _ = _dlib()
     longest = max(photo.shape[:2])
-    first = min(longest, DLIB_SMALLEST / 2 / min_face_size)
-    for side in (first, 2 * first):
+    first = min(longest, DLIB_SMALLEST / 4 / min_face_size)
+    for side in (first, 2 * first, 4 * first):
         boxes = [[r.left(), r.top(), r.right() + 1, r.bottom() + 1] for r in detect(_resized(photo, side))]
         if boxes:
             return np.array(boxes) * (longest / side)
@@ -174,8 +179,7 @@ class Detector(NamedTuple):
     packages: dict[str, str]  # as pip calls them → the modules in them
 
 
-DLIB_PACKAGES = {"dlib-bin": "dlib", "face-recognition-models": "face_recognition_models"}
 DETECTORS = {
     "mtcnn": Detector(find_by_mtcnn, cut_by_mtcnn, {"facenet-pytorch": "facenet_pytorch"}),
-    "dlib": Detector(find_by_dlib, cut_by_dlib, DLIB_PACKAGES),
+    "dlib": Detector(find_by_dlib, cut_by_dlib, dict([("dlib-bin", "dlib"), DLIB_MODELS])),
 }

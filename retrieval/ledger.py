@@ -53,7 +53,7 @@ class Run:
         return self.settings.output_dir
 
     def check_output_dir(self, queries: list[ImageFile], gallery: list[ImageFile]) -> None:
-        """Create the output folder and write as much into it as a submission of these images can take.
+        """Create the output folders and write as much into them as a submission of these images can take.
 
         So a full disk or a folder that cannot be written is known before the images are embedded. Raises
         InputError where it is a file, or where the next run would find its pictures among the images;
@@ -78,19 +78,9 @@ class Run:
         longest = max(len(json.dumps(image.name)) for image in gallery)
         needed = sum(len(json.dumps(image.name)) + 10 * (longest + 2) + 4 for image in queries)
         needed += 2**22  # metrics.json, the picture, the ledger's line
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.folder) as trial:
-                _write_through(trial, bytes(needed))
-        except (FileExistsError, NotADirectoryError):
-            raise InputError(
-                f"--output_dir {self.folder} is not a folder but a file: give another one"
-            ) from None
-        except OSError as error:
-            raise RunError(
-                f"{needed / 1e6:.0f} MB cannot be written to {self.folder} ({error.strerror.lower()}): "
-                "make room, or give another --output_dir"
-            ) from None
+        for flag, folder in written.items():
+            if folder:
+                _try_to_write(folder, needed, flag)
 
     def done(self, step: str, what: str = "") -> None:
         """End a step: keep the seconds since the one before under its name, and say `what` was done."""
@@ -128,6 +118,21 @@ def stop_if_failed(outcome: Outcome) -> None:
     """Leave with status 1, or 130 after Ctrl-C, if the submission did not go through."""
     if outcome.failed:
         raise SystemExit(130 if outcome.word == "interrupted" else 1)
+
+
+def _try_to_write(folder: Path, size: int, flag: str) -> None:
+    """Make the folder that a flag names and write so many bytes into it, as Run.check_output_dir says."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as trial:
+            _write_through(trial, bytes(size))
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"--{flag} {folder} is not a folder but a file: give another one") from None
+    except OSError as error:
+        raise RunError(
+            f"{size / 1e6:.0f} MB cannot be written to {folder} ({error.strerror.lower()}): "
+            f"make room, or give another --{flag}"
+        ) from None
 
 
 # ---- files ----------------------------------------------------------------------------------------

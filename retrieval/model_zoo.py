@@ -1,31 +1,23 @@
-"""A word in; its row out: a network, where its weights are, and what it was trained to see.
+"""The table of the words: a network, where its weights are, and what it was trained to see.
 
 To add a word: write how its network is built from a file of weights, and give it a row in PRETRAINED.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator
 
-from retrieval.faces import FaceCrop
+from retrieval.faces import DLIB_MODELS, FaceCrop
 from retrieval.settings import InputError, did_you_mean
 from retrieval.transforms import Transform
-from retrieval.weights import (
-    Download,
-    InPackage,
-    OnHub,
-    does_not_fit,
-    load_weights,
-    read_checkpoint,
-)
+from retrieval.weights import Download, InPackage, OnHub, load_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -60,7 +52,9 @@ def _lite(number: int) -> Callable[[Path], nn.Module]:
 
         network = timm.create_model(f"tf_efficientnet_lite{number}", pretrained=False)
         blocks = [(stage, i) for stage, depth in enumerate(network.blocks) for i in range(len(depth))]
-        load_weights(network, file, rename=lambda name: lite_name_in_timm(name, blocks))
+        load_weights(
+            network, file, f"EfficientNet-Lite{number}", lambda name: lite_name_in_timm(name, blocks)
+        )
         network.reset_classifier(0)
         return network
 
@@ -74,18 +68,25 @@ def lite_name_in_timm(name: str, blocks: list[tuple[int, int]]) -> str:
     'blocks.1.0.conv_pw.weight'
     """
     part, _, rest = name.partition(".")
-    if part != "_blocks":
-        outer = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2",
-                 "_fc": "classifier"}  # fmt: skip
-        return f"{outer.get(part, part)}.{rest}"
-    block, layer, rest = rest.split(".", 2)
-    stage, block = blocks[int(block)]
+    outer = {
+        "_conv_stem": "conv_stem",
+        "_bn0": "bn1",
+        "_conv_head": "conv_head",
+        "_bn1": "bn2",
+        "_fc": "classifier",
+    }
+    if part in outer:
+        return f"{outer[part]}.{rest}"
+    inside = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(.+)", name)
+    if not inside or int(inside[1]) >= len(blocks):
+        return name  # of another network: whoever loads it says that it has no place
+    stage, block = blocks[int(inside[1])]
     if stage == 0:  # the one block without an expansion: depthwise, then pointwise
-        inner = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+        layers = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
     else:  # pointwise expansion, depthwise, pointwise linear projection
-        inner = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
-                 "_project_conv": "conv_pwl", "_bn2": "bn3"}  # fmt: skip
-    return f"blocks.{stage}.{block}.{inner.get(layer, layer)}.{rest}"
+        layers = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
+                  "_project_conv": "conv_pwl", "_bn2": "bn3"}  # fmt: skip
+    return f"blocks.{stage}.{block}.{layers.get(inside[2], inside[2])}.{inside[3]}"
 
 
 # ---- ResNet-50, ImageNet and SimCLR ---------------------------------------------------------------
@@ -98,7 +99,7 @@ def _resnet50(file: Path) -> nn.Module:
 
     network = resnet50(weights=None)
     network.fc = Identity()
-    load_weights(network, file, rename=resnet_name_in_torchvision)
+    load_weights(network, file, "ResNet-50", resnet_name_in_torchvision)
     return network
 
 
@@ -115,8 +116,8 @@ def resnet_name_in_torchvision(name: str) -> str:
     ... )
     ('layer1.0.conv1.weight', 'layer1.0.downsample.0.weight')
     """
-    first, _, rest = name.partition(".")
-    return f"{CHILDREN.get(first, first)}.{rest}".replace(".shortcut.", ".downsample.")
+    first, dot, rest = name.partition(".")
+    return f"{CHILDREN.get(first, first)}{dot}{rest}".replace(".shortcut.", ".downsample.")
 
 
 # ---- faces ----------------------------------------------------------------------------------------
@@ -127,7 +128,7 @@ def _facenet(file: Path) -> nn.Module:
     from facenet_pytorch import InceptionResnetV1
 
     network = InceptionResnetV1()
-    load_weights(network, file)
+    load_weights(network, file, "FaceNet")
     return network
 
 
@@ -139,98 +140,14 @@ def _dlib(file: Path) -> nn.Module:
     if file.suffix == ".dat":
         network.load_state_dict(read_dlib_weights(file))
     else:
-        load_weights(network, file)
-    return network
-
-
-# ---- timm -----------------------------------------------------------------------------------------
-
-# Face networks trained with a margin loss end in the layer that gives the embedding; it is no classifier.
-ENDS_IN_EMBEDDING = re.compile(r"\.(arcface|cosface|adaface)_")
-
-
-def find_timm(name: str) -> Pretrained:
-    """The row of a timm model, NAME or hf-hub:OWNER/NAME. Raises InputError for an unknown one."""
-    hub = re.fullmatch(r"hf[-_]hub:([^/]+/[^/]+)", name)
-    if hub:
-        config_file = OnHub(hub[1], ("config.json",)).fetch()
-        architecture = f"local-dir:{config_file.parent}"
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        config = config.get("pretrained_cfg", config)
-        weights = OnHub(hub[1], HUB_NAMES)
-    else:
-        architecture, config = name, _config_in_timm(name)
-        hub_id, url = config.get("hf_hub_id"), config.get("url")
-        weights = OnHub(hub_id, HUB_NAMES) if hub_id else Download(url, _torch_checkpoints)
-    return _timm_row(name, architecture, config, weights)
-
-
-HUB_NAMES = ("model.safetensors", "pytorch_model.bin")
-
-
-def _config_in_timm(name: str) -> dict[str, Any]:
-    import timm
-
-    known = timm.list_pretrained()
-    config = (
-        timm.get_pretrained_cfg(name) if name in known or (timm.is_model(name) and "." not in name) else None
-    )
-    if config is None or not config.has_weights:
-        hint = (
-            did_you_mean(name, [*known, *timm.list_models()]) or ": timm.list_pretrained() lists what it has"
-        )
-        raise InputError(f"timm has no weights for {name}{hint}")
-    return config.to_dict()
-
-
-def _timm_row(name: str, architecture: str, config: dict[str, Any], weights: OnHub | Download) -> Pretrained:
-    from timm.data import resolve_data_config
-
-    sees = resolve_data_config(pretrained_cfg=config)
-    channels, height, width = sees["input_size"]
-    if channels != 3 or height != width or sees["crop_mode"] not in ("center", "squash"):
-        raise InputError(f"timm:{name} does not take a square RGB image ({channels} × {height} × {width})")
-    resize = int(height / sees["crop_pct"])  # as timm's transforms_imagenet_eval
-    return Pretrained(
-        lambda file: _timm_network(name, architecture, config, file),
-        weights,
-        None,
-        None,
-        Transform(height, sees["interpolation"], sees["crop_mode"], resize),
-        tuple(sees["mean"]),
-        tuple(sees["std"]),
-        config.get("license") or "see its model card",
-        "what it was trained on",
-    )
-
-
-def _timm_network(name: str, architecture: str, config: dict[str, Any], file: Path) -> nn.Module:
-    """The network by timm's own loading, which also knows the layouts that its models were published in.
-
-    With its classifier, which is taken off afterwards: without, timm would load only what fits.
-    """
-    import timm
-
-    state = read_checkpoint(file)
-    overlay = {"state_dict": state, "source": ""}
-    heads = config.get("classifier") or ()
-    heads = (heads,) if isinstance(heads, str) else heads
-    if not any(name.startswith(f"{head}.") for head in heads for name in state):
-        overlay["num_classes"] = 0  # a file without a classifier is complete too
-    try:
-        network = timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay)
-    except (RuntimeError, KeyError) as error:  # torch's load_state_dict, or timm's renaming before it
-        problems = [line.strip() for line in str(error).splitlines()]
-        raise does_not_fit(file, f"timm:{name}", [p[:200] for p in problems[1:] or problems]) from None
-    if not ENDS_IN_EMBEDDING.search(name):
-        network.reset_classifier(0)
+        load_weights(network, file, "dlib's face network")
     return network
 
 
 # ---- the table ------------------------------------------------------------------------------------
 
 
-def _torch_checkpoints() -> Path:
+def torch_checkpoints() -> Path:
     """Where torch.hub keeps what torchvision and timm download."""
     from torch.hub import get_dir
 
@@ -265,7 +182,7 @@ def _lite_row(number: int, size: int, millions: float, digest: str) -> Pretraine
 
 
 def _resnet50_row(file: str, resize: int) -> Pretrained:
-    weights = Download(f"{TORCHVISION}/{file}", _torch_checkpoints, sha256=file[9:17])
+    weights = Download(f"{TORCHVISION}/{file}", torch_checkpoints, sha256=file[9:17])
     sees = Transform(224, "bilinear", "center", resize)
     licence = "BSD-3-Clause; ImageNet's terms"
     return Pretrained(_resnet50, weights, 2048, 23.5, sees, IMAGENET_MEAN, IMAGENET_STD, licence, SCENES)
@@ -281,10 +198,9 @@ def _facenet_row(file: str, trained_on: str) -> Pretrained:
 
 
 def _dlib_row() -> Pretrained:
-    path = "models/dlib_face_recognition_resnet_model_v1.dat"
-    weights = InPackage("face-recognition-models", "face_recognition_models", path)
+    weights = InPackage(*DLIB_MODELS, "models/dlib_face_recognition_resnet_model_v1.dat")
     mean = (122.782 / 255, 117.001 / 255, 104.298 / 255)
-    crop = FaceCrop("dlib", 150, margin=1 / 3, min_face_size=0.16)
+    crop = FaceCrop("dlib", 150, margin=1 / 3, min_face_size=0.08)
     good_for = f"{FACES}; needs no download"
     sees, std = Transform(150, "bilinear"), _same(256 / 255)
     return Pretrained(_dlib, weights, 128, 5.6, sees, mean, std, "public domain", good_for, crop)
@@ -322,18 +238,10 @@ def known_word(word: str) -> str:
     A timm model's name is looked up later: timm takes seconds to import.
     """
     if word not in PRETRAINED and word not in ALIASES and not re.fullmatch(r"timm:\S+", word):
-        hint = did_you_mean(word, [*PRETRAINED, *ALIASES]) or ";"
+        hint = did_you_mean(word.lower(), [*PRETRAINED, *ALIASES]) or ";"
         words = ", ".join(PRETRAINED)
         raise InputError(f"there is no such backbone{hint} the words are {words}, and timm:NAME")
     return word
-
-
-def find_word(word: str) -> Pretrained:
-    """The row of a word. Raises InputError for an unknown one."""
-    known_word(word)
-    if word.startswith("timm:"):
-        return find_timm(word.removeprefix("timm:"))
-    return PRETRAINED[ALIASES.get(word, word)]
 
 
 ModelType = Annotated[str, AfterValidator(known_word)]

@@ -105,6 +105,8 @@ def _not_blank(text: str) -> str:
 
 
 def _existing_file(path: Path) -> Path:
+    if os.path.isdir(path):
+        raise ValueError("it is a folder; give the file")
     if not os.path.isfile(path):
         raise ValueError(f"there is no file {path.absolute()}")
     return path
@@ -135,7 +137,7 @@ class Form(BaseSettings):
         protected_namespaces=(),
         cli_implicit_flags=True,  # a switch takes no value: --custom_dataset or --no-custom_dataset
         cli_avoid_json=True,
-        cli_parse_none_str="\0",  # no word means None: a group may be called so
+        cli_parse_none_str="unset",  # what --help calls None; not "none" or "null": a group may be called so
         case_sensitive=True,
         cli_exit_on_error=False,  # the sentence is ours
     )

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import requests
+from tqdm import tqdm
 
 from retrieval.settings import InputError, RunError
 
@@ -69,17 +74,34 @@ class Download:
 
     def fetch(self) -> Path:
         """The file, downloaded first if need be, whole or not at all. Raises RunError where that fails."""
-        from torch.hub import download_url_to_file
-
         file = self.place()
         if not file.is_file():
             log.info("downloading %s to %s", self.url, file.parent)
+            unfinished = file.with_name(f".{file.name}.unfinished-{os.getpid()}")
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                download_url_to_file(self.url, str(file), hash_prefix=self.sha256 or None)
-            except (OSError, RuntimeError) as error:  # the network or the disk; a digest that is wrong
-                raise _no_download(self.url, error, f"put it at {file}") from None
+                self._download(unfinished)
+                os.replace(unfinished, file)
+            except OSError as error:  # of the network (requests' own are OSErrors too), or of the disk
+                raise _no_download(
+                    self.url, error, f"put it at {file}, or give it with --weights FILE"
+                ) from None
+            finally:
+                unfinished.unlink(missing_ok=True)
         return file
+
+    def _download(self, file: Path) -> None:
+        digest = hashlib.sha256()
+        with requests.get(self.url, stream=True, timeout=60) as reply, open(file, "wb") as out:
+            reply.raise_for_status()
+            size = int(reply.headers.get("Content-Length", 0)) or None
+            with tqdm(total=size, unit="B", unit_scale=True, desc=self.url.rpartition("/")[2]) as bar:
+                for chunk in reply.iter_content(2**20):  # a body that ends too early raises
+                    digest.update(chunk)
+                    out.write(chunk)
+                    bar.update(len(chunk))
+        if not digest.hexdigest().startswith(self.sha256):
+            raise OSError("it is not the file that its publisher describes: its SHA-256 is another one")
 
 
 @dataclass(frozen=True)
@@ -88,6 +110,7 @@ class OnHub:
 
     repository: str
     names: tuple[str, ...]  # of the file: the first that is there counts
+    by_hand: str = "give it with --weights FILE"
 
     def find(self) -> Path | None:
         """The file, if it is on this machine."""
@@ -117,7 +140,7 @@ class OnHub:
             except (OSError, ValueError) as error:
                 failed = error
                 break
-        raise _no_download(url, failed, "give it with --weights FILE") from None
+        raise _no_download(url, failed, self.by_hand) from None
 
 
 def _no_download(url: str, error: BaseException, by_hand: str) -> RunError:
@@ -151,14 +174,16 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
             f"{file} is a fine-tuned checkpoint, which knows its network and its crop: "
             f"run `python model_fine_tuned.py --weights {file}`"
         )
-    for key in AROUND:
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
+    while isinstance(state, dict) and any(isinstance(state.get(key), dict) for key in AROUND):
+        state = next(state[key] for key in AROUND if isinstance(state.get(key), dict))
     if not _are_tensors(state):
         raise InputError(
-            f"{file} holds no named tensors, but {_kinds(state)}: save the network's state_dict()"
+            f"{file} does not hold named tensors alone, but {_kinds(state)}: save the network's state_dict()"
         )
-    return _bare_names(state)
+    bare = _bare_names(state)
+    if len(bare) < len(state):
+        raise InputError(f"{file}: {len(state) - len(bare)} tensors share a name with another")
+    return bare
 
 
 def _unpickle(file: Path) -> Any:
@@ -170,8 +195,8 @@ def _unpickle(file: Path) -> Any:
 
         try:
             return load_file(file)
-        except SafetensorError as error:
-            raise InputError(f"{file} is not a file of weights, or only a part of one ({error})") from None
+        except SafetensorError:
+            raise InputError(f"{file} is not a file of weights, or only a part of one") from None
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # SupContrast's settings: no code
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -184,9 +209,8 @@ def _unpickle(file: Path) -> Any:
                 f"{file} holds a Python object ({refused[1]}), which is not loaded, since that could run any "
                 "code: save the network's state_dict() alone"
             ) from None
-        raise InputError(
-            f"{file} is not a file of weights, or only a part of one ({type(error).__name__})"
-        ) from None
+        what = "is empty" if not file.stat().st_size else "is not a file of weights, or only a part of one"
+        raise InputError(f"{file} {what}") from None
 
 
 def _are_tensors(state: Any) -> bool:
@@ -198,15 +222,19 @@ def _are_tensors(state: Any) -> bool:
 
 
 def _kinds(state: Any) -> str:
+    """What else than tensors there is."""
+    import torch
+
     if not isinstance(state, dict):
         return f"a {type(state).__name__}"
-    return (
-        ", ".join(f"{name}: {type(value).__name__}" for name, value in list(state.items())[:3]) or "nothing"
-    )
+    others = [
+        f"{name}: {type(value).__name__}" for name, value in state.items() if not torch.is_tensor(value)
+    ]
+    return ", ".join(others[:3]) or "nothing"
 
 
-def load_weights(network: nn.Module, file: Path, rename: Callable[[str], str] = str) -> None:
-    """Load the checkpoint `file` into `network`, whose names are `rename` of the checkpoint's.
+def load_weights(network: nn.Module, file: Path, title: str, rename: Callable[[str], str] = str) -> None:
+    """Load the checkpoint `file` into `network`, called `title`, whose names are `rename` of the file's.
 
     Left out, and said, is a head that the network does not have. Raises InputError unless each other tensor
     of the file has its place, and each place its tensor, in its shape.
@@ -216,7 +244,7 @@ def load_weights(network: nn.Module, file: Path, rename: Callable[[str], str] = 
     given = {rename(name): tensor for name, tensor in state.items()}
     if len(given) < len(state):
         raise InputError(f"{file}: {len(state) - len(given)} tensors share a name with another")
-    given = _without_heads(given, wanted, file)
+    given = without_heads(given, wanted, file)
     for name, tensor in wanted.items():  # a counter of training steps, which old files lack
         if name.endswith("num_batches_tracked"):
             given.setdefault(name, tensor)
@@ -228,7 +256,7 @@ def load_weights(network: nn.Module, file: Path, rename: Callable[[str], str] = 
         if name in given and given[name].shape != tensor.shape
     ]
     if problems:
-        raise does_not_fit(file, type(network).__name__, problems)
+        raise does_not_fit(file, title, problems)
     network.load_state_dict(given)
 
 
@@ -248,11 +276,14 @@ def _bare_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _without_heads(given: dict[str, Tensor], wanted: Iterable[str], file: Path) -> dict[str, Tensor]:
+def without_heads(given: dict[str, Tensor], wanted: Iterable[str], file: Path) -> dict[str, Tensor]:
+    """The tensors without those of a head that the network, whose names are `wanted`, does not have: said."""
     on_it = {name for name in given if name not in wanted and name.partition(".")[0] in HEADS}
     heads = ", ".join(sorted({name.partition(".")[0] for name in on_it}))
     if len(on_it) == len(given):
         raise InputError(f"{file} holds only a classifier ({heads}): give the weights of its backbone")
     if on_it:
-        log.info("left out of %s: %s, which lies on the backbone", file, heads)
+        log.info(
+            "left out of %s: %s, a classifier or projection, which a retrieval does not need", file, heads
+        )
     return {name: tensor for name, tensor in given.items() if name not in on_it}

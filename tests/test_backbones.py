@@ -22,7 +22,7 @@ def test_a_network_that_gives_no_embedding_is_refused(monkeypatch):
 
 
 def test_crop_auto_is_what_the_word_is_for():
-    assert load_backbone("dlib", "cpu").prepare == FaceCrop("dlib", 150, 1 / 3, 0.16)
+    assert load_backbone("dlib", "cpu").prepare == FaceCrop("dlib", 150, 1 / 3, 0.08)
     assert load_backbone("dlib", "cpu", crop="none").prepare == Transform(150, "bilinear")
     assert load_backbone("efficientnet_lite0", "cpu").prepare == Transform(224, "bicubic")
     face = load_backbone("efficientnet_lite0", "cpu", crop="face")
@@ -49,6 +49,15 @@ def test_a_size_that_the_network_does_not_take_is_a_sentence(monkeypatch, tmp_pa
         load_backbone(f"timm:{name}", "cpu", weights=tmp_path / "w.pth", image_size=100)
 
 
+def test_weights_that_give_no_numbers_are_a_sentence(tmp_path):
+    network = load_backbone("dlib", "cpu").network
+    with torch.no_grad():
+        network.fc.weight.mul_(torch.nan)
+    torch.save(network.state_dict(), tmp_path / "broken.pth")
+    with pytest.raises(InputError, match="gives no numbers for a black image of 150 pixels"):
+        load_backbone("dlib", "cpu", tmp_path / "broken.pth")
+
+
 def test_weights_of_a_file_take_the_place_of_the_words_own(tmp_path):
     network = load_backbone("dlib", "cpu").network
     with torch.no_grad():
@@ -57,7 +66,7 @@ def test_weights_of_a_file_take_the_place_of_the_words_own(tmp_path):
     assert torch.equal(
         load_backbone("dlib", "cpu", tmp_path / "tuned.pth").network.fc.weight, network.fc.weight
     )
-    with pytest.raises(InputError, match="does not hold the weights of EfficientNet"):
+    with pytest.raises(InputError, match="does not hold the weights of EfficientNet-Lite0"):
         load_backbone("efficientnet_lite0", "cpu", tmp_path / "tuned.pth")
 
 
@@ -128,9 +137,10 @@ def test_fetch_says_where_the_weights_lie(tmp_path):
     assert wrong.returncode == 2
     assert "error: the argument is 'simcrl': there is no such backbone; did you mean simclr?" in wrong.stderr
     proxy = "http://127.0.0.1:9"  # no network, at once
-    gone = run("-m", "retrieval.backbones", "--fetch", "resnet50", cwd=tmp_path, TORCH_HOME=str(tmp_path),
-               https_proxy=proxy, HTTPS_PROXY=proxy)  # fmt: skip
+    there = {"cwd": tmp_path, "TORCH_HOME": str(tmp_path), "https_proxy": proxy, "HTTPS_PROXY": proxy}
+    gone = run("-m", "retrieval.backbones", "--fetch", "resnet50", "dlib", **there)
     assert gone.returncode == 1
+    assert "dlib: " in gone.stdout  # all the same
     assert "resnet50-11ad3fa6.pth could not be downloaded" in gone.stderr
     assert f"put it at {tmp_path}/hub/checkpoints/resnet50-11ad3fa6.pth" in gone.stderr
     assert "Traceback" not in gone.stderr

@@ -1,18 +1,22 @@
 """model_not_tuned.py on photographs of people, with dlib's real network and the reader processes."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, face_photograph, run
 from PIL import Image
 from torchvision.transforms.v2.functional import resize
+
+from get_images import find_images
 
 FLAGS = ("--model_type", "dlib", "--query_dir", "query", "--gallery_dir", "gallery")
 
@@ -75,6 +79,8 @@ def test_a_face_crop_before_any_network(people):
         (("--weights", "query/hopper/query.jpg"), "is not a file of weights, or only a part of one"),
         (("--face_margin", "1"), "--face_margin is '1': it should be less than 1"),
         (("--min_face_size", "0"), "--min_face_size is '0': it should be greater than 0"),
+        (("--save_crops", "tuned.pth"), "--save_crops tuned.pth is not a folder but a file"),
+        (("--weights", "query"), "--weights is 'query': it is a folder; give the file"),
         (("--image_size", "20"), "dlib does not take images of 20 pixels"),
         (("--crop", "faces"), "--crop is 'faces': it should be 'auto', 'none' or 'face'"),
     ],
@@ -87,61 +93,80 @@ def test_wrong_input_is_a_sentence(people, flags, sentence):
     assert "Traceback" not in ended.stderr
 
 
-@pytest.mark.parametrize("seconds", [0, 0.3, 1])  # while the readers start, and when they work
-def test_ctrl_c_ends_the_reader_processes_too(people, seconds):
+@contextmanager
+def running(people):
+    """The script, embedding many images in a process group of its own, which ends with this block."""
     for number in range(600):
         os.link(people / "query" / "hopper" / "query.jpg", people / "query" / "hopper" / f"{number}.jpg")
     command = [sys.executable, ROOT / "model_not_tuned.py", *FLAGS]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, cwd=people, env=env, start_new_session=True, **pipes)
-    while b"loaded" not in process.stdout.readline():
-        assert process.poll() is None
-    time.sleep(seconds)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to each process of the group
-    errors = process.communicate(timeout=60)[1].decode()
+    try:
+        while b"loaded" not in process.stdout.readline():
+            assert process.poll() is None
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("seconds", [0, 0.3, 1])  # while the readers start, and when they work
+def test_ctrl_c_ends_the_reader_processes_too(people, seconds):
+    with running(people) as process:
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to each process of the group
+        errors = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 130
     assert "stopped by Ctrl-C" in errors
     assert "Traceback" not in errors
 
 
 def test_a_killed_program_leaves_no_reader_behind(people):
-    for number in range(600):
-        os.link(people / "query" / "hopper" / "query.jpg", people / "query" / "hopper" / f"{number}.jpg")
-    command = [sys.executable, ROOT / "model_not_tuned.py", *FLAGS]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, cwd=people, env=env, start_new_session=True, stdout=subprocess.PIPE)
-    while b"loaded" not in process.stdout.readline():
-        assert process.poll() is None
-    process.kill()
-    process.communicate()
-    for _ in range(100):
-        try:
-            os.killpg(process.pid, 0)  # nothing, if any process of the group is left
-        except ProcessLookupError:
-            return
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
+    with running(people) as process:
+        process.kill()
+        process.communicate()
+        for _ in range(100):
+            try:
+                os.killpg(process.pid, 0)  # nothing, if any process of the group is left
+            except ProcessLookupError:
+                return
+            time.sleep(0.1)
     pytest.fail("reader processes are left")
 
 
-def test_a_killed_reader_is_a_sentence(monkeypatch, people):
-    from get_images import find_images
+def readers_of(program):
+    """The processes whose parent's parent is the program: what its fork server made."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    return [pid for pid, parent in parents.items() if parents.get(parent) == program]
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the readers in /proc")
+def test_a_killed_reader_is_a_sentence_and_no_hang(people):
+    with running(people) as process:
+        time.sleep(1)
+        readers = readers_of(process.pid)
+        assert readers
+        os.kill(readers[0], signal.SIGKILL)
+        errors = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 1
+    assert "error: a process that looks for faces has ended" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_disk_that_gets_full_costs_the_crops_only(monkeypatch, people, caplog):
     from retrieval import embedding
     from retrieval.backbones import load_backbone
-    from retrieval.settings import RunError
 
-    def killed(*_, **__):
-        raise BrokenProcessPool
-        yield
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(embedding, "read_batches", killed)
-    with pytest.raises(RunError, match="a process that looks for faces was killed"):
-        embedding.embed(find_images(people / "query"), load_backbone("dlib", "cpu"), 8)
-
-
-def test_a_disk_that_is_full_costs_the_crops_only(people):
-    ended = run("model_not_tuned.py", *FLAGS, "--save_crops", "/proc/crops", cwd=people)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stderr.count("the run goes on without crops") == 2
-    assert (people / "results" / "submission.json").exists()
+    monkeypatch.setattr(embedding, "write_png", full)
+    queries = find_images(people / "query")
+    vectors = embedding.embed(queries, load_backbone("dlib", "cpu"), 8, "queries", people / "crops").vectors
+    assert vectors.any(axis=1).all()
+    assert "2 crops could not be written, such as" in caplog.text
+    assert "No space left on device" in caplog.text

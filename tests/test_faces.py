@@ -11,11 +11,11 @@ from torchvision.transforms.v2.functional import pad, resize
 
 from get_images import find_images
 from retrieval import faces
+from retrieval.backbones import find_word
 from retrieval.embedding import embed
 from retrieval.faces import DETECTORS, FaceCrop, centre_box, main_face
-from retrieval.model_zoo import find_word
 
-CROPS = {"mtcnn": FaceCrop("mtcnn", 160, 14 / 160, 0.08), "dlib": FaceCrop("dlib", 150, 1 / 3, 0.16)}
+CROPS = {"mtcnn": FaceCrop("mtcnn", 160, 14 / 160, 0.08), "dlib": FaceCrop("dlib", 150, 1 / 3, 0.08)}
 
 
 @functools.cache
@@ -87,6 +87,14 @@ def test_a_large_photograph_gives_nearly_the_same_box(crop):
     assert crop(large).pixels.shape == (3, crop.size, crop.size)
 
 
+def test_a_face_of_a_tenth_of_a_large_photograph_is_found(crop):
+    noise = torch.randint(60, 200, (3, 2400, 2000), dtype=torch.uint8, generator=torch.manual_seed(0))
+    noise[:, 1000:1625, 800:1300] = resize(hopper(), [625, 500], antialias=True)  # the face: some 250 pixels
+    assert crop(noise).face is True
+    there = main_box(crop, hopper()) * [500, 625, 500, 625] + [800, 1000, 800, 1000]
+    assert overlap(main_box(crop, noise), there / [2000, 2400, 2000, 2400]) > 0.5
+
+
 def test_of_several_faces_the_largest_and_most_central_wins(crop):
     small = resize(hopper(), [125, 100], antialias=True)
     two = torch.full((3, 250, 400), 255, dtype=torch.uint8)
@@ -136,15 +144,13 @@ def test_without_a_face_the_centre_goes_the_same_way_as_a_box(monkeypatch, crop)
     assert torch.equal(without.pixels, with_face.pixels)
 
 
-def test_a_detector_that_raises_has_found_no_face(monkeypatch, crop):
-    def find(*_):
-        raise RuntimeError("torch.cat(): expected a non-empty list of Tensors")
+def test_an_mtcnn_that_raises_has_found_no_face(monkeypatch):
+    class Raising:
+        def detect(self, *_):
+            raise ValueError("torch.cat(): expected a non-empty list of Tensors")
 
-    expected = crop(torch.zeros(3, 90, 90, dtype=torch.uint8))
-    monkeypatch.setitem(DETECTORS, crop.detector, DETECTORS[crop.detector]._replace(find=find))
-    seen = crop(torch.zeros(3, 90, 90, dtype=torch.uint8))
-    assert seen.face is False
-    assert torch.equal(seen.pixels, expected.pixels)
+    monkeypatch.setattr(faces, "_mtcnn", Raising)
+    assert CROPS["mtcnn"](hopper()).face is False
 
 
 def test_margin_and_smallest_face_change_the_crop(crop):
@@ -154,6 +160,7 @@ def test_margin_and_smallest_face_change_the_crop(crop):
     assert cosine(wider(hopper()).pixels, crop(hopper()).pixels) < 0.95
     small = pad(hopper(), [400, 400, 400, 400])  # a face of 8 % of the longer side, or less
     assert dataclasses.replace(crop, min_face_size=0.5)(small).face is False
+    assert dataclasses.replace(crop, min_face_size=0.9)(hopper()).face is False
     assert dataclasses.replace(crop, min_face_size=0.04)(small).face is True
 
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import requests
 import timm
 import torch
 from conftest import face_photograph
@@ -12,9 +13,10 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_image
 from torchvision.models import ResNet50_Weights, resnet50
+from torchvision.transforms.v2.functional import resize
 
-from retrieval.backbones import load_backbone
-from retrieval.model_zoo import PRETRAINED, find_word, known_word, lite_name_in_timm
+from retrieval.backbones import find_word, load_backbone
+from retrieval.model_zoo import PRETRAINED, known_word, lite_name_in_timm
 from retrieval.settings import InputError, RunError
 from retrieval.weights import load_weights
 
@@ -143,24 +145,19 @@ def test_facenets_addresses_are_facenet_pytorchs():
 def test_dlib_is_dlibs_own_from_photograph_to_descriptor():
     import dlib
 
-    from retrieval.faces import _dlib
+    from retrieval.faces import LANDMARKS
 
-    photos = [face_photograph(name)[:, :400, :400] for name in ("hopper", "collins")]
+    photo = resize(face_photograph("hopper"), [250], antialias=True)[:, :250, :200]
+    photos = [photo, photo.flip(2)]
     ours, _ = embedded(load_backbone("dlib", "cpu"), *photos)
-    detect, landmarks = _dlib()
+    detect, landmarks = dlib.get_frontal_face_detector(), dlib.shape_predictor(str(LANDMARKS.fetch()))
     network = dlib.face_recognition_model_v1(str(PRETRAINED["dlib"].weights.fetch()))
     theirs = []
     for photo in photos:
-        crop = PRETRAINED["dlib"].face
-        array = np.ascontiguousarray(photo.permute(1, 2, 0).numpy())
-        from retrieval.faces import DETECTORS, main_face
-
-        box = main_face(DETECTORS["dlib"].find(array, crop.min_face_size), array.shape[:2])
-        left, top, right, bottom = (round(float(side)) for side in box)
-        points = landmarks(array, dlib.rectangle(left, top, right - 1, bottom - 1))
-        theirs.append(list(network.compute_face_descriptor(array, points)))
+        pixels = np.ascontiguousarray(photo.permute(1, 2, 0).numpy())
+        (face,) = detect(pixels)
+        theirs.append(list(network.compute_face_descriptor(pixels, landmarks(pixels, face))))
     assert_same_vectors(ours, torch.tensor(theirs))
-    assert detect is not None
 
 
 @pytest.mark.parametrize("name", ["resnet18.a1_in1k", "vit_tiny_patch16_224.augreg_in21k_ft_in1k"])
@@ -175,7 +172,7 @@ def test_a_timm_word_is_timms(home, name):
 
 
 @pytest.mark.parametrize(("tag", "dimension"), [("cosface_ms1mv3", 64), ("in1k", 512)])
-def test_a_repository_of_the_hub_by_its_config(home, tag, dimension):
+def test_a_repository_of_the_hub_by_its_config(home, caplog, tag, dimension):
     """Face networks of a margin loss end in the embedding; of others the classifier is taken off."""
     network = timm.create_model("resnet18", num_classes=64)
     seen = {"input_size": [3, 112, 112], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear",
@@ -187,6 +184,7 @@ def test_a_repository_of_the_hub_by_its_config(home, tag, dimension):
            "model.safetensors": lambda file: save_file(changed(network), file)},
     )  # fmt: skip
     backbone = load_backbone(f"timm:hf-hub:owner/resnet18.{tag}", "cpu")
+    assert ("this is a face network" in caplog.text) == (dimension == 64)
     assert (backbone.dimension, backbone.prepare.size, backbone.mean) == (dimension, 112, (0.5, 0.5, 0.5))
     ours, pixels = embedded(backbone, CHINA, FLOWER)
     theirs = network.eval()
@@ -196,22 +194,70 @@ def test_a_repository_of_the_hub_by_its_config(home, tag, dimension):
         assert_same_vectors(ours, theirs(pixels))
 
 
-def test_weights_of_another_file_go_into_a_timm_word(home, tmp_path):
-    name = "resnet18.a1_in1k"
+TEN = {"fc.weight": torch.ones(10, 512), "fc.bias": torch.ones(10)}
+ONE = torch.ones(1)
+
+
+def bare(state, prefix):
+    return {f"{prefix}{name}": tensor for name, tensor in state.items() if not name.startswith("fc.")}
+
+
+OF_OTHERS = {
+    "with its classifier": lambda s: s,
+    "for ten classes": lambda s: s | TEN,
+    "DataParallel, no classifier": lambda s: bare(s, "module."),
+    "lightly": lambda s: {"state_dict": bare(s, "backbone.") | {"projection_head.layers.0.weight": ONE}},
+    "SupContrast": lambda s: {"model": bare(s, "encoder.") | {"head.0.weight": ONE}},
+}
+
+
+@pytest.mark.parametrize("layout", OF_OTHERS)
+def test_weights_of_another_file_go_into_a_timm_word(home, tmp_path, layout):
+    network = timm.create_model("resnet18.a1_in1k", pretrained=False)
+    torch.save(OF_OTHERS[layout](changed(network)), tmp_path / "w.pth")
+    backbone = load_backbone("timm:resnet18.a1_in1k", "cpu", weights=tmp_path / "w.pth")
+    assert backbone.dimension == 512
+    for name, tensor in backbone.network.state_dict().items():
+        assert torch.equal(tensor, network.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("name", ["resnet18.a1_in1k", "dla46_c.in1k", "convnextv2_atto.fcmae"])
+def test_a_timm_word_never_has_random_weights(home, tmp_path, name):
+    """timm loads some families, such as the last two, with strict=False."""
     network = timm.create_model(name, pretrained=False)
-    for state in (
-        changed(network),
-        {f"module.{n}": t for n, t in changed(network).items() if "fc." not in n},
-    ):
-        torch.save(state, tmp_path / "w.pth")
-        backbone = load_backbone(f"timm:{name}", "cpu", weights=tmp_path / "w.pth")
-        assert torch.equal(backbone.network.conv1.weight, network.conv1.weight)
-    del state["module.layer1.0.conv1.weight"]
+    state = {n: t for n, t in changed(network).items() if not n.startswith("head.norm")}
     torch.save(state, tmp_path / "w.pth")
-    with pytest.raises(
-        InputError, match=r"does not hold the weights of timm:resnet18.*layer1\.0\.conv1\.weight"
-    ):
+    first = next(iter(state))
+    ours = load_backbone(f"timm:{name}", "cpu", weights=tmp_path / "w.pth").network.state_dict()
+    assert torch.equal(ours[first], state[first])
+    for wrong in ({n: t for n, t in state.items() if n != first}, {"foo.weight": torch.ones(1)}):
+        torch.save(wrong, tmp_path / "w.pth")
+        with pytest.raises(InputError, match=rf"does not hold the weights of timm:{name}"):
+            load_backbone(f"timm:{name}", "cpu", weights=tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(
+    "name", ["beit_base_patch16_224.in22k_ft_in22k_in1k", "swin_tiny_patch4_window7_224"]
+)
+def test_a_vit_for_another_kind_of_transformer_is_a_sentence(home, tmp_path, name):
+    torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "w.pth")
+    with pytest.raises(InputError, match="does not hold the weights of timm:"):
         load_backbone(f"timm:{name}", "cpu", weights=tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("config", ['{"model_type": "vit"}', "no JSON", '{"architecture": 3}'])
+def test_a_repository_that_is_not_timms_is_a_sentence(home, config):
+    lay_in_hub(home, "owner/other", **{"config.json": lambda file: file.write_text(config)})
+    with pytest.raises(InputError, match=r"owner/other is no model of timm: its config\.json"):
+        find_word("timm:hf-hub:owner/other")
+    with pytest.raises(InputError, match="timm has no weights for hf-hub:owner/other@main"):
+        find_word("timm:hf-hub:owner/other@main")
+
+
+def test_weights_of_another_lite_are_a_sentence():
+    file = PRETRAINED["efficientnet_lite2"].weights.fetch()
+    with pytest.raises(InputError, match="does not hold the weights of EfficientNet-Lite0: "):
+        load_backbone("efficientnet_lite0", "cpu", weights=file)
 
 
 @pytest.mark.parametrize(
@@ -221,8 +267,9 @@ def test_weights_that_cannot_be_downloaded_are_never_random_ones(home, monkeypat
     def offline(*_, **__):
         raise OSError("Name or service not known")
 
-    monkeypatch.setattr(torch.hub, "urlopen", offline)
-    with pytest.raises(RunError, match=r"https://.* could not be downloaded .*(--weights FILE|put it at /)"):
+    monkeypatch.setattr(requests, "get", offline)
+    by_hand = r"--weights FILE|put it at /|copy the cache that `python -m retrieval\.backbones --fetch"
+    with pytest.raises(RunError, match=rf"https://.* could not be downloaded .*({by_hand})"):
         load_backbone(word, "cpu")
 
 
@@ -235,7 +282,7 @@ def test_every_tensor_of_lite_lies_in_the_network_under_its_name(number):
     file = row.weights.fetch()
     network = timm.create_model(f"tf_efficientnet_lite{number}", pretrained=False).eval()
     blocks = [(stage, i) for stage, depth in enumerate(network.blocks) for i in range(len(depth))]
-    load_weights(network, file, rename=lambda name: lite_name_in_timm(name, blocks))
+    load_weights(network, file, "Lite", lambda name: lite_name_in_timm(name, blocks))
     given, placed = torch.load(file, weights_only=True), network.state_dict()
     # The same layers in the same order, which names and shapes alone do not promise.
     assert [lite_name_in_timm(name, blocks) for name in given] == list(placed)
@@ -267,6 +314,7 @@ def test_an_unknown_word_is_a_sentence_with_the_nearest():
         "face_net": "did you mean facenet",
         "resnet": "did you mean resnet50",
         "zzzz": "the words are efficientnet_lite0",
+        "DLIB": "did you mean dlib",
         "timm:": "and timm:NAME",
     }.items():
         with pytest.raises(InputError, match=hint):
@@ -275,5 +323,5 @@ def test_an_unknown_word_is_a_sentence_with_the_nearest():
         find_word("timm:resnt18")
     with pytest.raises(InputError, match=r"timm has no weights for resnet18\.nothing"):
         find_word("timm:resnet18.nothing")
-    with pytest.raises(InputError, match="does not take a square RGB image"):
+    with pytest.raises(InputError, match="supported are square RGB images"):
         find_word("timm:vit_base_patch16_sapiens2.fb")

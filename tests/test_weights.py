@@ -6,6 +6,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from conftest import Server
 from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import resnet18
@@ -47,6 +48,7 @@ def numbered(state):
 
 FC = {"fc.weight": torch.ones(5, 512), "fc.bias": torch.ones(5)}
 PROJECTION = {"projection_head.layers.0.weight": torch.ones(3, 512)}
+ONE = torch.ones(1)
 ONLINE = {"online_classifier.linear.weight": torch.ones(5, 512)}
 HEAD = {"head.0.weight": torch.ones(3, 512)}
 LAYOUTS = {
@@ -64,6 +66,7 @@ LAYOUTS = {
     "SupContrast on many GPUs": lambda s: {"model": before("encoder.module.", s) | HEAD},
     "lightly": lambda s: {"state_dict": before("backbone.", numbered(s)) | PROJECTION, "epoch": 9},
     "lightly's benchmarks": lambda s: {"state_dict": before("backbone.", s) | ONLINE},
+    "nested": lambda s: {"model": {"state_dict": s}, "opt": 1},
     "Lightning": lambda s: {"state_dict": before("model.", s), "pytorch-lightning_version": "2.5"},
     "an old file without counters": lambda s: {n: t for n, t in s.items() if "num_batches" not in n},
 }
@@ -73,7 +76,7 @@ LAYOUTS = {
 def test_each_known_layout_fills_every_place(tmp_path, trained, layout):
     torch.save(LAYOUTS[layout](trained), tmp_path / "weights.pth")
     network = small_resnet()
-    load_weights(network, tmp_path / "weights.pth", rename=resnet_name_in_torchvision)
+    load_weights(network, tmp_path / "weights.pth", "Toy", resnet_name_in_torchvision)
     for name, tensor in network.state_dict().items():
         if layout != "an old file without counters" or "num_batches" not in name:
             assert torch.equal(tensor, trained[name]), name
@@ -82,17 +85,17 @@ def test_each_known_layout_fills_every_place(tmp_path, trained, layout):
 def test_safetensors(tmp_path, trained):
     save_file({name: tensor.contiguous() for name, tensor in trained.items()}, tmp_path / "w.safetensors")
     network = small_resnet()
-    load_weights(network, tmp_path / "w.safetensors")
+    load_weights(network, tmp_path / "w.safetensors", "Toy")
     assert torch.equal(network.conv1.weight, trained["conv1.weight"])
     (tmp_path / "w.safetensors").write_bytes((tmp_path / "w.safetensors").read_bytes()[:1000])
     with pytest.raises(InputError, match="is not a file of weights, or only a part of one"):
-        load_weights(network, tmp_path / "w.safetensors")
+        load_weights(network, tmp_path / "w.safetensors", "Toy")
 
 
 def test_a_head_is_left_out_and_said(tmp_path, trained, caplog):
     torch.save(trained | FC, tmp_path / "weights.pth")
     with caplog.at_level("INFO", logger="retrieval"):
-        load_weights(small_resnet(), tmp_path / "weights.pth")
+        load_weights(small_resnet(), tmp_path / "weights.pth", "Toy")
     assert "left out" in caplog.text
     assert ": fc, " in caplog.text
 
@@ -103,16 +106,18 @@ def test_a_head_is_left_out_and_said(tmp_path, trained, caplog):
         (FC, "holds only a classifier .fc.: give the weights of its backbone"),
         ({"model": FC}, "holds only a classifier"),
         ({"recipe": {}, "network": {}}, "run `python model_fine_tuned.py --weights .*weights.pth`"),
-        ({"epoch": 3}, "holds no named tensors, but epoch: int"),
-        ({}, "holds no named tensors, but nothing"),
-        ([1, 2], "holds no named tensors, but a list"),
+        ({"epoch": 3}, "does not hold named tensors alone, but epoch: int"),
+        ({"conv1.weight": torch.ones(1), "best": 0.5}, "does not hold named tensors alone, but best: float"),
+        ({"module.fc.a": ONE, "fc.a": ONE, "module.a": ONE}, "1 tensors share a name"),
+        ({}, "does not hold named tensors alone, but nothing"),
+        ([1, 2], "does not hold named tensors alone, but a list"),
         (small_resnet(), "holds a Python object .torchvision.models.resnet.ResNet.*not loaded"),
     ],
 )
 def test_a_checkpoint_of_another_kind_is_a_sentence(tmp_path, state, problem):
     torch.save(state, tmp_path / "weights.pth")
     with pytest.raises(InputError, match=problem):
-        load_weights(small_resnet(), tmp_path / "weights.pth")
+        load_weights(small_resnet(), tmp_path / "weights.pth", "Toy")
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path):
@@ -126,21 +131,22 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
     for problem, state in wrong.items():
         torch.save(state, tmp_path / "weights.pth")
         with pytest.raises(InputError, match=problem):
-            load_weights(network, tmp_path / "weights.pth")
+            load_weights(network, tmp_path / "weights.pth", "Toy")
     torch.save(good, tmp_path / "weights.pth")
     with pytest.raises(InputError, match="1 tensors share a name"):
-        load_weights(network, tmp_path / "weights.pth", rename=lambda name: "bias")
-    load_weights(network, tmp_path / "weights.pth")
+        load_weights(network, tmp_path / "weights.pth", "Toy", lambda name: "bias")
+    load_weights(network, tmp_path / "weights.pth", "Toy")
     assert torch.equal(network.weight, good["weight"])
 
 
 def test_what_is_no_file_of_weights(tmp_path):
     for content in (b"", b"junk", LITE0.read_bytes()[:100_000]):
         (tmp_path / "weights.pth").write_bytes(content)
-        with pytest.raises(InputError, match=r"weights\.pth is not a file of weights, or only a part of one"):
-            load_weights(nn.Linear(2, 3), tmp_path / "weights.pth")
+        what = "is not a file of weights, or only a part of one" if content else "is empty"
+        with pytest.raises(InputError, match=rf"weights\.pth {what}"):
+            load_weights(nn.Linear(2, 3), tmp_path / "weights.pth", "Toy")
     with pytest.raises(FileNotFoundError):
-        load_weights(nn.Linear(2, 3), tmp_path / "gone.pth")
+        load_weights(nn.Linear(2, 3), tmp_path / "gone.pth", "Toy")
 
 
 # ---- where they lie
@@ -191,10 +197,27 @@ def test_a_download_comes_once_whole_and_checked(tmp_path, site):
     assert good.fetch() == here / "net.pth" == good.find()
     (folder / "net.pth").unlink()
     assert good.fetch().read_bytes() == b"weights"  # not asked for again
+    (folder / "net.pth").unlink(missing_ok=True)
     with pytest.raises(RunError, match="404"):
         Download(f"{url}/other.pth", lambda: here).fetch()
     with pytest.raises(RunError, match="could not be downloaded"):
         Download("http://127.0.0.1:9/gone.pth", lambda: here).fetch()
+
+
+def test_a_download_that_breaks_off_leaves_nothing(tmp_path):
+    def breaks_off(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000000")
+        handler.end_headers()
+        handler.wfile.write(b"x" * 100)
+        handler.close_connection = True
+
+    with Server(breaks_off) as server:
+        weights = Download(f"{server.url}net.pth", lambda: tmp_path)
+        with pytest.raises(RunError, match="could not be downloaded"):
+            weights.fetch()
+    assert weights.find() is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_repository_that_cannot_be_reached_says_what_and_from_where(monkeypatch, tmp_path):

@@ -1,0 +1,144 @@
+"""The name of a timm model in; a row like those of the table of the words out."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrieval.model_zoo import FACES, Pretrained, torch_checkpoints
+from retrieval.settings import InputError, did_you_mean
+from retrieval.transforms import Transform
+from retrieval.weights import Download, OnHub, does_not_fit, read_checkpoint, without_heads
+
+if TYPE_CHECKING:
+    from torch import nn
+
+# Face networks trained with a margin loss end in the layer that gives the embedding; it is no classifier.
+ENDS_IN_EMBEDDING = re.compile(r"\.(arcface|cosface|adaface)_")
+
+
+def find_timm(name: str) -> Pretrained:
+    """The row of a timm model, NAME or hf-hub:OWNER/NAME. Raises InputError for an unknown one."""
+    hub = re.fullmatch(r"hf[-_]hub:([\w.-]+/[\w.-]+)", name)
+    if hub:
+        return _timm_row(name, *_config_on_hub(hub[1]), OnHub(hub[1], HUB_NAMES))
+    config = _config_in_timm(name)
+    hub_id, url = config.get("hf_hub_id"), config.get("url")
+    return _timm_row(
+        name, name, config, OnHub(hub_id, HUB_NAMES) if hub_id else Download(url, torch_checkpoints)
+    )
+
+
+HUB_NAMES = ("model.safetensors", "pytorch_model.bin")
+
+
+def _config_in_timm(name: str) -> dict[str, Any]:
+    import timm
+
+    known = timm.list_pretrained()
+    config = (
+        timm.get_pretrained_cfg(name) if name in known or ("." not in name and timm.is_model(name)) else None
+    )
+    if config is None or not config.has_weights:
+        hint = (
+            did_you_mean(name, [*known, *timm.list_models()]) or ": timm.list_pretrained() lists what it has"
+        )
+        raise InputError(f"timm has no weights for {name}{hint}")
+    return config.to_dict()
+
+
+def _config_on_hub(repository: str) -> tuple[str, dict[str, Any]]:
+    """What timm calls the network, and the config of its weights, from the repository's config.json."""
+    import timm
+
+    fetch = f"`python -m retrieval.backbones --fetch timm:hf-hub:{repository}`"
+    file = OnHub(repository, ("config.json",), by_hand=f"copy the cache that {fetch} makes there").fetch()
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        known = timm.is_model(str(config["architecture"]))
+    except (ValueError, KeyError, TypeError):
+        known = False
+    if not known:
+        raise InputError(f"{repository} is no model of timm: its config.json names no architecture of timm's")
+    return f"local-dir:{file.parent}", config.get("pretrained_cfg", config)
+
+
+def _timm_row(name: str, architecture: str, config: dict[str, Any], weights: OnHub | Download) -> Pretrained:
+    from timm.data import resolve_data_config
+
+    sees = resolve_data_config(pretrained_cfg=config)
+    channels, height, width = sees["input_size"]
+    if channels != 3 or height != width or sees["crop_mode"] not in ("center", "squash"):
+        raise InputError(
+            f"timm:{name} sees {channels} × {height} × {width} by crop mode {sees['crop_mode']}; supported "
+            "are square RGB images by center or squash"
+        )
+    return Pretrained(
+        lambda file: _timm_network(name, architecture, config, file),
+        weights,
+        None,
+        None,
+        Transform(height, sees["interpolation"], sees["crop_mode"], int(height / sees["crop_pct"])),
+        tuple(sees["mean"]),
+        tuple(sees["std"]),
+        config.get("license") or "see its model card",
+        FACES if ENDS_IN_EMBEDDING.search(name) else "what it was trained on",
+    )
+
+
+def _timm_network(name: str, architecture: str, config: dict[str, Any], file: Path) -> nn.Module:
+    """The network by timm's own loading, which also knows the layouts that its models were published in.
+
+    It is loaded with its classifier, which is taken off afterwards: without, timm would load only what fits.
+    """
+    import timm
+
+    state, overlay = read_checkpoint(file), {"source": "", "label_offset": 0}
+    classifiers = config.get("classifier") or ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
+    of_classifier = {n: t for n, t in state.items() if n.rpartition(".")[0] in classifiers}
+    if classifiers and any(len(t) != config["num_classes"] for t in of_classifier.values() or [()]):
+        # None, or one for other classes: of no use here.
+        bare = timm.create_model(architecture, pretrained=False, num_classes=0).state_dict()
+        state = {n: t for n, t in state.items() if n in bare or n not in of_classifier}
+        state, overlay["num_classes"] = without_heads(state, bare, file), 0
+    try:
+        with _nothing_missing(file, f"timm:{name}"):
+            overlay["state_dict"] = state
+            network = timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay)
+    except InputError:
+        raise
+    except Exception as error:  # torch's load_state_dict, or timm's renaming before it, which raises anything
+        problems = [line.strip()[:200] for line in str(error).splitlines()]
+        raise does_not_fit(file, f"timm:{name}", problems[1:] or problems) from None
+    if not ENDS_IN_EMBEDDING.search(name):
+        network.reset_classifier(0)
+    return network
+
+
+@contextmanager
+def _nothing_missing(file: Path, network: str) -> Iterator[None]:
+    """Refuse a file that leaves a place empty, also where timm loads a whole family with strict=False.
+
+    A new norm of the head is no such place: timm adds it to networks that were trained without (fcmae).
+    """
+    from torch.nn import Module
+
+    load = Module.load_state_dict
+
+    def load_all(module: nn.Module, *arguments: Any, **more: Any) -> Any:
+        result = load(module, *arguments, **more)
+        missing = [n for n in result.missing_keys if not n.startswith(("head.norm.", "head_norm."))]
+        if missing:
+            raise does_not_fit(file, network, [f"{name} is missing" for name in missing])
+        return result
+
+    Module.load_state_dict = load_all
+    try:
+        yield
+    finally:
+        Module.load_state_dict = load
