@@ -15,7 +15,7 @@ from retrieval.transforms import Transform
 from retrieval.weights import Download, OnHub, does_not_fit, read_checkpoint, without_heads
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 # Face networks trained with a margin loss end in the layer that gives the embedding; it is no classifier.
 ENDS_IN_EMBEDDING = re.compile(r"\.(arcface|cosface|adaface)_")
@@ -28,9 +28,8 @@ def find_timm(name: str) -> Pretrained:
         return _timm_row(name, *_config_on_hub(hub[1]), OnHub(hub[1], HUB_NAMES))
     config = _config_in_timm(name)
     hub_id, url = config.get("hf_hub_id"), config.get("url")
-    return _timm_row(
-        name, name, config, OnHub(hub_id, HUB_NAMES) if hub_id else Download(url, torch_checkpoints)
-    )
+    weights = OnHub(hub_id, HUB_NAMES) if hub_id else Download(url, torch_checkpoints)
+    return _timm_row(name, name, config, weights)
 
 
 HUB_NAMES = ("model.safetensors", "pytorch_model.bin")
@@ -40,15 +39,12 @@ def _config_in_timm(name: str) -> dict[str, Any]:
     import timm
 
     known = timm.list_pretrained()
-    config = (
-        timm.get_pretrained_cfg(name) if name in known or ("." not in name and timm.is_model(name)) else None
-    )
-    if config is None or not config.has_weights:
-        hint = (
-            did_you_mean(name, [*known, *timm.list_models()]) or ": timm.list_pretrained() lists what it has"
-        )
-        raise InputError(f"timm has no weights for {name}{hint}")
-    return config.to_dict()
+    if name in known or ("." not in name and timm.is_model(name)):  # without a tag, timm chooses one
+        config = timm.get_pretrained_cfg(name)
+        if config.has_weights:
+            return config.to_dict()
+    hint = did_you_mean(name, [*known, *timm.list_models()]) or ": timm.list_pretrained() lists them"
+    raise InputError(f"timm has no weights for {name}{hint}")
 
 
 def _config_on_hub(repository: str) -> tuple[str, dict[str, Any]]:
@@ -93,31 +89,47 @@ def _timm_row(name: str, architecture: str, config: dict[str, Any], weights: OnH
 def _timm_network(name: str, architecture: str, config: dict[str, Any], file: Path) -> nn.Module:
     """The network by timm's own loading, which also knows the layouts that its models were published in.
 
-    It is loaded with its classifier, which is taken off afterwards: without, timm would load only what fits.
+    It is loaded with its classifier, which is then taken off: without, timm would load only what fits. A file
+    with another classifier, or none, is loaded without, and then has to fill every other place.
     """
+    state, ends_in_embedding = read_checkpoint(file), ENDS_IN_EMBEDDING.search(name)
+    try:
+        network = _load_by_timm(name, architecture, {"state_dict": dict(state)}, file)
+    except InputError:
+        if ends_in_embedding:
+            raise
+        state = _without_classifier(state, architecture, config, file)
+        without = {"state_dict": state, "num_classes": 0, "label_offset": 0}
+        network = _load_by_timm(name, architecture, without, file)
+    if not ends_in_embedding:
+        network.reset_classifier(0)
+    return network
+
+
+def _load_by_timm(name: str, architecture: str, overlay: dict[str, Any], file: Path) -> nn.Module:
     import timm
 
-    state, overlay = read_checkpoint(file), {"source": "", "label_offset": 0}
-    classifiers = config.get("classifier") or ()
-    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
-    of_classifier = {n: t for n, t in state.items() if n.rpartition(".")[0] in classifiers}
-    if classifiers and any(len(t) != config["num_classes"] for t in of_classifier.values() or [()]):
-        # None, or one for other classes: of no use here.
-        bare = timm.create_model(architecture, pretrained=False, num_classes=0).state_dict()
-        state = {n: t for n, t in state.items() if n in bare or n not in of_classifier}
-        state, overlay["num_classes"] = without_heads(state, bare, file), 0
+    overlay["source"] = ""  # so that timm takes the state dict
     try:
         with _nothing_missing(file, f"timm:{name}"):
-            overlay["state_dict"] = state
-            network = timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay)
+            return timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay)
     except InputError:
         raise
     except Exception as error:  # torch's load_state_dict, or timm's renaming before it, which raises anything
         problems = [line.strip()[:200] for line in str(error).splitlines()]
         raise does_not_fit(file, f"timm:{name}", problems[1:] or problems) from None
-    if not ENDS_IN_EMBEDDING.search(name):
-        network.reset_classifier(0)
-    return network
+
+
+def _without_classifier(
+    state: dict[str, Tensor], architecture: str, config: dict[str, Any], file: Path
+) -> dict[str, Tensor]:
+    import timm
+
+    bare = timm.create_model(architecture, pretrained=False, num_classes=0).state_dict()
+    classifiers = config.get("classifier") or ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
+    state = {n: t for n, t in state.items() if n in bare or n.rpartition(".")[0] not in classifiers}
+    return without_heads(state, bare, file)
 
 
 @contextmanager
