@@ -233,7 +233,7 @@ def read_batches(
     """
     import torch
 
-    pool: Executor = reader_processes() if processes else _reader_threads()
+    pool: Executor = _reader_processes() if processes else _reader_threads()
     read = functools.partial(_read_in_process if processes else _read, prepare)
     remaining = iter(files)
     ahead: deque[tuple[ImageFile, Future]] = deque()
@@ -242,11 +242,7 @@ def read_batches(
         batch = Batch()
         while ahead:
             file, future = ahead.popleft()
-            try:
-                result = future.result()
-            except BrokenProcessPool:
-                ahead.clear()  # the pool is ending them itself, and does not bear that they are cancelled too
-                raise
+            result = future.result()
             ahead.extend((file, pool.submit(read, file.path)) for file in islice(remaining, 1))
             if isinstance(result, UnreadableImageError):
                 batch.unreadable[file.name] = str(result)
@@ -256,6 +252,10 @@ def read_batches(
             if len(batch.images) == batch_size or not ahead:
                 yield batch
                 batch = Batch()
+    except BrokenProcessPool:
+        ahead.clear()  # the pool ends them itself, and does not bear that they are cancelled too
+        _reader_processes.cache_clear()
+        raise
     finally:
         for _, future in ahead:
             future.cancel()
@@ -284,7 +284,7 @@ def _reader_threads() -> ThreadPoolExecutor:
 
 
 @functools.cache
-def reader_processes() -> ProcessPoolExecutor:
+def _reader_processes() -> ProcessPoolExecutor:
     """The reader processes, one a core, which start at the first call and serve until the program ends.
 
     Not forks of this process: a fork of a process with threads may hang.

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from pydantic_settings import CliPositionalArg
 
-from get_images import reader_processes
 from retrieval import settings
 from retrieval.faces import DETECTORS, FaceCrop
 from retrieval.model_zoo import ALIASES, FACES, PRETRAINED, ModelType, Pretrained, known_word
@@ -79,8 +78,6 @@ def load_backbone(
     device = choose_device(device)
     row = find_word(word)
     prepare = _choose_prepare(row, crop, image_size, face_margin, min_face_size)
-    if isinstance(prepare, FaceCrop):
-        reader_processes()  # they start while the network loads
     if device == "cpu":
         _keep_freed_memory()
     network = row.network(weights or row.weights.fetch())

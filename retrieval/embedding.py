@@ -65,18 +65,23 @@ def embed(
                     compress(batch.names, ~usable), "the network gave no usable numbers"
                 )
             bar.update(len(batch.names) + len(batch.unreadable))
+    _warn(files, kind, unreadable, without_face, [reason for reason in unsaved if reason])
+    return Embeddings(list(rows), vectors, without_face if backbone.looks_for_faces else None)
+
+
+def _warn(
+    files: list[ImageFile], kind: str, unreadable: dict[str, str], without_face: list[str], unsaved: list[str]
+) -> None:
     for name, reason in unreadable.items():
         log.warning("%s in the %s could not be embedded: %s", name, kind, reason)
     if len(unreadable) == len(files):
         raise InputError(f"not one of the {len(files)} {kind} could be embedded: see the reasons above")
-    if any(unsaved):
-        lost = [reason for reason in unsaved if reason]
-        log.warning("%d crops could not be written, such as %s", len(lost), lost[0])
+    if unsaved:
+        log.warning("%d crops could not be written, such as %s", len(unsaved), unsaved[0])
     if without_face:
         log.warning("no face was found in %d of the %d %s, such as %s: a square in the centre stands in "
                     "(--save_crops shows it, and --min_face_size looks for smaller faces)",
                     len(without_face), len(files), kind, without_face[0])  # fmt: skip
-    return Embeddings(list(rows), vectors, without_face if backbone.looks_for_faces else None)
 
 
 def _save(pixels: Tensor, path: Path) -> str:
