@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,19 +47,19 @@ def _config_in_timm(name: str) -> dict[str, Any]:
 
 
 def _config_on_hub(repository: str) -> tuple[str, dict[str, Any]]:
-    """What timm calls the network, and the config of its weights, from the repository's config.json."""
+    """What timm calls the network, and the config of its weights, as timm reads them in config.json."""
     import timm
 
     fetch = f"`python -m retrieval.backbones --fetch timm:hf-hub:{repository}`"
     file = OnHub(repository, ("config.json",), by_hand=f"copy the cache that {fetch} makes there").fetch()
+    folder = f"local-dir:{file.parent}"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        known = timm.is_model(str(config["architecture"]))
-    except (ValueError, KeyError, TypeError):
-        known = False
-    if not known:
-        raise InputError(f"{repository} is no model of timm: its config.json names no architecture of timm's")
-    return f"local-dir:{file.parent}", config.get("pretrained_cfg", config)
+        return folder, timm.create_model(folder, pretrained=False).pretrained_cfg
+    except Exception as error:  # config.json is anybody's: anything may be wrong in it
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"{repository} is no model of timm: its config.json describes none ({reason})"
+        ) from None
 
 
 def _timm_row(name: str, architecture: str, config: dict[str, Any], weights: OnHub | Download) -> Pretrained:

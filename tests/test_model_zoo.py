@@ -160,6 +160,16 @@ def test_dlib_is_dlibs_own_from_photograph_to_descriptor():
     assert_same_vectors(ours, torch.tensor(theirs))
 
 
+def assert_sees_what_timm_resolves(word, network):
+    row, config = find_word(word), timm.data.resolve_model_data_config(network)
+    assert (3, row.transform.size, row.transform.size) == tuple(config["input_size"])
+    assert row.transform.resize == int(row.transform.size / config["crop_pct"])
+    assert (row.transform.crop_mode, row.transform.interpolation) == (
+        config["crop_mode"], config["interpolation"],
+    )  # fmt: skip
+    assert (row.mean, row.std) == (tuple(config["mean"]), tuple(config["std"]))
+
+
 @pytest.mark.parametrize("name", ["resnet18.a1_in1k", "vit_tiny_patch16_224.augreg_in21k_ft_in1k"])
 def test_a_timm_word_is_timms(home, name):
     network = timm.create_model(name, pretrained=False)
@@ -167,6 +177,7 @@ def test_a_timm_word_is_timms(home, name):
     lay_in_hub(home, f"timm/{name}", **{"model.safetensors": lambda file: save_file(state, file)})
     ours, pixels = embedded(load_backbone(f"timm:{name}", "cpu"), CHINA, FLOWER)
     theirs = timm.create_model(name, pretrained=True, num_classes=0).eval()  # from the same file
+    assert_sees_what_timm_resolves(f"timm:{name}", theirs)
     with torch.inference_mode():
         assert_same_vectors(ours, theirs(pixels))
 
@@ -190,6 +201,10 @@ def test_a_repository_of_the_hub_by_its_config(home, caplog, tag, dimension):
     theirs = network.eval()
     if dimension == 512:
         theirs.reset_classifier(0)
+    snapshot = find_word(f"timm:hf-hub:owner/resnet18.{tag}").weights.find().parent
+    assert_sees_what_timm_resolves(
+        f"timm:hf-hub:owner/resnet18.{tag}", timm.create_model(f"local-dir:{snapshot}", pretrained=False)
+    )
     with torch.inference_mode():
         assert_same_vectors(ours, theirs(pixels))
 
