@@ -85,9 +85,10 @@ def stages(folder: Path, count: int) -> None:
     import torch
     from facenet_pytorch import InceptionResnetV1
 
-    from get_images import find_images, read_batches
+    from get_images import find_images
     from retrieval.backbones import Backbone, load_backbone
     from retrieval.model_zoo import PRETRAINED
+    from retrieval.readers import read_batches
 
     dlib, row = load_backbone("dlib", "cpu"), PRETRAINED["facenet"]
     network = InceptionResnetV1().eval().to(memory_format=torch.channels_last)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from get_images import Batch, ImageFile, read_batches
+from get_images import ImageFile
 from retrieval.backbones import Backbone, out_of_memory
 from retrieval.ranking import Embeddings
+from retrieval.readers import Batch, read_batches
 from retrieval.report import write_png
 from retrieval.settings import InputError, RunError
 

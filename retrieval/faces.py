@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from get_images import Square
+from retrieval.transforms import Square
 from retrieval.weights import InPackage
 
 if TYPE_CHECKING:

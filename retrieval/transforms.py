@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-from get_images import Square
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class Square(NamedTuple):
+    """What a network sees of an image."""
+
+    pixels: Tensor  # uint8 RGB (3, size, size)
+    face: bool | None = None  # whether it shows a face that was found; None: none was looked for
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 import io
 import os
-import threading
 import zlib
 
 import numpy as np
@@ -9,13 +8,10 @@ import torch
 from PIL import Image, ImageOps
 
 from get_images import (
-    ImageFile,
-    Square,
     UnreadableImageError,
     find_images,
     find_query_and_gallery,
     lay_out_sample,
-    read_batches,
     read_image,
 )
 
@@ -276,61 +272,6 @@ def test_unreadable_files_say_why(photo, tmp_path):
     for name, reason in broken_files(tmp_path, photo).items():
         with pytest.raises(UnreadableImageError, match=reason):
             read_image(tmp_path / name)
-
-
-# ---- batch
-
-
-def test_batches_keep_order_and_names_and_name_what_is_unreadable(photo, tmp_path):
-    for level in range(7):
-        Image.new("L", (5 + level, 3), level * 10).save(tmp_path / f"{level}.png")
-    broken = broken_files(tmp_path, photo)
-    batches = list(read_batches(find_images(tmp_path), lambda image: Square(image[:, :2, :2]), batch_size=3))
-    assert [batch.names for batch in batches] == [
-        ["0.png", "1.png", "2.png"],
-        ["3.png", "4.png", "5.png"],
-        ["6.png"],
-    ]
-    for batch in batches:
-        for name, image in zip(batch.names, batch.images, strict=True):
-            assert image.pixels.shape == (3, 2, 2)
-            assert (image.pixels == int(name[0]) * 10).all()
-    assert {name for batch in batches for name in batch.unreadable} == set(broken)
-
-
-def test_unreadable_files_alone_still_come_in_a_batch(tmp_path):
-    touch(tmp_path, "a.jpg")
-    (batch,) = read_batches(find_images(tmp_path), Square, batch_size=4)
-    assert (batch.names, batch.images, list(batch.unreadable)) == ([], [], ["a.jpg"])
-
-
-def test_workers_read_only_a_little_ahead_and_end_with_the_caller(tmp_path):
-    Image.new("L", (4, 4)).save(tmp_path / "a.png")
-    started = []
-    before = threading.active_count()
-    files = [ImageFile(str(i), tmp_path / "a.png") for i in range(1000)]
-    batches = read_batches(files, lambda image: started.append(1) or Square(image), batch_size=5)
-    next(batches)
-    batches.close()
-    assert len(started) <= 20
-    assert threading.active_count() == before
-
-
-def test_an_error_in_prepare_is_not_taken_for_an_unreadable_image(tmp_path):
-    Image.new("L", (4, 4)).save(tmp_path / "a.png")
-
-    def prepare(image):
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        list(read_batches(find_images(tmp_path), prepare, batch_size=5))
-
-
-def test_reading_leaves_the_networks_threads_alone(tmp_path):
-    Image.new("L", (4, 4)).save(tmp_path / "a.png")
-    before = torch.get_num_threads()
-    list(read_batches(find_images(tmp_path), Square, batch_size=5))
-    assert torch.get_num_threads() == before
 
 
 # ---- sample

@@ -18,7 +18,8 @@ BELOW = {
     "retrieval.sending": {"retrieval.ledger"},
     "retrieval.submission": {"retrieval.settings", "retrieval.ledger", "retrieval.sending"},
     "retrieval.transforms": set(),
-    "retrieval.faces": {"retrieval.weights"},
+    "retrieval.faces": {"retrieval.transforms", "retrieval.weights"},
+    "retrieval.readers": {"retrieval.transforms"},
     "retrieval.dlib_network": {"retrieval.settings"},
     "retrieval.weights": {"retrieval.settings"},
     "retrieval.model_zoo": {
@@ -46,6 +47,7 @@ BELOW = {
         "retrieval.settings",
         "retrieval.ranking",
         "retrieval.backbones",
+        "retrieval.readers",
         "retrieval.report",
     },
     "retrieval.report": {"retrieval.ledger"},
