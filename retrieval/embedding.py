@@ -73,6 +73,7 @@ def embed(
 def _warn(
     files: list[ImageFile], kind: str, unreadable: dict[str, str], without_face: list[str], unsaved: list[str]
 ) -> None:
+    """Warn of what went wrong with some; raise InputError if not one could be embedded."""
     for name, reason in unreadable.items():
         log.warning("%s in the %s could not be embedded: %s", name, kind, reason)
     if len(unreadable) == len(files):

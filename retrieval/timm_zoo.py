@@ -49,7 +49,12 @@ def _config_in_timm(name: str) -> dict[str, Any]:
 def _config_on_hub(repository: str) -> tuple[str, dict[str, Any]]:
     """What timm calls the network, and the config of its weights, as timm reads them in config.json."""
     import timm
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise InputError(f"{repository} cannot be a repository of the hub: {error}") from None
     fetch = f"`python -m retrieval.backbones --fetch timm:hf-hub:{repository}`"
     file = OnHub(repository, ("config.json",), by_hand=f"copy the cache that {fetch} makes there").fetch()
     folder = f"local-dir:{file.parent}"

@@ -174,16 +174,14 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
             f"{file} is a fine-tuned checkpoint, which knows its network and its crop: "
             f"run `python model_fine_tuned.py --weights {file}`"
         )
-    while isinstance(state, dict) and any(isinstance(state.get(key), dict) for key in AROUND):
-        state = next(state[key] for key in AROUND if isinstance(state.get(key), dict))
-    if not _are_tensors(state):
+    while (inner := _inside(state)) is not None:
+        state = inner
+    others = _others_than_tensors(state)
+    if others:
         raise InputError(
-            f"{file} does not hold named tensors alone, but {_kinds(state)}: save the network's state_dict()"
+            f"{file} does not hold named tensors alone, but {others}: save the network's state_dict()"
         )
-    bare = _bare_names(state)
-    if len(bare) < len(state):
-        raise InputError(f"{file}: {len(state) - len(bare)} tensors share a name with another")
-    return bare
+    return _bare_names(state, file)
 
 
 def _unpickle(file: Path) -> Any:
@@ -213,24 +211,20 @@ def _unpickle(file: Path) -> Any:
         raise InputError(f"{file} {what}") from None
 
 
-def _are_tensors(state: Any) -> bool:
-    import torch
-
-    return (
-        isinstance(state, dict) and bool(state) and all(isinstance(v, torch.Tensor) for v in state.values())
-    )
+def _inside(state: Any) -> dict[str, Any] | None:
+    """What one of AROUND holds."""
+    inner = (state.get(key) for key in AROUND) if isinstance(state, dict) else ()
+    return next((value for value in inner if isinstance(value, dict)), None)
 
 
-def _kinds(state: Any) -> str:
-    """What else than tensors there is."""
+def _others_than_tensors(state: Any) -> str:
+    """What there is that is no named tensor; nothing, if all are."""
     import torch
 
     if not isinstance(state, dict):
         return f"a {type(state).__name__}"
-    others = [
-        f"{name}: {type(value).__name__}" for name, value in state.items() if not torch.is_tensor(value)
-    ]
-    return ", ".join(others[:3]) or "nothing"
+    others = [f"{name}: {type(v).__name__}" for name, v in state.items() if not torch.is_tensor(v)]
+    return ", ".join(others[:3]) if state else "nothing"
 
 
 def load_weights(network: nn.Module, file: Path, title: str, rename: Callable[[str], str] = str) -> None:
@@ -240,11 +234,7 @@ def load_weights(network: nn.Module, file: Path, title: str, rename: Callable[[s
     of the file has its place, and each place its tensor, in its shape.
     """
     wanted = network.state_dict()
-    state = read_checkpoint(file)
-    given = {rename(name): tensor for name, tensor in state.items()}
-    if len(given) < len(state):
-        raise InputError(f"{file}: {len(state) - len(given)} tensors share a name with another")
-    given = without_heads(given, wanted, file)
+    given = without_heads(_renamed(read_checkpoint(file), rename, file), wanted, file)
     for name, tensor in wanted.items():  # a counter of training steps, which old files lack
         if name.endswith("num_batches_tracked"):
             given.setdefault(name, tensor)
@@ -266,13 +256,19 @@ def does_not_fit(file: Path, network: str, problems: list[str]) -> InputError:
     return InputError(f"{file} does not hold the weights of {network}: {shown}")
 
 
-def _bare_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def _renamed(state: dict[str, Tensor], rename: Callable[[str], str], file: Path) -> dict[str, Tensor]:
+    renamed = {rename(name): tensor for name, tensor in state.items()}
+    if len(renamed) < len(state):
+        raise InputError(f"{file}: {len(state) - len(renamed)} tensors share a name with another")
+    return renamed
+
+
+def _bare_names(state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
     """The tensors without what training put before all of the backbone's names."""
-    for _ in range(3):  # such as SupContrast's encoder.module.conv1.weight
-        for prefix in BEFORE:
-            others = {name.partition(".")[0] for name in state if not name.startswith(prefix)}
-            if others <= set(HEADS):
-                state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    for prefix in 3 * BEFORE:  # such as SupContrast's encoder.module.conv1.weight
+        others = {name.partition(".")[0] for name in state if not name.startswith(prefix)}
+        if others <= set(HEADS):
+            state = _renamed(state, lambda name, prefix=prefix: name.removeprefix(prefix), file)
     return state
 
 

@@ -7,7 +7,7 @@ import pytest
 import requests
 import timm
 import torch
-from conftest import face_photograph
+from conftest import face_photograph, lay_in_hub
 from facenet_pytorch import InceptionResnetV1
 from huggingface_hub import constants
 from safetensors.torch import save_file
@@ -38,16 +38,6 @@ def lay_in_torch_home(home, state, *place):
     file = home.joinpath("torch", *place)
     file.parent.mkdir(parents=True, exist_ok=True)
     torch.save(state, file)
-
-
-def lay_in_hub(home, repository, **files):
-    """The cache as huggingface_hub keeps it; `files` are functions that write, with _ for the dot."""
-    folder = home / "hub" / f"models--{repository.replace('/', '--')}"
-    (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / "main").write_text("0" * 40)
-    (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
-    for name, write in files.items():
-        write(folder / "snapshots" / ("0" * 40) / name)
 
 
 def embedded(backbone, *images):
@@ -265,6 +255,8 @@ def test_a_repository_that_is_not_timms_is_a_sentence(home, config):
     lay_in_hub(home, "owner/other", **{"config.json": lambda file: file.write_text(config)})
     with pytest.raises(InputError, match=r"owner/other is no model of timm: its config\.json"):
         find_word("timm:hf-hub:owner/other")
+    with pytest.raises(InputError, match="a--b/c cannot be a repository of the hub"):
+        find_word("timm:hf-hub:a--b/c")
     with pytest.raises(InputError, match="timm has no weights for hf-hub:owner/other@main"):
         find_word("timm:hf-hub:owner/other@main")
 

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, Server, answer, run
+from conftest import ROOT, Server, answer, lay_in_hub, run
 from PIL import Image
 
 FOLDERS = ("--query_dir", "query", "--gallery_dir", "gallery")
@@ -242,17 +242,15 @@ def weights_of_the_study(folder):
     from torchvision.models import resnet50
 
     network = resnet50()
-    snapshot = folder / "hub" / "models--lightly-ai--simclrv1-imagenet1k-resnet50-1x" / "snapshots" / "0"
     places = {
         folder / "torch" / "hub" / "checkpoints" / "resnet50-11ad3fa6.pth": network.state_dict(),
         folder / "torch" / "checkpoints" / "20180402-114759-vggface2.pt": InceptionResnetV1().state_dict(),
-        snapshot / "resnet50-1x.pth": {"state_dict": network.state_dict()},
     }
     for place, state in places.items():
         place.parent.mkdir(parents=True)
         torch.save(state, place)
-    (snapshot.parent.parent / "refs").mkdir()
-    (snapshot.parent.parent / "refs" / "main").write_text("0")
+    simclr = {"resnet50-1x.pth": lambda file: torch.save({"state_dict": network.state_dict()}, file)}
+    lay_in_hub(folder, "lightly-ai/simclrv1-imagenet1k-resnet50-1x", **simclr)
     return {"TORCH_HOME": str(folder / "torch"), "HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}
 
 
