@@ -29,7 +29,7 @@ Three = tuple[float, float, float]
 class Pretrained:
     """A row of the table."""
 
-    network: Callable[[Path], nn.Module]  # a file of weights → the network without its classifier
+    network: Callable[[Path | None], nn.Module]  # a file of weights → the network without its classifier
     weights: InPackage | Download | OnHub
     dimension: int | None  # of the embedding; None: known when the network is there
     millions: float | None  # of parameters, without the classifier
@@ -44,17 +44,17 @@ class Pretrained:
 # ---- EfficientNet-Lite ----------------------------------------------------------------------------
 
 
-def _lite(number: int) -> Callable[[Path], nn.Module]:
+def _lite(number: int) -> Callable[[Path | None], nn.Module]:
     """timm's tf_efficientnet_lite; the packages have its weights under efficientnet_pytorch's names."""
 
-    def network(file: Path) -> nn.Module:
+    def network(file: Path | None) -> nn.Module:
         import timm
 
         network = timm.create_model(f"tf_efficientnet_lite{number}", pretrained=False)
         blocks = [(stage, i) for stage, depth in enumerate(network.blocks) for i in range(len(depth))]
-        load_weights(
-            network, file, f"EfficientNet-Lite{number}", lambda name: lite_name_in_timm(name, blocks)
-        )
+        if file:
+            title = f"EfficientNet-Lite{number}"
+            load_weights(network, file, title, lambda name: lite_name_in_timm(name, blocks))
         network.reset_classifier(0)
         return network
 
@@ -92,14 +92,15 @@ def lite_name_in_timm(name: str, blocks: list[tuple[int, int]]) -> str:
 # ---- ResNet-50, ImageNet and SimCLR ---------------------------------------------------------------
 
 
-def _resnet50(file: Path) -> nn.Module:
+def _resnet50(file: Path | None) -> nn.Module:
     """torchvision's ResNet-50 without its last layer: the pooled features, 2048-d."""
     from torch.nn import Identity
     from torchvision.models import resnet50
 
     network = resnet50(weights=None)
     network.fc = Identity()
-    load_weights(network, file, "ResNet-50", resnet_name_in_torchvision)
+    if file:
+        load_weights(network, file, "ResNet-50", resnet_name_in_torchvision)
     return network
 
 
@@ -123,23 +124,24 @@ def resnet_name_in_torchvision(name: str) -> str:
 # ---- faces ----------------------------------------------------------------------------------------
 
 
-def _facenet(file: Path) -> nn.Module:
+def _facenet(file: Path | None) -> nn.Module:
     """FaceNet: facenet-pytorch's InceptionResnetV1 without its classifier, 512-d."""
     from facenet_pytorch import InceptionResnetV1
 
     network = InceptionResnetV1()
-    load_weights(network, file, "FaceNet")
+    if file:
+        load_weights(network, file, "FaceNet")
     return network
 
 
-def _dlib(file: Path) -> nn.Module:
+def _dlib(file: Path | None) -> nn.Module:
     """dlib's face network from its own file (.dat), or from a state dict, 128-d."""
     from retrieval.dlib_network import DlibFaceNetwork, read_dlib_weights
 
     network = DlibFaceNetwork()
-    if file.suffix == ".dat":
+    if file and file.suffix == ".dat":
         network.load_state_dict(read_dlib_weights(file))
-    else:
+    elif file:
         load_weights(network, file, "dlib's face network")
     return network
 

@@ -90,24 +90,36 @@ def _timm_row(name: str, architecture: str, config: dict[str, Any], weights: OnH
     )
 
 
-def _timm_network(name: str, architecture: str, config: dict[str, Any], file: Path) -> nn.Module:
+def _timm_network(name: str, architecture: str, config: dict[str, Any], file: Path | None) -> nn.Module:
+    import timm
+
+    ends_in_embedding = bool(ENDS_IN_EMBEDDING.search(name))
+    if file:
+        network = _loaded_by_timm(name, architecture, config, file, ends_in_embedding)
+    else:
+        network = timm.create_model(architecture, pretrained=False)
+    if not ends_in_embedding:
+        network.reset_classifier(0)
+    return network
+
+
+def _loaded_by_timm(
+    name: str, architecture: str, config: dict[str, Any], file: Path, ends_in_embedding: bool
+) -> nn.Module:
     """The network by timm's own loading, which also knows the layouts that its models were published in.
 
-    It is loaded with its classifier, which is then taken off: without, timm would load only what fits. A file
-    with another classifier, or none, is loaded without, and then has to fill every other place.
+    It is loaded with its classifier, since without timm would load only what fits. A file with another
+    classifier, or none, is loaded without, and then has to fill every other place.
     """
-    state, ends_in_embedding = read_checkpoint(file), ENDS_IN_EMBEDDING.search(name)
+    state = read_checkpoint(file)
     try:
-        network = _load_by_timm(name, architecture, {"state_dict": dict(state)}, file)
+        return _load_by_timm(name, architecture, {"state_dict": dict(state)}, file)
     except InputError:
         if ends_in_embedding:
             raise
         state = _without_classifier(state, architecture, config, file)
         without = {"state_dict": state, "num_classes": 0, "label_offset": 0}
-        network = _load_by_timm(name, architecture, without, file)
-    if not ends_in_embedding:
-        network.reset_classifier(0)
-    return network
+        return _load_by_timm(name, architecture, without, file)
 
 
 def _load_by_timm(name: str, architecture: str, overlay: dict[str, Any], file: Path) -> nn.Module:
