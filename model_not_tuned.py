@@ -8,14 +8,9 @@ Edit the settings below, or give them as flags, in the environment or in .env (t
 
 from pathlib import Path
 
-from get_images import find_query_and_gallery
 from retrieval.backbones import ModelType, load_backbone
-from retrieval.embedding import embed
+from retrieval.job import embed_both, find, rank_both, save, send
 from retrieval.ledger import Run
-from retrieval.metrics import measure, require_labels
-from retrieval.ranking import rank
-from retrieval.report import draw_matches
-from retrieval.sending import NOT_SENT, send_submission
 from retrieval.settings import (
     Crop,
     Device,
@@ -26,11 +21,10 @@ from retrieval.settings import (
     NewFolder,
     PositiveInt,
     PositiveShare,
-    ServerUrl,  # fmt: skip
+    ServerUrl,
     Share,
     run_script,
 )
-from retrieval.submission import NAMES_PER_QUERY, make_submission, save_submission
 
 
 class Settings(Form):
@@ -56,35 +50,13 @@ class Settings(Form):
 
 def main(settings: Settings) -> None:
     run = Run(settings)  # its clock, its files, its line in the ledger
-    queries, gallery = find_query_and_gallery(settings.query_dir, settings.gallery_dir)
-    if settings.custom_dataset:
-        require_labels(queries, gallery)
-    run.check_output_dir(queries, gallery)
-    run.done("find", f"found {len(queries)} query and {len(gallery)} gallery images")
-
+    images = find(run)
     backbone = load_backbone(settings.model_type, settings.device, settings.weights, settings.crop,
                              settings.image_size, settings.face_margin, settings.min_face_size)  # fmt: skip
-    run.done("load", f"loaded {backbone.word} on {backbone.device}")
-
-    query_embeddings = embed(queries, backbone, settings.batch_size, "queries", settings.save_crops)
-    gallery_embeddings = embed(gallery, backbone, settings.batch_size, "gallery images", settings.save_crops)
-    run.done("embed", f"embedded {len(queries) + len(gallery)} images as {backbone.dimension}-d unit vectors")
-
-    ranking = rank(query_embeddings, gallery_embeddings, keep=max(settings.top_k, NAMES_PER_QUERY))
-    run.done("rank", f"ranked {len(gallery)} gallery images for each of {len(ranking)} queries")
-
-    # Everything is on the disk before anything is sent.
-    metrics = measure(ranking, query_embeddings, gallery_embeddings, settings.top_k)
-    submission = make_submission(ranking, queries, gallery, settings.group_name)
-    path = save_submission(submission, settings.output_dir)
-    run.write_metrics(metrics)
-    run.write_without_face(query_embeddings, gallery_embeddings)
-    draw_matches(ranking, queries, gallery, settings.top_k, settings.output_dir / "matches.png")
-    run.done("save", f"saved {path}, and metrics.json and matches.png beside it,")
-
-    outcome = NOT_SENT if settings.custom_dataset else send_submission(path, settings.server_url)
-    run.done("send")
-    run.finish(metrics, outcome)
+    vectors = embed_both(run, images, backbone)
+    ranking = rank_both(run, vectors)
+    metrics = save(run, images, vectors, ranking)  # all is on the disk before anything is sent
+    send(run, metrics)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from concurrent.futures.process import BrokenProcessPool
 from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +13,7 @@ from tqdm import tqdm
 from get_images import ImageFile
 from retrieval.backbones import Backbone, out_of_memory
 from retrieval.ranking import Embeddings
-from retrieval.readers import Batch, read_batches
+from retrieval.readers import read_batches
 from retrieval.report import write_png
 from retrieval.settings import InputError, RunError
 
@@ -49,7 +47,7 @@ def embed(
     unsaved: list[str] = []
     fits = batch_size
     with torch.inference_mode(), tqdm(total=len(files), desc=kind, unit="image") as bar:
-        for batch in _batches(files, backbone, batch_size):
+        for batch in read_batches(files, backbone.prepare, batch_size, backbone.looks_for_faces):
             unreadable |= batch.unreadable
             for name, image in zip(batch.names, batch.images, strict=True):
                 if image.face is False:
@@ -93,16 +91,6 @@ def _save(pixels: Tensor, path: Path) -> str:
     except OSError as error:
         return f"{path} ({error.strerror or error})"
     return ""
-
-
-def _batches(files: list[ImageFile], backbone: Backbone, batch_size: int) -> Iterator[Batch]:
-    try:
-        yield from read_batches(files, backbone.prepare, batch_size, processes=backbone.looks_for_faces)
-    except BrokenProcessPool:
-        raise RunError(
-            "a process that looks for faces has ended: killed for want of memory (then free some), or "
-            'started by a script of your own without `if __name__ == "__main__":`'
-        ) from None
 
 
 def _embed_what_fits(backbone: Backbone, images: Tensor, fits: int) -> tuple[Tensor, int]:

@@ -18,7 +18,8 @@ from retrieval.ranking import Embeddings
 from retrieval.settings import Form, InputError, RunError
 
 # What the next run replaces.
-PER_RUN = ("submission.json", "metrics.json", "reply.txt", "matches.png", "without_face.json")
+SUBMISSION = "submission.json"
+PER_RUN = (SUBMISSION, "metrics.json", "reply.txt", "matches.png", "without_face.json")
 LEDGER = "runs.jsonl"
 EARLIER = "earlier"  # the folder that they move to
 

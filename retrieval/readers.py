@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from get_images import ImageFile, UnreadableImageError, read_image
+from retrieval.settings import RunError
 from retrieval.transforms import Square
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ def read_batches(
 
     Readers, one a core, read and prepare up to two batches ahead of the caller: threads, since decoding and
     resizing release Python's lock; or processes for a `prepare` that does not, which must then be picklable.
-    `prepare` turns pixels (3, height, width) into what the network sees. Raises BrokenProcessPool where a
-    process was killed.
+    `prepare` turns pixels (3, height, width) into what the network sees. Raises RunError where a process was
+    killed.
     """
     import torch
 
@@ -66,7 +67,10 @@ def read_batches(
     except BrokenProcessPool:
         ahead.clear()  # the pool ends them itself, and does not bear that they are cancelled too
         _reader_processes.cache_clear()
-        raise
+        raise RunError(
+            "a process that looks for faces has ended: killed for want of memory (then free some), or "
+            'started by a script of your own without `if __name__ == "__main__":`'
+        ) from None
     finally:
         for _, future in ahead:
             future.cancel()

@@ -16,7 +16,7 @@ from pydantic_settings import CliPositionalArg
 
 from get_images import ImageFile
 from retrieval import settings
-from retrieval.ledger import append_line, as_json, say, set_aside, stop_if_failed, write_whole
+from retrieval.ledger import SUBMISSION, append_line, as_json, say, set_aside, stop_if_failed, write_whole
 from retrieval.sending import send_submission
 from retrieval.settings import InputError, ServerUrl
 
@@ -110,7 +110,7 @@ def save_submission(submission: dict[str, Any], folder: Path) -> Path:
 
     The files of an earlier run move to earlier/, unless they are of the same submission and hold no reply.
     """
-    path, body = folder / "submission.json", as_json(submission)
+    path, body = folder / SUBMISSION, as_json(submission)
     if (folder / "reply.txt").exists() or not path.exists() or path.read_bytes() != body:
         set_aside(folder)
     write_whole(path, body)

@@ -1,0 +1,82 @@
+"""A run and its backbone in; the steps from two folders to a score, which the scripts share, out.
+
+Each ends with a line that says what was done and how long it took.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from get_images import ImageFile, find_query_and_gallery
+from retrieval.backbones import Backbone
+from retrieval.embedding import embed
+from retrieval.ledger import SUBMISSION, Run
+from retrieval.metrics import measure, require_labels
+from retrieval.ranking import Embeddings, rank
+from retrieval.report import draw_matches
+from retrieval.sending import NOT_SENT, send_submission
+from retrieval.submission import NAMES_PER_QUERY, make_submission, save_submission
+
+
+class Images(NamedTuple):
+    """The two folders."""
+
+    queries: list[ImageFile]
+    gallery: list[ImageFile]
+
+
+class Vectors(NamedTuple):
+    """Their embeddings."""
+
+    queries: Embeddings
+    gallery: Embeddings
+
+
+def find(run: Run) -> Images:
+    """The images of both folders. Raises InputError if they, or the output folder, cannot serve."""
+    settings = run.settings
+    images = Images(*find_query_and_gallery(settings.query_dir, settings.gallery_dir))
+    if settings.custom_dataset:
+        require_labels(*images)
+    run.check_output_dir(*images)
+    run.done("find", f"found {len(images.queries)} query and {len(images.gallery)} gallery images")
+    return images
+
+
+def embed_both(run: Run, images: Images, backbone: Backbone) -> Vectors:
+    """The unit vectors of both."""
+    run.done("load", f"loaded {backbone.word} on {backbone.device}")
+    batch_size, crops = run.settings.batch_size, run.settings.save_crops
+    queries = embed(images.queries, backbone, batch_size, "queries", crops)
+    gallery = embed(images.gallery, backbone, batch_size, "gallery images", crops)
+    count = len(images.queries) + len(images.gallery)
+    run.done("embed", f"embedded {count} images as {backbone.dimension}-d unit vectors")
+    return Vectors(queries, gallery)
+
+
+def rank_both(run: Run, vectors: Vectors) -> dict[str, list[str]]:
+    """The gallery for each query, best first, as far as it is looked at."""
+    ranking = rank(*vectors, keep=max(run.settings.top_k, NAMES_PER_QUERY))
+    run.done("rank", f"ranked {len(vectors.gallery.names)} gallery images for each of {len(ranking)} queries")
+    return ranking
+
+
+def save(run: Run, images: Images, vectors: Vectors, ranking: dict[str, list[str]]) -> dict[str, Any]:
+    """Write submission.json and all else but the outcome; the figures."""
+    top_k = run.settings.top_k
+    metrics = measure(ranking, *vectors, top_k)
+    path = save_submission(make_submission(ranking, *images, run.settings.group_name), run.folder)
+    run.write_metrics(metrics)
+    run.write_without_face(*vectors)
+    draw_matches(ranking, *images, top_k, run.folder / "matches.png")
+    run.done("save", f"saved {path}, and metrics.json and matches.png beside it,")
+    return metrics
+
+
+def send(run: Run, metrics: dict[str, Any]) -> None:
+    """Send what was saved, unless nothing is to be sent, and end the run with its outcome."""
+    settings = run.settings
+    path = run.folder / SUBMISSION
+    outcome = NOT_SENT if settings.custom_dataset else send_submission(path, settings.server_url)
+    run.done("send")
+    run.finish(metrics, outcome)
