@@ -50,9 +50,14 @@ class Backbone:
         """uint8 RGB (images, 3, size, size) → float32 (images, dimension), not yet of unit length."""
         import torch
 
+        return self.features(images.to(self.device, memory_format=torch.channels_last).float().div_(255))
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """As embed, from float32 pixels, 0 to 1, on the device."""
+        import torch
+
         mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (self.mean, self.std))
-        pixels = images.to(self.device, memory_format=torch.channels_last).float().div_(255)
-        return self.network(pixels.sub_(mean).div_(std)).float()
+        return self.network((pixels - mean).div_(std)).float()
 
 
 def load_backbone(
@@ -73,25 +78,37 @@ def load_backbone(
     Raises InputError for an unknown word, a device that is not there, or weights that do not fit; RunError if
     the weights cannot be downloaded, or the device has no room for the network.
     """
-    import torch
-
     device = choose_device(device)
     row = find_word(word)
     prepare = _choose_prepare(row, crop, image_size, face_margin, min_face_size)
-    if device == "cpu":
-        _keep_freed_memory()
     network = row.network(weights or row.weights.fetch())
-    backbone = Backbone(network, row.dimension or 0, prepare, row.mean, row.std, word, device)
+    backbone = place(Backbone(network, row.dimension or 0, prepare, row.mean, row.std, word, device))
+    if row.dimension not in (None, backbone.dimension):
+        raise InputError(f"{word} gives {backbone.dimension} numbers an image instead of {row.dimension}")
+    return backbone
+
+
+def place(backbone: Backbone) -> Backbone:
+    """The backbone in inference mode on its device, with the dimension that one image shows.
+
+    Raises RunError if the device has no room for it, InputError if it gives no vector for an image.
+    """
+    import torch
+
+    if backbone.device == "cpu":
+        _keep_freed_memory()
     # channels_last: ×1.8 on the CPU for depthwise networks, and what tensor cores want.
     try:
-        network.eval().to(device, memory_format=torch.channels_last)
+        backbone.network.eval().to(backbone.device, memory_format=torch.channels_last)
         numbers = _numbers_of_one_image(backbone)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        raise RunError(f"{device} has no room for {word}: free its memory, or use --device cpu") from None
-    if len(numbers) != 1 or row.dimension not in (None, *numbers):
-        raise InputError(f"{word} gives {numbers} numbers an image: it is no network for embeddings")
+        raise RunError(
+            f"{backbone.device} has no room for {backbone.word}: free its memory, or use --device cpu"
+        ) from None
+    if len(numbers) != 1:
+        raise InputError(f"{backbone.word} gives {numbers} numbers an image: it is no network for embeddings")
     return replace(backbone, dimension=numbers[0])
 
 

@@ -6,7 +6,7 @@ To add a detector: write how it finds faces and how it cuts one out, and give it
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -44,6 +44,10 @@ class FaceCrop:
         face = main_face(boxes[large], shape)
         crop = detector.cut(photo, centre_box(shape) if face is None else face, self.size, self.margin)
         return Square(torch.from_numpy(crop).permute(2, 0, 1).contiguous(), face=face is not None)
+
+    def of_size(self, size: int) -> FaceCrop:
+        """The same crop for another size of square."""
+        return replace(self, size=size)
 
 
 def main_face(boxes: np.ndarray, shape: tuple[int, int]) -> np.ndarray | None:

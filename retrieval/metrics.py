@@ -61,7 +61,7 @@ def measure(ranking: dict[str, list[str]], queries: Embeddings, gallery: Embeddi
     if without:
         log.warning("%d queries count as misses, since the gallery lacks their classes: %s",
                     metrics["queries_without_match"], ", ".join(without[:10]))  # fmt: skip
-    first = np.array([_first_hit(query, names) for query, names in ranking.items()])
+    first = _first_hits(ranking)
     metrics |= _figures(first, top_k)
     metrics["per_class"] = {label: _figures(first[labels == label], top_k) for label in sorted(set(labels))}
     shares = [f"top-{cut} {metrics[f'top_{cut}']:.3f}" for cut in CUTS]
@@ -70,6 +70,15 @@ def measure(ranking: dict[str, list[str]], queries: Embeddings, gallery: Embeddi
     log.info("%s · score %.1f of 1000 (95 %%: %.0f to %.0f, %d queries)", " · ".join(shares),
              metrics["score"], *metrics["score_interval"], len(first))  # fmt: skip
     return metrics
+
+
+def figures_of(ranking: dict[str, list[str]]) -> dict:
+    """The figures of a ranking of labelled images, each with its 95 % interval, as measure has them."""
+    return _figures(_first_hits(ranking), top_k=1)
+
+
+def _first_hits(ranking: dict[str, list[str]]) -> np.ndarray:
+    return np.array([_first_hit(query, names) for query, names in ranking.items()])
 
 
 def _first_hit(query: str, names: list[str]) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -80,3 +80,32 @@ def _frame(draw: ImageDraw.ImageDraw, x: int, y: int, query: str | None, match: 
     draw.rectangle(outer, outline=colour, width=FRAME)
     if colour == WRONG:  # seen without colours too
         draw.line([(x, y + SIDE // 3), (x + SIDE // 3, y)], fill=colour, width=FRAME)
+
+
+def draw_curves(history: list[dict[str, Any]], untuned: dict[str, Any], path: Path) -> None:
+    """Write a PNG: the loss of a training over its epochs, and its top-1 and top-3 from untuned on."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(9, 3.5), layout="constrained")
+    losses, shares = figure.subplots(1, 2)
+    epochs = [line["epoch"] for line in history]
+    losses.plot(epochs, [line["loss"] for line in history], "o-", color="#0969da")
+    losses.set_title("training loss")
+    for cut, colour in ((1, "#1a7f37"), (3, "#8250df")):
+        values = [untuned[f"top_{cut}"], *(line[f"top_{cut}"] for line in history)]
+        low, high = zip(
+            *[untuned[f"top_{cut}_interval"], *(x[f"top_{cut}_interval"] for x in history)], strict=True
+        )
+        shares.plot([0, *epochs], values, "o-", color=colour, label=f"top-{cut}")
+        shares.fill_between([0, *epochs], low, high, color=colour, alpha=0.15, linewidth=0)
+        shares.axhline(values[0], color=colour, linestyle=":", linewidth=1)
+    shares.set_title("validation (0: untuned; shaded: 95 %)")
+    shares.legend(loc="lower right")
+    for axes in (losses, shares):
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110)
+    write_whole(path, png.getvalue())

@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
@@ -33,9 +33,38 @@ WORDS = {
     "SERVER_URL": "where to POST the submission, such as http://10.0.0.7:3001/retrieval/",
     "GROUP_NAME": "your group's name on the server",
     "OUTPUT_DIR": "folder for submission.json, metrics.json and the other files of a run",
-    "BATCH_SIZE": "images that go through the network at once",
+    "BATCH_SIZE": "images that go through the network at once, or that it learns from at once",
+    "LOSS": "what to learn by: ce, supcon, nt_xent, arcface, cosface, proxy_anchor, triplet or ce+supcon",
+    "MODEL": "the network to fine-tune and its weights, by a word",
+    "TRAIN_DIR": "folder of images to learn from, with a folder a class",
+    "SAVE_DIR": "folder for the checkpoints, the history and the curves of a training",
+    "EPOCHS": "how often each image is learned from",
     "device": "where the network runs",
     "weights": "a file of weights in the place of the word's own",
+    "resume": "go on with the training in the save folder",
+    "overwrite": "move the training in the save folder to earlier/ and begin anew",
+    "minutes": "end in so many minutes with the best so far",
+    "seed": "of all that is random",
+    "val_share": "share of the images, or of the classes where there are many, to validate on",
+    "freeze": "what does not learn: bn (the statistics of batch normalisations, which never do), stem (the "
+    "first two fifths too), all_but_last (all stages but the last), backbone (all but a linear map on it)",
+    "lr": "learning rate of the last stage at its highest",
+    "layer_decay": "what the learning rate is multiplied with from stage to stage towards the input",
+    "head_lr": "learning rate of what lies on the network while it learns",
+    "weight_decay": "AdamW's decay of the weights",
+    "warmup": "share of the training in which the learning rates rise",
+    "clip": "longest gradient, in all weights together; unset: as long as it is",
+    "ema": "keep a moving average of the weights, with this share of the old at each step",
+    "micro_batch": "images in memory at once, with the gradients of the whole batch",
+    "augmentation": "how much the views of an image differ: gentle, plain or strong",
+    "label_smoothing": "share of a label that goes to all classes",
+    "dropout": "share of the features that the classifier does not see",
+    "temperature": "of the contrastive loss",
+    "images_per_class": "the K of batches of P classes with K images each",
+    "memory": "embeddings of earlier batches to compare a batch with",
+    "supcon_weight": "what the contrastive loss counts beside cross-entropy",
+    "scale": "of the cosines in a margin loss",
+    "margin": "of a margin loss: radians (arcface), cosine (cosface, proxy_anchor), distance (triplet)",
     "image_size": "side in pixels of the square that the network sees, in the place of the network's own",
     "face_margin": "share of the crop's side around the face's box, in the place of the network's own",
     "min_face_size": "the smallest face to look for, as a share of the photograph's longer side",
@@ -118,10 +147,14 @@ File = Annotated[Path, BeforeValidator(_path), AfterValidator(_existing_file)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 PositiveShare = Annotated[float, Field(gt=0, lt=1)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveAmount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 ServerUrl = Annotated[str, AfterValidator(_server_url)]
 GroupName = Annotated[str, AfterValidator(_not_blank)]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Crop = Literal["auto", "none", "face"]
+Freeze = Literal["bn", "stem", "all_but_last", "backbone"]
+Augmentation = Literal["gentle", "plain", "strong"]
 
 
 # ---- the form -------------------------------------------------------------------------------------
@@ -129,6 +162,8 @@ Crop = Literal["auto", "none", "face"]
 
 class Form(BaseSettings):
     """A script's settings: subclass it with typed fields named in WORDS and their defaults."""
+
+    refused: ClassVar[dict[str, str]] = {}  # flags of other scripts that this one cannot have, and why
 
     model_config = SettingsConfigDict(
         extra="forbid",
@@ -213,6 +248,9 @@ def _flag_sentence(problem: str, form: type[Form]) -> str:
     unknown = re.match(r"unrecognized arguments: ((--[^\s=]+)?.*)", problem)
     if not unknown:
         return f"{problem} (--help lists the flags)"
+    refused = form.refused.get((unknown[2] or "").removeprefix("--"))
+    if refused:
+        return f"{unknown[2]} is not for this script: {refused}"
     if not unknown[2]:
         return f"{unknown[1]} is neither a flag nor a flag's value: quote what has blanks (see --help)"
     hint = did_you_mean(unknown[2].lower(), [f"--{name}" for name in form.model_fields])

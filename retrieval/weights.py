@@ -168,7 +168,7 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
     Nothing in the file is executed (torch.load with weights_only). Raises InputError for what is none of it,
     and for a checkpoint that our fine-tuning wrote.
     """
-    state = _unpickle(file)
+    state = unpickle(file)
     if isinstance(state, dict) and {"recipe", "network"} <= set(state):
         raise InputError(
             f"{file} is a fine-tuned checkpoint, which knows its network and its crop: "
@@ -184,7 +184,11 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
     return _bare_names(state, file)
 
 
-def _unpickle(file: Path) -> Any:
+def unpickle(file: Path) -> Any:
+    """What a file of torch.save or safetensors holds; no code in it is executed.
+
+    Raises InputError where it holds anything but tensors and plain values.
+    """
     import torch
 
     if file.suffix == ".safetensors":

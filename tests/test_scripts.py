@@ -25,14 +25,23 @@ def ledger(folder):
 
 
 @pytest.mark.parametrize(
-    "script", ["get_images", "model_not_tuned", "retrieval.submission", "retrieval.backbones"]
+    "script",
+    [
+        "get_images",
+        "model_not_tuned",
+        "fine_tuning",
+        "model_fine_tuned",
+        "retrieval.submission",
+        "retrieval.backbones",
+    ],
 )
 def test_the_form_is_read_before_the_slow_imports(script):
     program = f"import sys, {script}; sys.exit(bool({{'torch', 'timm', 'sklearn'}} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
 
 
-COMMANDS = [["model_not_tuned.py"], ["get_images.py"], ["get_images.py", "sample"],
+COMMANDS = [["model_not_tuned.py"], ["fine_tuning.py"], ["model_fine_tuned.py"],
+            ["get_images.py"], ["get_images.py", "sample"],
             ["-m", "retrieval.submission"], ["-m", "retrieval.backbones"]]  # fmt: skip
 
 
@@ -45,14 +54,15 @@ def test_help(command, tmp_path):
 
 def test_batch_size_and_device_reach_the_network(few, monkeypatch, backbone, tmp_path):
     import model_not_tuned
+    from retrieval import job
 
     asked = []
-    embed = model_not_tuned.embed
+    embed = job.embed
     monkeypatch.setattr(
         model_not_tuned, "load_backbone", lambda word, device, *_: asked.append((word, device)) or backbone
     )
     monkeypatch.setattr(
-        model_not_tuned, "embed", lambda f, b, size, *more: asked.append(size) or embed(f, b, size, *more)
+        job, "embed", lambda f, b, size, *more: asked.append(size) or embed(f, b, size, *more)
     )
     folders = {"query_dir": few / "query", "gallery_dir": few / "gallery", "output_dir": tmp_path}
     model_not_tuned.main(
@@ -256,10 +266,12 @@ def weights_of_the_study(folder):
 
 def test_every_other_command_of_the_readme_runs(few, tmp_path):
     """In a copy of the project, with sample images at the places that the README names and a server there."""
-    for name in ("get_images.py", "model_not_tuned.py", "retrieval", ".env.example"):
+    for name in ("get_images.py", "model_not_tuned.py", "fine_tuning.py", "model_fine_tuned.py", "retrieval",
+                 "supcon", ".env.example"):  # fmt: skip
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
     for place in ("test", "competition/test", "intel_dataset/test"):
         shutil.copytree(few, tmp_path / "data" / place)
+    shutil.copytree(few / "gallery", tmp_path / "data" / "intel_dataset" / "train")
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "activate").write_text("")
     env = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
@@ -267,6 +279,7 @@ def test_every_other_command_of_the_readme_runs(few, tmp_path):
     with Server(answer()) as server:
         for command in readme_commands()[2:]:
             command = command.replace("http://HOST:3001/retrieval/", server.url)
+            command = command.replace("--epochs 100", "--epochs 1")
             ended = subprocess.run(
                 ["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True
             )

@@ -187,6 +187,7 @@ def test_every_setting_of_a_form_needs_a_meaning():
 
 
 def test_env_example_lists_what_the_environment_knows_and_the_defaults_of_the_script():
+    import fine_tuning
     import model_not_tuned
 
     text = (ROOT / ".env.example").read_text()
@@ -200,7 +201,8 @@ def test_env_example_lists_what_the_environment_knows_and_the_defaults_of_the_sc
     Path(".env").write_text("\n".join(block[1].removeprefix("# ") for block in blocks))
     given = dotenv_values(".env")
     assert set(given) == set(names)
-    defaults = {name: field.default for name, field in model_not_tuned.Settings.model_fields.items()}
+    forms = (fine_tuning.Settings, model_not_tuned.Settings)
+    defaults = {name: field.default for form in forms for name, field in form.model_fields.items()}
     for name, value in given.items():
         if name not in ("SERVER_URL", "CUSTOM_DATASET"):
             assert value == str(defaults[name.lower()])

@@ -1,0 +1,62 @@
+"""Two folders of images in; a ranking by a fine-tuned network, submission.json and a score out.
+
+    python model_fine_tuned.py --weights checkpoints/fine_tuned_model.pth \\
+        --query_dir data/test/query --gallery_dir data/test/gallery \\
+        --server_url http://HOST:3001/retrieval/ --group_name "Team AAA"
+
+Edit the settings below, or give them as flags, in the environment or in .env (there in capitals).
+"""
+
+from pathlib import Path
+from typing import ClassVar
+
+from retrieval.job import embed_both, find, rank_both, save, send
+from retrieval.ledger import Run
+from retrieval.settings import (
+    Device,
+    File,
+    Folder,
+    Form,
+    GroupName,
+    NewFolder,
+    PositiveInt,
+    ServerUrl,
+    run_script,
+)
+
+
+class Settings(Form):
+    """Rank a gallery for each query with a network of fine_tuning.py, and submit the ranking."""
+
+    weights: File = Path("checkpoints/fine_tuned_model.pth")  # it knows its network and how to prepare images
+    query_dir: Folder = Path("data/test/query")
+    gallery_dir: Folder = Path("data/test/gallery")
+    top_k: PositiveInt = 10
+    custom_dataset: bool = False  # True: score by the folder labels, and send nothing
+    server_url: ServerUrl = ""  # such as "http://10.0.0.7:3001/retrieval/"; empty: only save
+    group_name: GroupName = "my-team"
+    output_dir: NewFolder = Path("results")
+    batch_size: PositiveInt = 32
+    device: Device = "auto"  # or "cpu", "cuda", "mps"
+    save_crops: NewFolder | None = None  # to look at
+
+    refused: ClassVar = dict.fromkeys(
+        ("model_type", "crop", "image_size", "face_margin", "min_face_size"),
+        "the checkpoint of --weights knows it, and can be run in no other way",
+    )
+
+
+def main(settings: Settings) -> None:
+    from retrieval.fine_tuned import load_fine_tuned  # torch comes with it
+
+    run = Run(settings)  # its clock, its files, its line in the ledger
+    images = find(run)
+    backbone = load_fine_tuned(settings.weights, settings.device)
+    vectors = embed_both(run, images, backbone)
+    ranking = rank_both(run, vectors)
+    metrics = save(run, images, vectors, ranking)  # all is on the disk before anything is sent
+    send(run, metrics)
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)

@@ -1,0 +1,201 @@
+"""A fine-tuned checkpoint in; a backbone that prepares and embeds just as it was validated out.
+
+The file is a dict of a recipe, plain values that say how, and of weights: nothing in it is executed.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from retrieval.backbones import Backbone, choose_device, find_word, place
+from retrieval.faces import FaceCrop
+from retrieval.folding import fold_batch_norms
+from retrieval.ledger import write_whole
+from retrieval.settings import InputError
+from retrieval.transforms import Transform
+from retrieval.weights import unpickle
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+ALONE, JOINED, MIXED = "tuned", "untuned + tuned", "mixed weights"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a checkpoint knows besides its weights."""
+
+    word: str  # the network's
+    prepare: dict[str, Any]  # the fields of the Transform or FaceCrop
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    folded: bool  # whether its batch normalisations are in its convolutions
+    mapped: bool  # whether a linear map lies on it
+    tuned_size: int  # pixels of the square that the tuned network sees
+    embedding: str = ALONE  # or JOINED: both embeddings side by side; or MIXED: WiSE-FT
+    weight: float = 1.0  # JOINED: λ, of the tuned embedding; MIXED: α, of the tuned weights
+    loss: str = ""
+    settings: dict[str, Any] | None = None
+    classes: list[str] | None = None
+    versions: dict[str, str] | None = None
+    metrics: dict[str, Any] | None = None
+
+
+class Joined(nn.Module):
+    """untuned ⊕ λ · tuned: both unit vectors side by side, so that cosines are (c_u + λ² c_t) / (1 + λ²)."""
+
+    def __init__(self, untuned: nn.Module, tuned: nn.Module, weight: float, tuned_size: int) -> None:
+        super().__init__()
+        self.untuned, self.tuned = untuned, Shrunk(tuned, tuned_size)
+        self.weight = weight
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(images, 3, size, size) → (images, dimensions of both)."""
+        return join(self.untuned(pixels), self.tuned(pixels), self.weight)
+
+
+def join(untuned: Tensor, tuned: Tensor, weight: float) -> Tensor:
+    """The two embeddings of each image, (images, d) and (images, e), as one (images, d + e)."""
+    untuned, tuned = functional.normalize(untuned.float()), functional.normalize(tuned.float())
+    return torch.cat([untuned, weight * tuned], 1)
+
+
+class Shrunk(nn.Module):
+    """A network that sees what it is given at another size."""
+
+    def __init__(self, network: nn.Module, size: int) -> None:
+        super().__init__()
+        self.network, self.size = network, size
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(images, 3, any, any) → what the network gives for (images, 3, size, size)."""
+        if pixels.shape[-1] != self.size:
+            pixels = functional.interpolate(pixels, [self.size, self.size], mode="bilinear", antialias=True)
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        return self.network(pixels)
+
+
+class Mapped(nn.Module):
+    """A network and a linear map of its features, at first the identity."""
+
+    def __init__(self, network: nn.Module, dimension: int) -> None:
+        super().__init__()
+        self.network, self.map = network, nn.Linear(dimension, dimension, bias=False)
+        nn.init.eye_(self.map.weight)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """(images, 3, size, size) → (images, dimension)."""
+        return self.map(self.network(pixels))
+
+
+# ---- write ----------------------------------------------------------------------------------------
+
+
+def write_fine_tuned(
+    path: Path, recipe: Recipe, network: Mapping[str, Tensor], untuned: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write a checkpoint, whole or not at all; `untuned` are the weights of the other half of JOINED."""
+    content = {"recipe": asdict(recipe), "network": dict(network)}
+    write_checkpoint(path, content | ({"untuned": dict(untuned)} if untuned else {}))
+
+
+def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """torch.save, whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_whole(path, buffer.getvalue())
+
+
+def described(prepare: Transform | FaceCrop) -> dict[str, Any]:
+    """What a recipe says of a Transform or a FaceCrop."""
+    return asdict(prepare)
+
+
+# ---- read -----------------------------------------------------------------------------------------
+
+
+def is_fine_tuned(file: Path) -> bool:
+    """Whether a file is a checkpoint of ours. Raises InputError where it is no checkpoint at all."""
+    return file.suffix != ".dat" and _is_ours(unpickle(file))
+
+
+def _is_ours(content: Any) -> bool:
+    return isinstance(content, dict) and {"recipe", "network"} <= set(content)
+
+
+def read_fine_tuned(file: Path) -> tuple[Recipe, dict[str, Tensor], dict[str, Tensor] | None]:
+    """The recipe, the tuned weights, and the untuned ones where they are joined.
+
+    Raises InputError for a file that is none of ours, or of a version to come.
+    """
+    content = unpickle(file)
+    if not _is_ours(content):
+        raise InputError(
+            f"{file} was not written by fine_tuning.py: for other weights run "
+            f"`python model_not_tuned.py --model_type WORD --weights {file}`"
+        )
+    unknown = set(content["recipe"]) - {field.name for field in fields(Recipe)}
+    if unknown:
+        raise InputError(
+            f"{file} was written by a later version of this project: its recipe has {unknown.pop()}"
+        )
+    return Recipe(**content["recipe"]), content["network"], content.get("untuned")
+
+
+def load_fine_tuned(file: Path, device: str = "auto") -> Backbone:
+    """The backbone of a checkpoint: it prepares, embeds and joins as the checkpoint's recipe says.
+
+    Raises InputError for a file that is none of ours; otherwise as load_backbone.
+    """
+    recipe, tuned, untuned = read_fine_tuned(file)
+    network = _network(recipe, tuned, file)
+    if recipe.embedding == JOINED:
+        network = Joined(_network(recipe, untuned, file), network, recipe.weight, recipe.tuned_size)
+    prepare = _prepare(recipe)
+    word = f"{recipe.word} fine-tuned with {recipe.loss} ({recipe.embedding})"
+    backbone = Backbone(network, 0, prepare, recipe.mean, recipe.std, word, choose_device(device))
+    return place(backbone)
+
+
+def load_tuned_alone(file: Path, word: str, device: str = "auto") -> Backbone:
+    """The tuned network of a checkpoint without what it is joined with, to go on training from.
+
+    Raises InputError where the checkpoint is of another network than `word`.
+    """
+    recipe, tuned, _ = read_fine_tuned(file)
+    if recipe.word != word:
+        raise InputError(
+            f"--weights {file} is a fine-tuned {recipe.word}: give --model {recipe.word} with it"
+        )
+    prepare = _prepare(recipe).of_size(recipe.tuned_size)
+    backbone = Backbone(
+        _network(recipe, tuned, file), 0, prepare, recipe.mean, recipe.std, word, choose_device(device)
+    )
+    return place(backbone)
+
+
+def _prepare(recipe: Recipe) -> Transform | FaceCrop:
+    kind = FaceCrop if "detector" in recipe.prepare else Transform
+    return kind(**recipe.prepare)
+
+
+def _network(recipe: Recipe, state: Mapping[str, Tensor], file: Path) -> nn.Module:
+    """The network of a recipe, with these weights."""
+    network = find_word(recipe.word).network(None).eval()
+    if recipe.folded:
+        network = fold_batch_norms(network, torch.zeros(1, 3, recipe.tuned_size, recipe.tuned_size))
+    if recipe.mapped:
+        network = Mapped(network, state["map.weight"].shape[0])
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        first = str(error).splitlines()[-1].strip()
+        raise InputError(f"{file} does not hold the weights that its recipe describes: {first}") from None
+    return network.eval()

@@ -1,0 +1,1 @@
+"""Fine-tuning: a labelled folder in, a network whose embedding retrieves better out."""

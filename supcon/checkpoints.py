@@ -1,0 +1,101 @@
+"""A training in; the files that let it go on after any stop, and say how it went, out.
+
+last.pth        everything that the next step needs
+history.jsonl   a line an epoch
+loss.png        the loss and the validation over the epochs
+fine_tuned_model.pth    the best so far, for model_fine_tuned.py
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from retrieval.fine_tuned import write_checkpoint
+from retrieval.ledger import as_json, set_aside, write_whole
+from retrieval.settings import Form, InputError
+from retrieval.weights import unpickle
+from supcon.batches import Split
+
+BEST, LAST, HISTORY, CURVE = "fine_tuned_model.pth", "last.pth", "history.jsonl", "loss.png"
+FILES = (BEST, LAST, HISTORY, CURVE)
+# What may differ when a training goes on: where and how long, not what is learned.
+FREE = {"resume", "overwrite", "device", "minutes", "save_dir", "train_dir", "micro_batch"}
+
+log = logging.getLogger("retrieval.checkpoints")
+
+
+@dataclass
+class Progress:
+    """How far a training is."""
+
+    epoch: int = 0  # whole ones
+    step: int = 0  # in the epoch
+    seconds: float = 0.0
+    best: float = -1.0  # the score of the checkpoint that is kept
+    losses: list[float] = field(default_factory=list)  # of this epoch's steps
+    untuned: dict[str, Any] | None = None  # the figures before the first epoch
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def open_folder(settings: Form, split: Split) -> dict[str, Any] | None:
+    """Make the folder of a training; what lies in it to go on from, if that is asked for.
+
+    Raises InputError where it holds another run and neither --resume nor --overwrite is given, where --resume
+    finds nothing to go on from, or other settings or images than it had. --overwrite moves the files of the
+    run before to earlier/.
+    """
+    folder = settings.save_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"--save_dir {folder} is not a folder but a file: give another one") from None
+    there = [name for name in FILES if (folder / name).exists()]
+    if settings.resume and settings.overwrite:
+        raise InputError("--resume goes on with a run and --overwrite replaces it: give one of them")
+    if settings.resume:
+        if LAST not in there:
+            raise InputError(f"{folder} holds no {LAST} to go on from: run it without --resume")
+        saved = unpickle(folder / LAST)
+        _check_same(saved, settings, split)
+        return saved
+    if there and not settings.overwrite:
+        raise InputError(
+            f"{folder} holds another run ({', '.join(there)}): --resume goes on with it, --overwrite moves "
+            "it to earlier/, and another --save_dir leaves it alone"
+        )
+    set_aside(folder, FILES)
+    return None
+
+
+def _check_same(saved: dict[str, Any], settings: Form, split: Split) -> None:
+    """Raise InputError, with what differs, unless a training goes on with the settings and images it had."""
+    before, now = saved["settings"], settings.model_dump(mode="json")
+    differing = [name for name in now if name not in FREE and before.get(name) != now[name]]
+    changed = [f"--{name} was {before.get(name)} and is {now[name]}" for name in differing]
+    if saved["images"] != digest(split):
+        changed.append(f"the images in {settings.train_dir} are others")
+    if changed:
+        raise InputError(
+            f"--resume goes on with the run in {settings.save_dir} as it was, but {'; '.join(changed)}: "
+            "give what it had, or another --save_dir"
+        )
+
+
+def digest(split: Split) -> str:
+    """One short word for the names of the images."""
+    names = [file.name for file in [*split.train, *split.validation]]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+
+
+def write_history(folder: Path, progress: Progress) -> None:
+    """history.jsonl, whole: a training that goes on from an earlier step leaves no line of a later one."""
+    write_whole(folder / HISTORY, b"".join(as_json(line) + b"\n" for line in progress.history))
+
+
+def write_last(folder: Path, progress: Progress, **state: Any) -> None:
+    """last.pth, whole or not at all."""
+    write_checkpoint(folder / LAST, state | {"progress": asdict(progress)})

@@ -1,0 +1,116 @@
+"""Settings, images and a network in; all that a training step needs, to be saved and put back, out."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from retrieval.backbones import Backbone
+from retrieval.settings import Form
+from supcon.batches import Split, Squares, read_squares
+from supcon.checkpoints import Progress, digest, write_last
+from supcon.layers import freeze, parameter_groups, stages
+from supcon.start import Start
+from supcon.validation import Validation, read_validation
+from supcon.variants import VARIANTS, Choices, Variant
+
+ROOM = 1.25  # the side of the squares in memory, of that of a view: a crop is not blurred
+
+
+@dataclass
+class Training:
+    """All that a step needs."""
+
+    settings: Form
+    choices: Choices
+    variant: Variant
+    files: str  # a digest of the images' names
+    squares: Squares
+    validation: Validation
+    untuned: Backbone
+    folded: bool  # as a Recipe has it
+    tuned: Backbone
+    head: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    average: nn.Module | None  # of the weights, if --ema
+    started: float
+    progress: Progress = field(default_factory=Progress)
+    micro_batch: int = 0
+    bad_steps: int = 0
+
+    @property
+    def judged(self) -> Backbone:
+        """The tuned network as it would be kept now."""
+        return replace(self.tuned, network=self.average.module) if self.average else self.tuned
+
+    @property
+    def device(self) -> str:
+        return self.tuned.device
+
+
+def begin(
+    settings: Form,
+    choices: Choices,
+    split: Split,
+    start: Start,
+    saved: dict[str, Any] | None = None,
+    started: float | None = None,
+) -> Training:
+    """Read the images, build the head and the optimiser, and put back what was saved, if anything was.
+
+    `started` is when the script did, by time.perf_counter: from then on its minutes count.
+    """
+    started = time.perf_counter() if started is None else started
+    variant, (untuned, tuned, folded) = VARIANTS[settings.loss], start
+    if untuned.looks_for_faces and settings.augmentation is None:
+        choices = choices | {"augmentation": "gentle"}  # an aligned face is never seen turned or cut
+    side = math.ceil(ROOM * tuned.prepare.size)
+    squares = read_squares(split.train, tuned.prepare.of_size(side), "training images")
+    sizes = {untuned.prepare.size, tuned.prepare.size}
+    seen = read_validation(split, untuned, sizes, settings.seed)
+    every = len(stages(tuned.network))
+    torch.manual_seed(settings.seed)
+    head = variant.head(untuned.dimension, len(squares.classes), choices).to(tuned.device)
+    learned = freeze(tuned.network, settings.freeze, settings.model)
+    if settings.freeze == "backbone":
+        learned, every = [list(tuned.network.map.requires_grad_(True).parameters())], 1
+    optimizer = torch.optim.AdamW(parameter_groups(learned, head, every, settings))
+    average = None
+    if settings.ema:
+        decay = torch.optim.swa_utils.get_ema_multi_avg_fn(settings.ema)
+        average = torch.optim.swa_utils.AveragedModel(tuned.network, multi_avg_fn=decay)
+    half = tuned.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    scaler = torch.amp.GradScaler(tuned.device, enabled=half)
+    training = Training(settings, choices, variant, digest(split), squares, seen, untuned, folded, tuned,
+                        head, optimizer, scaler, average, started)  # fmt: skip
+    training.micro_batch = settings.micro_batch or settings.batch_size * variant.views
+    if saved:
+        _put_back(training, saved)
+    return training
+
+
+def _put_back(training: Training, saved: dict[str, Any]) -> None:
+    for name, part in _parts(training).items():
+        part.load_state_dict(saved[name])
+    training.progress = Progress(**saved["progress"])
+
+
+def _parts(training: Training) -> dict[str, Any]:
+    """What changes from step to step, but for the progress; all else follows from that and the settings."""
+    parts = {"tuned": training.tuned.network, "head": training.head, "optimizer": training.optimizer,
+             "scaler": training.scaler}  # fmt: skip
+    return parts | ({"average": training.average} if training.average else {})
+
+
+def save(training: Training) -> None:
+    """last.pth, to go on from here."""
+    state = {name: part.state_dict() for name, part in _parts(training).items()}
+    settings = training.settings.model_dump(mode="json")
+    folder = training.settings.save_dir
+    write_last(folder, training.progress, settings=settings, images=training.files, **state)

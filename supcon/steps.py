@@ -1,0 +1,102 @@
+"""A training and the rows of a batch in; the loss, and weights changed by its gradients, out."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from retrieval.backbones import out_of_memory
+from retrieval.settings import RunError
+from supcon.state import Training
+from supcon.views import AUGMENTATIONS, augment, draw
+
+MOST_BAD_STEPS = 10
+
+log = logging.getLogger("retrieval.steps")
+
+
+def step(training: Training, rows: np.ndarray, seed: int) -> float:
+    """One step on the images `rows` of the squares; the loss. All that is random follows from the seed."""
+    torch.manual_seed(seed)  # what a head does at random
+    random = torch.Generator().manual_seed(seed)
+    squares = training.squares.pixels[torch.from_numpy(rows)].to(training.device)
+    kind, size = AUGMENTATIONS[training.choices["augmentation"]], training.tuned.prepare.size
+    views = [augment(squares, size, draw(kind, len(rows), random)) for _ in range(training.variant.views)]
+    labels = training.squares.labels[rows] if training.variant.labels else rows
+    labels = torch.from_numpy(labels).repeat(training.variant.views).to(training.device)
+    training.head.train()
+    loss = _gradients_that_fit(training, torch.cat(views), labels)
+    _update(training)
+    return loss
+
+
+def _gradients_that_fit(training: Training, pixels: Tensor, labels: Tensor) -> float:
+    """As _gradients, with fewer images at once where they do not fit into the device's memory."""
+    while True:
+        training.optimizer.zero_grad(set_to_none=True)
+        try:
+            return _gradients(training, pixels, labels)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            if training.micro_batch == 1:
+                raise RunError(
+                    f"not one image fits into the memory of {training.device}: give a smaller --image_size, "
+                    "--freeze all_but_last, or --device cpu"
+                ) from None
+        training.micro_batch = max(1, min(training.micro_batch, len(pixels)) // 2)
+        log.warning("the batch does not fit into the memory of %s: %d views at once, with the same gradients",
+                    training.device, training.micro_batch)  # fmt: skip
+        torch.cuda.empty_cache()
+
+
+def _gradients(training: Training, pixels: Tensor, labels: Tensor) -> float:
+    """The loss of a batch, and its gradients in every weight, a micro-batch at a time if need be.
+
+    With several: cached gradients (GradCache, Gao et al. 2021). The features of all are computed without a
+    graph, the loss gives the gradient in them, and each micro-batch is then sent through again with its part
+    of that. Nothing in the network depends on the other images, so the gradients are those of one batch.
+    """
+    parts = pixels.split(training.micro_batch)
+    if len(parts) == 1:
+        loss = training.head(_features(training, pixels), labels)
+        training.scaler.scale(loss).backward()
+        return loss.item()
+    with torch.no_grad():
+        features = torch.cat([_features(training, part) for part in parts])
+    loss = training.head(features.requires_grad_(), labels)
+    training.scaler.scale(loss).backward()
+    for part, gradient in zip(parts, features.grad.split(training.micro_batch), strict=True):
+        _features(training, part).backward(gradient)
+    return loss.item()
+
+
+def _features(training: Training, pixels: Tensor) -> Tensor:
+    """float32 (views, dimension); on a GPU in half precision inside."""
+    half = torch.float16 if training.scaler.is_enabled() else torch.bfloat16
+    with torch.autocast(training.device, dtype=half, enabled=training.device == "cuda"):
+        return training.tuned.features(pixels)
+
+
+def _update(training: Training) -> None:
+    """Change the weights by their gradients, clipped, unless those are not finite."""
+    training.scaler.unscale_(training.optimizer)
+    learned = [p for group in training.optimizer.param_groups for p in group["params"] if p.grad is not None]
+    length = nn.utils.clip_grad_norm_(learned, training.settings.clip or math.inf)
+    if length.isfinite():
+        training.bad_steps = 0
+        training.scaler.step(training.optimizer)
+        if training.average:
+            training.average.update_parameters(training.tuned.network)
+    else:
+        training.bad_steps += 1
+    training.scaler.update()
+    if training.bad_steps == MOST_BAD_STEPS:
+        raise RunError(
+            f"the gradients of {MOST_BAD_STEPS} steps in a row were not finite, and nothing was learned from "
+            f"them: give a smaller --lr than {training.settings.lr:g} or a smaller --clip"
+        )

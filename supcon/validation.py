@@ -1,0 +1,161 @@
+"""Images set aside and networks in; how well each retrieves them, and the best way to embed, out."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+from retrieval.backbones import Backbone
+from retrieval.fine_tuned import ALONE, JOINED, MIXED, Shrunk, join
+from retrieval.metrics import figures_of
+from retrieval.ranking import Embeddings, rank
+from supcon.batches import Split, Squares, read_squares
+from supcon.views import AUGMENTATIONS, augment, draw
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+LAMBDAS = (0.5, 1.0, 2.0, 4.0)  # of the tuned embedding beside the untuned one
+ALPHAS = (0.25, 0.5, 0.75)  # of the tuned weights in the mix: WiSE-FT (Wortsman et al. 2022)
+COLLAPSED = 0.98  # mean cosine of two images' embeddings
+KEEP = 10
+
+log = logging.getLogger("retrieval.validation")
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The images set aside, as squares of each size that a network sees."""
+
+    by: str  # as a Split has it
+    images: dict[int, Squares]
+    views: dict[int, Squares] | None  # what looks for the images; None: each image looks for the others
+
+
+def read_validation(split: Split, backbone: Backbone, sizes: set[int], seed: int) -> Validation:
+    """The squares of the images set aside; where each looks for itself, also those of a view of it."""
+    images, views = {}, {}
+    random = torch.Generator().manual_seed(seed)
+    drawn = draw(AUGMENTATIONS["plain"], len(split.validation), random)
+    for size in sorted(sizes):
+        squares = read_squares(split.validation, backbone.prepare.of_size(size), "validation images")
+        images[size] = squares
+        if split.by == "view":
+            # numbered, so that a label of its own is the first folder of each name
+            images[size] = Squares([f"{row}/image" for row in range(len(squares.names))], squares.pixels)
+            pixels = torch.cat([augment(part, size, some) for part, some in _in_parts(squares.pixels, drawn)])
+            views[size] = Squares([f"{row}/view" for row in range(len(squares.names))], to_bytes(pixels))
+    return Validation(split.by, images, views or None)
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """0 to 1 → uint8."""
+    return (pixels * 255).round().byte()
+
+
+def _in_parts(pixels: Tensor, drawn: Any, most: int = 64) -> Iterator[tuple[Tensor, Any]]:
+    """The squares and their random numbers, some at a time."""
+    for start in range(0, len(pixels), most):
+        rows = slice(start, min(start + most, len(pixels)))
+        yield pixels[rows], replace(drawn, **{name: value[rows] for name, value in vars(drawn).items()})
+
+
+# ---- how well a network retrieves -----------------------------------------------------------------
+
+
+def vectors_of(squares: Squares, backbone: Backbone, batch_size: int = 64) -> Tensor:
+    """Unit vectors (images, dimension) on the CPU."""
+    with torch.inference_mode():
+        parts = [backbone.embed(part).cpu() for part in squares.pixels.split(batch_size)]
+        return functional.normalize(torch.cat(parts))
+
+
+def validate(validation: Validation, backbone: Backbone) -> dict[str, Any]:
+    """The figures of a network, and the mean cosine of two images."""
+    size = backbone.prepare.size
+    images = vectors_of(validation.images[size], backbone)
+    views = vectors_of(validation.views[size], backbone) if validation.views else None
+    return figures(validation, images, views)
+
+
+def figures(validation: Validation, images: Tensor, views: Tensor | None) -> dict[str, Any]:
+    """The figures of embeddings (images, dimension), and of those of their views if there are any.
+
+    top_1, top_3, … and the score, each with its interval, and `mean_cosine`, of two different images.
+    """
+    names = next(iter(validation.images.values())).names
+    gallery = Embeddings(names, functional.normalize(images).numpy())
+    if views is None:  # each image looks for the others
+        found = rank(gallery, gallery, KEEP + 1)
+        ranking = {query: [name for name in best if name != query][:KEEP] for query, best in found.items()}
+    else:
+        queries = Embeddings(
+            [name.replace("/image", "/view") for name in names], functional.normalize(views).numpy()
+        )
+        ranking = rank(queries, gallery, KEEP)
+    n = len(names)
+    mean = float((gallery.vectors.sum(axis=0, dtype="float64") ** 2).sum())
+    return figures_of(ranking) | {"mean_cosine": (mean - n) / max(1, n * (n - 1))}
+
+
+# ---- the best way to embed ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to embed with an untuned and a tuned network, and how well it retrieves."""
+
+    embedding: str  # as a Recipe has it
+    weight: float
+    metrics: dict[str, Any]
+
+    def __str__(self) -> str:
+        """In words."""
+        if self.embedding == ALONE:
+            return "tuned"
+        return (
+            f"untuned + {self.weight:g} × tuned"
+            if self.embedding == JOINED
+            else f"{self.weight:g} of the tuned weights"
+        )
+
+
+def candidates(validation: Validation, untuned: Backbone, tuned: Backbone) -> list[Candidate]:
+    """The ways to embed: the tuned network alone, joined with the untuned one, and their weights mixed."""
+    found = [Candidate(ALONE, 1.0, validate(validation, tuned))]
+    size = untuned.prepare.size
+    beside = replace(untuned, network=Shrunk(tuned.network, tuned.prepare.size))
+    of_both = []
+    for squares in [validation.images] + ([validation.views] if validation.views else []):
+        of_both.append([vectors_of(squares[size], backbone) for backbone in (untuned, beside)])
+    for weight in LAMBDAS:
+        joined = [join(*both, weight) for both in of_both]
+        found.append(
+            Candidate(JOINED, weight, figures(validation, joined[0], joined[1] if validation.views else None))
+        )
+    for weight in ALPHAS:
+        network = mixed(untuned.network, tuned.network, weight)
+        found.append(Candidate(MIXED, weight, validate(validation, replace(tuned, network=network))))
+    return found
+
+
+def mixed(untuned: nn.Module, tuned: nn.Module, share: float) -> nn.Module:
+    """A network of the weights `share` · tuned + (1 − share) · untuned: WiSE-FT, Wortsman et al. 2022."""
+    network = copy.deepcopy(tuned)
+    start, end = dict(untuned.named_parameters()), dict(tuned.named_parameters())
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name in start:
+                parameter.copy_(torch.lerp(start[name], end[name], share))
+    return network
+
+
+def best_of(found: list[Candidate]) -> Candidate:
+    """The one with the best score; the simplest of equals."""
+    return max(found, key=lambda candidate: candidate.metrics["score"])

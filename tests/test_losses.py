@@ -1,0 +1,99 @@
+"""supcon/losses.py against the naive double loop, against pytorch-metric-learning, and by hand."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from supcon.losses import supcon_loss
+
+
+def naive(embeddings, labels, temperature):
+    """Equation 2 of Khosla et al. 2020, one anchor and one positive after the other."""
+    z = functional.normalize(embeddings)
+    losses = []
+    for i in range(len(z)):
+        positives = [p for p in range(len(z)) if p != i and labels[p] == labels[i]]
+        if not positives:
+            continue
+        below = sum(torch.exp(z[i] @ z[a] / temperature) for a in range(len(z)) if a != i)
+        terms = [torch.log(torch.exp(z[i] @ z[p] / temperature) / below) for p in positives]
+        losses.append(-sum(terms) / len(positives))
+    return sum(losses) / len(losses)
+
+
+def value_and_gradient(loss, embeddings, *more):
+    embeddings = embeddings.clone().requires_grad_()
+    value = loss(embeddings, *more)
+    value.backward()
+    return value.detach(), embeddings.grad
+
+
+@pytest.mark.parametrize("temperature", [0.05, 0.1, 1.0])
+@pytest.mark.parametrize("classes", [2, 5, 20])
+def test_value_and_gradient_are_those_of_the_double_loop(temperature, classes):
+    random = torch.Generator().manual_seed(classes)
+    embeddings = torch.randn(24, 16, generator=random)
+    labels = torch.randint(0, classes, (24,), generator=random)  # with 20 classes some have no positive
+    ours = value_and_gradient(supcon_loss, embeddings, labels, temperature)
+    wanted = value_and_gradient(naive, embeddings, labels, temperature)
+    for a, b in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_value_and_gradient_are_those_of_pytorch_metric_learning():
+    from pytorch_metric_learning.losses import NTXentLoss, SupConLoss
+
+    random = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(32, 16, generator=random)
+    labels = torch.arange(8).repeat(4)
+    ours = value_and_gradient(supcon_loss, embeddings, labels, 0.1)
+    theirs = value_and_gradient(SupConLoss(temperature=0.1), embeddings, labels)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    pairs = torch.arange(16).repeat(2)  # each image and its other view: NT-Xent
+    ours = value_and_gradient(supcon_loss, embeddings, pairs, 0.5)
+    theirs = value_and_gradient(NTXentLoss(temperature=0.5), embeddings, pairs)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_an_anchor_without_a_positive_is_left_out_and_none_at_all_gives_zero():
+    embeddings = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
+    value, _ = value_and_gradient(supcon_loss, embeddings, torch.tensor([0, 0, 1, 1, 2]))
+    torch.testing.assert_close(value, naive(embeddings, torch.tensor([0, 0, 1, 1, 2]), 0.1))
+    for count in (1, 5):
+        value, gradient = value_and_gradient(supcon_loss, embeddings[:count], torch.arange(count))
+        assert value == 0
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_it_stays_finite_where_everything_is_alike_or_opposite():
+    for embeddings in (torch.ones(6, 4), torch.ones(6, 4) * torch.tensor([1, -1] * 3)[:, None]):
+        value, gradient = value_and_gradient(supcon_loss, embeddings, torch.tensor([0, 0, 0, 1, 1, 1]), 0.01)
+        assert value.isfinite()
+        assert gradient.isfinite().all()
+
+
+def test_of_equal_embeddings_the_loss_is_the_logarithm_of_their_number():
+    value = supcon_loss(torch.ones(10, 3), torch.arange(5).repeat(2))
+    assert value.item() == pytest.approx(math.log(9))
+
+
+def test_a_memory_is_more_to_compare_with_and_gets_no_gradient():
+    random = torch.Generator().manual_seed(0)
+    embeddings, memory = torch.randn(8, 4, generator=random), torch.randn(12, 4, generator=random)
+    labels, memory_labels = torch.arange(4).repeat(2), torch.arange(6).repeat(2)
+    memory.requires_grad_()
+    value, _ = value_and_gradient(supcon_loss, embeddings, labels, 0.2, memory, memory_labels)
+    assert memory.grad is None
+    z = functional.normalize(torch.cat([embeddings, memory]).detach())
+    every = torch.cat([labels, memory_labels])
+    wanted = []
+    for i in range(8):
+        others = [j for j in range(20) if j != i]
+        below = sum(torch.exp(z[i] @ z[j] / 0.2) for j in others)
+        terms = [torch.log(torch.exp(z[i] @ z[j] / 0.2) / below) for j in others if every[j] == every[i]]
+        wanted.append(-sum(terms) / len(terms))
+    torch.testing.assert_close(value, sum(wanted) / 8)
