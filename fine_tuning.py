@@ -58,13 +58,13 @@ class Settings(Form):
     # How it learns.
     freeze: Freeze = "stem"  # or "bn", "all_but_last", "backbone"
     lr: PositiveAmount = 1e-3  # of the last stage
-    layer_decay: PositiveAmount = 0.7  # of the rate, from stage to stage towards the input
+    layer_decay: PositiveAmount = 0.7  # of the rate, for each eighth of the depth towards the input
     head_lr: PositiveAmount = 5e-3
     weight_decay: Amount = 0.02
     warmup: Share = 0.08  # of the steps
     clip: PositiveAmount | None = 5.0  # the length of the gradient; None: as it is
     ema: PositiveShare | None = None  # such as 0.99: keep an average of the weights
-    micro_batch: PositiveInt | None = None  # images in memory at once; None: the batch
+    micro_batch: PositiveInt | None = None  # views in memory at once; None: the batch's
 
     # What concerns some losses only. None: the loss's own, in supcon/variants.py.
     augmentation: Augmentation | None = None  # "gentle", "plain", "strong"

@@ -56,7 +56,7 @@ def embed(
                     unsaved += [_save(image.pixels, save_crops / kind.replace(" ", "_") / f"{name}.png")]
             if batch.images:
                 pixels = torch.stack([image.pixels for image in batch.images])
-                features, fits = _embed_what_fits(backbone, pixels, fits)
+                features, fits = embed_what_fits(backbone, pixels, fits)
                 lengths = features.norm(dim=1, keepdim=True)
                 usable = (lengths.isfinite() & (lengths > 0)).squeeze(1)
                 vectors[[rows[name] for name in batch.names]] = (features / lengths).where(usable[:, None], 0)
@@ -93,7 +93,7 @@ def _save(pixels: Tensor, path: Path) -> str:
     return ""
 
 
-def _embed_what_fits(backbone: Backbone, images: Tensor, fits: int) -> tuple[Tensor, int]:
+def embed_what_fits(backbone: Backbone, images: Tensor, fits: int) -> tuple[Tensor, int]:
     """(images, 3, size, size) → (images, dimension) on the CPU, in parts that fit; and their size."""
     import torch
 

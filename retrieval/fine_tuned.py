@@ -20,7 +20,7 @@ from retrieval.folding import fold_batch_norms
 from retrieval.ledger import write_whole
 from retrieval.settings import InputError
 from retrieval.transforms import Transform
-from retrieval.weights import unpickle
+from retrieval.weights import does_not_fit, unpickle
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -110,7 +110,7 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """torch.save, whole or not at all."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    write_whole(path, buffer.getvalue())
+    write_whole(path, buffer.getbuffer())
 
 
 def described(prepare: Transform | FaceCrop) -> dict[str, Any]:
@@ -196,6 +196,6 @@ def _network(recipe: Recipe, state: Mapping[str, Tensor], file: Path) -> nn.Modu
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        first = str(error).splitlines()[-1].strip()
-        raise InputError(f"{file} does not hold the weights that its recipe describes: {first}") from None
+        problems = [line.strip()[:200] for line in str(error).splitlines()[1:]]
+        raise does_not_fit(file, f"the {recipe.word} of its recipe", problems) from None
     return network.eval()

@@ -73,8 +73,22 @@ def measure(ranking: dict[str, list[str]], queries: Embeddings, gallery: Embeddi
 
 
 def figures_of(ranking: dict[str, list[str]]) -> dict:
-    """The figures of a ranking of labelled images, each with its 95 % interval, as measure has them."""
-    return _figures(_first_hits(ranking), top_k=1)
+    """The figures of a ranking of labelled images, each with its 95 % interval, as measure has them.
+
+    And `points`, what each query earns: their mean is the score.
+    """
+    first = _first_hits(ranking)
+    return _figures(first, top_k=1) | {"points": _points(first).tolist()}
+
+
+def compare(points: list[int], with_points: list[int]) -> tuple[float, list[float]]:
+    """How much higher the first score is, of the same queries, and the 95 % interval of that.
+
+    >>> compare([1000] * 8 + [300] * 2, [300] * 10)[0]
+    560.0
+    """
+    difference = np.array(points) - np.array(with_points)
+    return float(difference.mean()), _mean_interval(difference)
 
 
 def _first_hits(ranking: dict[str, list[str]]) -> np.ndarray:
@@ -94,7 +108,7 @@ def _figures(first: np.ndarray, top_k: int) -> dict:
         figures[name] = hits / len(first)
         figures[f"{name}_interval"] = wilson_interval(hits, len(first))
     figures["score"] = competition_score(*(int((first <= cut).sum()) for cut in POINTS), queries=len(first))
-    figures["score_interval"] = _score_interval(first)
+    figures["score_interval"] = _mean_interval(_points(first))
     return figures
 
 
@@ -119,12 +133,16 @@ def wilson_interval(hits: int, n: int, z: float = 1.959964) -> list[float]:
     return [max(0.0, centre - half), min(1.0, centre + half)]
 
 
-def _score_interval(first: np.ndarray, samples: int = 10_000) -> list[float]:
-    """The 2.5th and 97.5th percentile of the score over queries drawn with replacement, seeded.
+def _points(first: np.ndarray) -> np.ndarray:
+    """What each query earns, 0 to 1000, by the rank of its first right image."""
+    return sum(value * (first <= cut) for cut, value in POINTS.items())
 
-    A query is worth one of four numbers of points, so a drawn set of queries is a multinomial count of them.
+
+def _mean_interval(points: np.ndarray, samples: int = 10_000) -> list[float]:
+    """The 2.5th and 97.5th percentile of the mean over queries drawn with replacement, seeded.
+
+    A query is worth one of a few numbers of points, so a drawn set of queries is a multinomial count of them.
     """
-    points = sum(value * (first <= cut) for cut, value in POINTS.items())  # (queries,)
     values, counts = np.unique(points, return_counts=True)
-    drawn = np.random.default_rng(0).multinomial(len(first), counts / len(first), size=samples)
-    return np.percentile(drawn @ values / len(first), [2.5, 97.5]).tolist()
+    drawn = np.random.default_rng(0).multinomial(len(points), counts / len(points), size=samples)
+    return np.percentile(drawn @ values / len(points), [2.5, 97.5]).tolist()

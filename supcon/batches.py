@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import cycle
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from get_images import ImageFile, find_images, label_of
 from retrieval.faces import FaceCrop
 from retrieval.readers import read_batches
-from retrieval.settings import Form, InputError
+from retrieval.settings import Form, InputError, RunError
 from supcon.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 IN_MEMORY = 4 * 2**30  # bytes of squares; more lie in a file that the system keeps in memory as it can
 ENOUGH_IDENTITIES = 20
+ENOUGH_IMAGES = 50
 MOST_FOR_VALIDATION = 2000  # images: a standard error of half a point at 95 %
 WHAT_IS_NEW = {
     "identity": "all of other classes",
@@ -45,12 +47,12 @@ class Squares:
     names: list[str]
     pixels: Tensor
 
-    @property
+    @cached_property
     def classes(self) -> list[str]:
         """The labels, each once, sorted."""
         return sorted({label_of(name) or "" for name in self.names})
 
-    @property
+    @cached_property
     def labels(self) -> np.ndarray:
         """(images,) the row of each image's label in `classes`."""
         rows = {label: row for row, label in enumerate(self.classes)}
@@ -79,9 +81,9 @@ def find_and_split(settings: Form) -> Split:
     found = split(files, settings.val_share, settings.seed, labelled)
     classes = len({label_of(file.name) for file in files})
     of = f" of {classes} classes" if labelled else ""
-    if labelled and classes == len(files):
-        log.warning("each class has one image only: there is little to learn from, and validation looks for "
-                    "an image from a view of it")  # fmt: skip
+    if labelled and found.by == "view":
+        log.warning("there are not two classes with three images, nor twenty with two: there is little to "
+                    "learn from, and validation looks for an image from a view of it")  # fmt: skip
     log.info("found %d images%s: %d to learn from, %d to validate on (%s)", len(files), of,
              len(found.train), len(found.validation), WHAT_IS_NEW[found.by])  # fmt: skip
     if len(found.train) < 2 or not found.validation:
@@ -120,40 +122,43 @@ def split(files: list[ImageFile], share: float, seed: int, labelled: bool = True
     """Set a seeded share of the images aside for validation.
 
     Of 20 classes or more that have several images, a share of these classes, so that validation is of people
-    never seen; else a share of each class with three images or more. Where no class has, or there are no
-    labels, a share of the images, each to be found from a view of it. Never more than MOST_FOR_VALIDATION.
+    never seen: more than the share, up to half, where it would be of fewer than 50 images. Else a share of
+    each class with three images or more, if there are two such. Else, or without labels, a share of the
+    images, each to be found from a view of it. About MOST_FOR_VALIDATION at most: of a class that is set
+    aside, what is beyond its part is not used at all. Two classes at least are left to learn from.
     """
     random = np.random.default_rng(seed)
     of_class: dict[str | None, list[ImageFile]] = {}
     for file in files:
         of_class.setdefault(label_of(file.name) if labelled else file.name, []).append(file)
-    several = [label for label, members in of_class.items() if len(members) > 1]
+    shuffled = {label: [of_class[label][row] for row in random.permutation(len(of_class[label]))]
+                for label in of_class}  # fmt: skip
+    several = [label for label in of_class if len(of_class[label]) > 1]
+    rich = [label for label in several if len(of_class[label]) > 2]
+    held_out: set[ImageFile] = set()  # and not learned from
     if len(several) >= ENOUGH_IDENTITIES:
-        by, taken = "identity", [of_class[several[row]] for row in random.permutation(len(several))]
-        chosen = _up_to(taken, max(2, round(share * len(several))))
-    elif any(len(of_class[label]) > 2 for label in several):
-        by, most = "image", MOST_FOR_VALIDATION // len(several)
-        chosen = []
-        for label in several:
-            members = [of_class[label][row] for row in random.permutation(len(of_class[label]))]
-            if len(members) > 2:
-                chosen += members[: max(2, min(round(share * len(members)), most))]
+        by, order = "identity", [several[row] for row in random.permutation(len(several))]
+        count = min(max(2, round(share * len(several))), len(of_class) - 2)
+        while (
+            count < len(several) // 2 and sum(len(of_class[label]) for label in order[:count]) < ENOUGH_IMAGES
+        ):
+            count += 1
+        each = max(2, MOST_FOR_VALIDATION // count)
+        chosen = [file for label in order[:count] for file in shuffled[label][:each]]
+        held_out = {file for label in order[:count] for file in of_class[label]}
+    elif len(rich) > 1:
+        by, most = "image", max(2, MOST_FOR_VALIDATION // len(rich))
+        counts = {label: min(max(2, round(share * len(of_class[label]))), most, len(of_class[label]) - 1)
+                  for label in rich}  # fmt: skip
+        chosen = [file for label in rich for file in shuffled[label][: counts[label]]]
     else:
-        by, taken = "view", [list(files[row : row + 1]) for row in random.permutation(len(files))]
-        chosen = _up_to(taken, max(1, round(share * len(files))))
-    held_out = {file.name for file in chosen}
-    train = [file for file in files if file.name not in held_out]
-    return Split(train, [file for file in files if file.name in held_out], by)
-
-
-def _up_to(groups: list[list[ImageFile]], count: int) -> list[ImageFile]:
-    """The images of the first `count` groups, as long as they are not too many."""
-    chosen: list[ImageFile] = []
-    for group in groups[:count]:
-        if chosen and len(chosen) + len(group) > MOST_FOR_VALIDATION:
-            break
-        chosen += group
-    return chosen
+        by = "view"
+        count = min(max(1, round(share * len(files))), MOST_FOR_VALIDATION, len(files) - 2)
+        chosen = [files[row] for row in random.permutation(len(files))[: max(count, 0)]]
+    validation = set(chosen)
+    held_out |= validation
+    train = [file for file in files if file not in held_out]
+    return Split(train, [file for file in files if file in validation], by)
 
 
 # ---- read -----------------------------------------------------------------------------------------
@@ -189,13 +194,24 @@ def read_squares(files: list[ImageFile], prepare: Transform | FaceCrop, kind: st
 
 
 def _room_for(images: int, side: int) -> Tensor:
+    """Zeros, uint8 (images, 3, side, side): in memory, or in a file that goes with the program.
+
+    Raises RunError where there is no room for that file.
+    """
     shape = (images, 3, side, side)
     size = images * 3 * side * side
     if size <= IN_MEMORY:
-        return torch.empty(shape, dtype=torch.uint8)
-    with tempfile.NamedTemporaryFile(prefix="training-images-") as file:  # unlinked, and there while mapped
-        log.info("%.1f GB of training images lie in %s while this runs", size / 1e9, tempfile.gettempdir())
-        return torch.from_file(file.name, shared=True, size=size, dtype=torch.uint8).view(shape)
+        return torch.zeros(shape, dtype=torch.uint8)
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise RunError(
+            f"{size / 1e9:.1f} GB of training images do not fit into {folder}, which has {free / 1e9:.1f}: "
+            "make room, set TMPDIR to another folder, or give a smaller --image_size"
+        )
+    log.info("%.1f GB of training images lie in %s while this runs", size / 1e9, folder)
+    with tempfile.TemporaryFile() as file:
+        return torch.from_numpy(np.memmap(file, dtype=np.uint8, mode="w+", shape=shape))
 
 
 # ---- batches --------------------------------------------------------------------------------------
@@ -217,32 +233,33 @@ def by_class(
 ) -> list[np.ndarray]:
     """The rows of an epoch's batches of P classes × K images, where P is batch_size / images_per_class.
 
-    Each batch takes the classes that were taken least, each with the next K of its images in random order, so
-    that all classes count the same however many images they have. A class with fewer gives those it has (its
-    views stand in for others), and the batch takes more classes; where there are fewer than P, they come
-    again with other images. A batch holds no image twice. There are as many batches as the images fill.
+    The classes come in turn, in random order, each with the next K of its images, so that all count the same
+    however many images they have. A class with fewer gives those it has (its views stand in for others), and
+    the batch takes more classes; where there are fewer than P, they come again with other images. A batch
+    holds no image twice. There are as many batches as the images fill.
 
     >>> labels = np.array([0, 0, 0, 0, 1, 1, 2])
     >>> [sorted(labels[rows].tolist()) for rows in by_class(labels, 5, 2, np.random.default_rng(0))]
     [[0, 0, 1, 1, 2]]
     """
     size = min(batch_size, len(labels))
-    members = {label: np.flatnonzero(labels == label) for label in np.unique(labels)}
-    decks = {label: _endless(rows, random) for label, rows in members.items()}
-    given: Counter = Counter()
+    rows, starts = np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1]
+    members = [part for part in np.split(rows, starts) if len(part)]
+    decks = [_endless(part, random) for part in members]
+    waiting: deque[int] = deque()
     batches = []
     for _ in range(len(labels) // size):
         batch: dict[int, None] = {}  # its rows, in order
-        left = {label: len(rows) for label, rows in members.items()}
-        for label in cycle(sorted(members, key=lambda label: (given[label], random.random()))):
-            wanted = min(images_per_class, left[label], size - len(batch))
-            left[label] -= wanted
-            given[label] += wanted > 0
+        given: Counter = Counter()
+        while len(batch) < size:
+            if not waiting:  # every class has had its turn: those of this batch come last in the next
+                waiting.extend(sorted(random.permutation(len(members)).tolist(), key=given.__contains__))
+            label = waiting.popleft()
+            wanted = min(images_per_class, len(members[label]) - given[label], size - len(batch))
+            given[label] += wanted
             full = len(batch) + wanted
             while len(batch) < full:
                 batch[next(decks[label])] = None  # one that is in it already changes nothing
-            if full == size:
-                break
         batches.append(np.array(list(batch)))
     return batches
 

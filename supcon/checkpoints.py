@@ -1,9 +1,10 @@
 """A training in; the files that let it go on after any stop, and say how it went, out.
 
-last.pth        everything that the next step needs
-history.jsonl   a line an epoch
-loss.png        the loss and the validation over the epochs
 fine_tuned_model.pth    the best so far, for model_fine_tuned.py
+last.pth                everything that the next step needs
+best.pth                the weights of the best epoch
+history.jsonl           a line an epoch
+loss.png                the loss and the validation over the epochs
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from retrieval.fine_tuned import write_checkpoint
-from retrieval.ledger import as_json, set_aside, write_whole
+from retrieval.ledger import as_json, write_whole
 from retrieval.settings import Form, InputError
 from retrieval.weights import unpickle
 from supcon.batches import Split
 
-BEST, LAST, HISTORY, CURVE = "fine_tuned_model.pth", "last.pth", "history.jsonl", "loss.png"
-FILES = (BEST, LAST, HISTORY, CURVE)
+BEST, LAST, BEST_EPOCH = "fine_tuned_model.pth", "last.pth", "best.pth"
+HISTORY, CURVE = "history.jsonl", "loss.png"
+FILES = (BEST, LAST, BEST_EPOCH, HISTORY, CURVE)
 # What may differ when a training goes on: where and how long, not what is learned.
 FREE = {"resume", "overwrite", "device", "minutes", "save_dir", "train_dir", "micro_batch"}
 
@@ -35,8 +37,11 @@ class Progress:
     epoch: int = 0  # whole ones
     step: int = 0  # in the epoch
     seconds: float = 0.0
-    best: float = -1.0  # the score of the checkpoint that is kept
-    losses: list[float] = field(default_factory=list)  # of this epoch's steps
+    best: float = -1.0  # the score of the best epoch
+    kept: float = -1.0  # the score of fine_tuned_model.pth
+    chosen: int = 0  # after how many epochs its embedding was chosen
+    losses: list[float] = field(default_factory=list)  # of this epoch's steps; NaN: skipped
+    spent: float = 0.0  # seconds in this epoch's steps
     untuned: dict[str, Any] | None = None  # the figures before the first epoch
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -45,8 +50,8 @@ def open_folder(settings: Form, split: Split) -> dict[str, Any] | None:
     """Make the folder of a training; what lies in it to go on from, if that is asked for.
 
     Raises InputError where it holds another run and neither --resume nor --overwrite is given, where --resume
-    finds nothing to go on from, or other settings or images than it had. --overwrite moves the files of the
-    run before to earlier/.
+    finds nothing to go on from, or other settings or images than it had. What --overwrite replaces is moved
+    to earlier/ when the new training begins.
     """
     folder = settings.save_dir
     try:
@@ -67,7 +72,6 @@ def open_folder(settings: Form, split: Split) -> dict[str, Any] | None:
             f"{folder} holds another run ({', '.join(there)}): --resume goes on with it, --overwrite moves "
             "it to earlier/, and another --save_dir leaves it alone"
         )
-    set_aside(folder, FILES)
     return None
 
 

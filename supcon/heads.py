@@ -51,9 +51,8 @@ class Projection(nn.Module):
         z = self.layers(features)
         if self.memory is None:
             return supcon_loss(z, labels, self.temperature)
-        loss = supcon_loss(z, labels, self.temperature, *self.memory.entries())
-        self.memory.add(z, labels)
-        return loss
+        self.memory.coming = z.detach(), labels
+        return supcon_loss(z, labels, self.temperature, *self.memory.entries())
 
     def chance(self, views: int) -> float:
         """All views equally alike."""
@@ -68,6 +67,7 @@ class Memory(nn.Module):
         self.register_buffer("vectors", torch.zeros(entries, dimension))
         self.register_buffer("labels", torch.zeros(entries, dtype=torch.long))
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+        self.coming: tuple[Tensor, Tensor] | None = None  # of a step that may still fail
 
     def entries(self) -> tuple[Tensor, Tensor]:
         """What there is: (entries, dimension) and (entries,)."""
@@ -77,11 +77,17 @@ class Memory(nn.Module):
     def add(self, vectors: Tensor, labels: Tensor) -> None:
         """Put these in the place of the oldest."""
         rows = (self.seen + torch.arange(len(labels), device=labels.device)) % len(self.labels)
-        rows, vectors, labels = (
-            part[-len(self.labels) :] for part in (rows, vectors.detach().float(), labels)
-        )
+        rows, vectors, labels = (part[-len(self.labels) :] for part in (rows, vectors.float(), labels))
         self.vectors[rows], self.labels[rows] = vectors, labels
         self.seen += len(labels)
+
+
+def remember(head: nn.Module) -> None:
+    """Let the memories of a head, if it has any, take in the batch of the step that was done."""
+    for part in head.modules():
+        if isinstance(part, Memory) and part.coming:
+            part.add(*part.coming)
+            part.coming = None
 
 
 class MetricLearning(nn.Module):

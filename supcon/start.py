@@ -37,17 +37,24 @@ def load_start(settings: Form, files: list[ImageFile]) -> Start:
     whose tuned network is then the start. `files` say how large the images are. Raises as load_backbone.
     """
     if settings.weights and is_fine_tuned(settings.weights):
+        given = [name for name in ("face_margin", "min_face_size") if getattr(settings, name) is not None]
+        given += ["crop"] if settings.crop != "auto" else []
+        if given:
+            raise InputError(f"--{given[0]} changes nothing: the checkpoint {settings.weights} knows it")
         backbone = load_tuned_alone(settings.weights, settings.model, settings.device)
     else:
         backbone = load_backbone(settings.model, settings.device, settings.weights, settings.crop,
                                  None, settings.face_margin, settings.min_face_size)  # fmt: skip
-    size = backbone.prepare.size
-    example = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
-    try:
-        network, folded = fold_batch_norms(backbone.network, example.to(backbone.device)), True
-    except ValueError:
-        network, folded = backbone.network, False  # slower, and nothing else
-    if settings.freeze == "backbone":
+    network, folded = backbone.network.cpu(), True
+    if not isinstance(network, Mapped):
+        size = backbone.prepare.size
+        example = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+        try:
+            network = fold_batch_norms(network, example)
+        except ValueError:
+            log.info("its batch normalisations cannot be folded: it learns as well, but more slowly")
+            folded = False
+    if settings.freeze == "backbone" and not isinstance(network, Mapped):
         network = Mapped(network, backbone.dimension)
     untuned = place(replace(backbone, network=network.requires_grad_(False)))
     tuned = _to_be_tuned(untuned, settings.image_size, files)

@@ -11,14 +11,16 @@ import torch
 from torch import nn
 
 from retrieval.backbones import Backbone
-from retrieval.settings import Form
+from retrieval.ledger import set_aside
+from retrieval.settings import Form, InputError
 from supcon.batches import Split, Squares, read_squares
-from supcon.checkpoints import Progress, digest, write_last
+from supcon.checkpoints import FILES, Progress, digest, write_last
 from supcon.layers import freeze, parameter_groups, stages
 from supcon.start import Start
 from supcon.validation import Validation, read_validation
 from supcon.variants import VARIANTS, Choices, Variant
 
+LENGTH = 16.0  # of the features that a head sees, about: EfficientNet-Lite0's own
 ROOM = 1.25  # the side of the squares in memory, of that of a view: a crop is not blurred
 
 
@@ -39,6 +41,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: nn.Module | None  # of the weights, if --ema
+    scale: float  # of the features that the head sees
     started: float
     progress: Progress = field(default_factory=Progress)
     micro_batch: int = 0
@@ -72,14 +75,17 @@ def begin(
         choices = choices | {"augmentation": "gentle"}  # an aligned face is never seen turned or cut
     side = math.ceil(ROOM * tuned.prepare.size)
     squares = read_squares(split.train, tuned.prepare.of_size(side), "training images")
+    if len(squares.names) < 2 or (variant.labels and len(squares.classes) < 2):
+        raise InputError(
+            f"of {settings.train_dir}, {len(squares.names)} images of {len(squares.classes)} classes are "
+            "left to learn from: give more that can be read, or a smaller --val_share"
+        )
     sizes = {untuned.prepare.size, tuned.prepare.size}
     seen = read_validation(split, untuned, sizes, settings.seed)
     every = len(stages(tuned.network))
     torch.manual_seed(settings.seed)
     head = variant.head(untuned.dimension, len(squares.classes), choices).to(tuned.device)
     learned = freeze(tuned.network, settings.freeze, settings.model)
-    if settings.freeze == "backbone":
-        learned, every = [list(tuned.network.map.requires_grad_(True).parameters())], 1
     optimizer = torch.optim.AdamW(parameter_groups(learned, head, every, settings))
     average = None
     if settings.ema:
@@ -88,16 +94,26 @@ def begin(
     half = tuned.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     scaler = torch.amp.GradScaler(tuned.device, enabled=half)
     training = Training(settings, choices, variant, digest(split), squares, seen, untuned, folded, tuned,
-                        head, optimizer, scaler, average, started)  # fmt: skip
+                        head, optimizer, scaler, average, _scale(seen, untuned), started)  # fmt: skip
     training.micro_batch = settings.micro_batch or settings.batch_size * variant.views
     if saved:
         _put_back(training, saved)
+    else:
+        set_aside(settings.save_dir, FILES)  # only now that this training can begin
     return training
+
+
+def _scale(seen: Validation, untuned: Backbone) -> float:
+    """What makes the untuned features of a length at which the heads' rates are right for any network."""
+    with torch.inference_mode():
+        lengths = untuned.embed(seen.images[untuned.prepare.size].pixels[:64]).norm(dim=1)
+    return LENGTH / lengths.mean().item()
 
 
 def _put_back(training: Training, saved: dict[str, Any]) -> None:
     for name, part in _parts(training).items():
-        part.load_state_dict(saved[name])
+        if saved[name]:  # a scaler has no state on another device
+            part.load_state_dict(saved[name])
     training.progress = Progress(**saved["progress"])
 
 

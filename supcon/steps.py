@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from retrieval.backbones import out_of_memory
 from retrieval.settings import RunError
+from supcon.heads import remember
 from supcon.state import Training
 from supcon.views import AUGMENTATIONS, augment, draw
 
@@ -20,38 +21,41 @@ log = logging.getLogger("retrieval.steps")
 
 
 def step(training: Training, rows: np.ndarray, seed: int) -> float:
-    """One step on the images `rows` of the squares; the loss. All that is random follows from the seed."""
+    """One step on the images `rows` of the squares; the loss. All that is random follows from the seed.
+
+    Where the batch does not fit into the device's memory, fewer views go through it at once.
+    """
+    training.head.train()
+    while True:
+        training.optimizer.zero_grad(set_to_none=True)
+        try:
+            loss = _gradients(training, *_views(training, rows, seed))
+            _update(training)
+            return loss
+        except RuntimeError as error:
+            if isinstance(error, RunError) or not out_of_memory(error):
+                raise
+        views = min(training.micro_batch, len(rows) * training.variant.views)
+        if views == 1:
+            raise RunError(
+                f"not one image fits into the memory of {training.device}: give a smaller --image_size, "
+                "--freeze all_but_last, or --device cpu"
+            )
+        training.micro_batch = views // 2
+        log.warning("the batch does not fit into the memory of %s: %d views at once, with the same gradients",
+                    training.device, training.micro_batch)  # fmt: skip
+        torch.cuda.empty_cache()
+
+
+def _views(training: Training, rows: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
+    """The views of the images, float32 (views, 3, size, size), and their labels (views,)."""
     torch.manual_seed(seed)  # what a head does at random
     random = torch.Generator().manual_seed(seed)
     squares = training.squares.pixels[torch.from_numpy(rows)].to(training.device)
     kind, size = AUGMENTATIONS[training.choices["augmentation"]], training.tuned.prepare.size
     views = [augment(squares, size, draw(kind, len(rows), random)) for _ in range(training.variant.views)]
     labels = training.squares.labels[rows] if training.variant.labels else rows
-    labels = torch.from_numpy(labels).repeat(training.variant.views).to(training.device)
-    training.head.train()
-    loss = _gradients_that_fit(training, torch.cat(views), labels)
-    _update(training)
-    return loss
-
-
-def _gradients_that_fit(training: Training, pixels: Tensor, labels: Tensor) -> float:
-    """As _gradients, with fewer images at once where they do not fit into the device's memory."""
-    while True:
-        training.optimizer.zero_grad(set_to_none=True)
-        try:
-            return _gradients(training, pixels, labels)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            if training.micro_batch == 1:
-                raise RunError(
-                    f"not one image fits into the memory of {training.device}: give a smaller --image_size, "
-                    "--freeze all_but_last, or --device cpu"
-                ) from None
-        training.micro_batch = max(1, min(training.micro_batch, len(pixels)) // 2)
-        log.warning("the batch does not fit into the memory of %s: %d views at once, with the same gradients",
-                    training.device, training.micro_batch)  # fmt: skip
-        torch.cuda.empty_cache()
+    return torch.cat(views), torch.from_numpy(labels).repeat(training.variant.views).to(training.device)
 
 
 def _gradients(training: Training, pixels: Tensor, labels: Tensor) -> float:
@@ -79,7 +83,7 @@ def _features(training: Training, pixels: Tensor) -> Tensor:
     """float32 (views, dimension); on a GPU in half precision inside."""
     half = torch.float16 if training.scaler.is_enabled() else torch.bfloat16
     with torch.autocast(training.device, dtype=half, enabled=training.device == "cuda"):
-        return training.tuned.features(pixels)
+        return training.tuned.features(pixels) * training.scale
 
 
 def _update(training: Training) -> None:
@@ -90,6 +94,7 @@ def _update(training: Training) -> None:
     if length.isfinite():
         training.bad_steps = 0
         training.scaler.step(training.optimizer)
+        remember(training.head)
         if training.average:
             training.average.update_parameters(training.tuned.network)
     else:

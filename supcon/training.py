@@ -6,6 +6,7 @@ import logging
 import math
 import platform
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,18 +18,31 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from retrieval.fine_tuned import ALONE, JOINED, MIXED, Recipe, described, read_fine_tuned, write_fine_tuned
+from retrieval.fine_tuned import (
+    ALONE,
+    JOINED,
+    MIXED,
+    Mapped,
+    Recipe,
+    described,
+    load_fine_tuned,
+    write_checkpoint,
+    write_fine_tuned,
+)
+from retrieval.metrics import compare
 from retrieval.report import draw_curves
 from retrieval.settings import RunError
+from retrieval.weights import unpickle
 from supcon.batches import by_class, shuffled
-from supcon.checkpoints import BEST, CURVE, write_history
+from supcon.checkpoints import BEST, BEST_EPOCH, CURVE, write_history
 from supcon.layers import share_of_rate
 from supcon.state import Training, save
 from supcon.steps import step
-from supcon.validation import COLLAPSED, best_of, candidates, mixed, validate
+from supcon.validation import COLLAPSED, Candidate, best_of, candidates, mixed, validate
 
 SAVE_EVERY = 300  # seconds
 FIRST_STEPS = 3
+SAME_SCORE = 5.0  # points: a GPU need not give the same bits twice
 
 log = logging.getLogger("retrieval.training")
 
@@ -41,31 +55,65 @@ def fit(training: Training) -> None:
     progress, settings = training.progress, training.settings
     if progress.untuned is None:
         _look_before(training)
-    seconds_before = progress.seconds
-    budget = math.inf
-    if settings.minutes:
-        reserve = 8 * progress.untuned["seconds"]  # for the last validation and the choice of the embedding
-        budget = seconds_before + 60 * settings.minutes - reserve
+    clock = _Clock(training)
     with _stop_between_steps() as stopped:
-        saved = time.perf_counter()
-        while progress.epoch < settings.epochs and progress.seconds < budget:
+        while progress.epoch < settings.epochs and not clock.over():
             batches = _batches(training)
             with tqdm(total=len(batches) * len(batches[0]), initial=progress.step * len(batches[0]),
                       desc=f"epoch {progress.epoch + 1}", unit="image", leave=False) as bar:  # fmt: skip
-                while progress.step < len(batches) and progress.seconds < budget:
-                    _one_step(training, batches, budget)
+                while progress.step < len(batches) and not clock.over():
+                    _one_step(training, batches, clock)
                     bar.update(len(batches[0]))
-                    bar.set_postfix(loss=f"{np.mean(progress.losses[-20:]):.3f}", refresh=False)
-                    progress.seconds = seconds_before + time.perf_counter() - training.started
-                    if stopped or time.perf_counter() - saved > SAVE_EVERY:
+                    bar.set_postfix(loss=f"{np.nanmean(progress.losses[-20:]):.3f}", refresh=False)
+                    if stopped or clock.time_to_save():
                         save(training)
-                        saved = time.perf_counter()
                     if stopped:
-                        _say_how_to_go_on(training)
-                        raise KeyboardInterrupt
+                        _leave(training)
             _end_epoch(training)
-            progress.seconds = seconds_before + time.perf_counter() - training.started
+            clock.tick()
             save(training)
+            if stopped:
+                _leave(training)
+    if not progress.history:
+        raise RunError(
+            f"--minutes {settings.minutes:g} are over before the first step: reading the images and looking "
+            f"at the untuned network took {progress.seconds / 60:.1f}, and the end takes "
+            f"{clock.reserve / 60:.1f} more"
+        )
+
+
+class _Clock:
+    """How long a training has taken, and may still take."""
+
+    def __init__(self, training: Training) -> None:
+        self.training, self.before, self.saved = training, training.progress.seconds, time.perf_counter()
+        # For the last validation and the choice of the embedding: eight times what the first one took.
+        self.reserve = 8 * training.progress.untuned["seconds"]
+        minutes = training.settings.minutes
+        self.budget = self.before + 60 * minutes - self.reserve if minutes else math.inf
+        self.tick()
+        self.start = training.progress.seconds
+
+    def tick(self) -> float:
+        """The seconds so far, in this run and those that it goes on from."""
+        self.training.progress.seconds = self.before + time.perf_counter() - self.training.started
+        return self.training.progress.seconds
+
+    def over(self) -> bool:
+        """Whether the minutes are over."""
+        return self.tick() >= self.budget
+
+    def share(self) -> float:
+        """The share of the time for steps that has passed; 0 where there is no end."""
+        passed, whole = self.tick() - self.start, self.budget - self.start
+        return passed / whole if whole < math.inf else 0.0
+
+    def time_to_save(self) -> bool:
+        """Whether the last time was long ago."""
+        if time.perf_counter() - self.saved < SAVE_EVERY:
+            return False
+        self.saved = time.perf_counter()
+        return True
 
 
 def _batches(training: Training) -> list[np.ndarray]:
@@ -77,20 +125,19 @@ def _batches(training: Training) -> list[np.ndarray]:
     return shuffled(len(squares.names), size, random)
 
 
-def _one_step(training: Training, batches: list[np.ndarray], budget: float) -> None:
+def _one_step(training: Training, batches: list[np.ndarray], clock: _Clock) -> None:
     progress, settings = training.progress, training.settings
+    started = time.perf_counter()
     done = progress.epoch * len(batches) + progress.step
     share = (done + 0.5) / (settings.epochs * len(batches))  # in the middle of the step: never a rate of 0
-    if budget < math.inf:
-        share = max(share, progress.seconds / budget)
     for group in training.optimizer.param_groups:
-        group["lr"] = group["rate"] * share_of_rate(share, settings.warmup)
+        group["lr"] = group["rate"] * share_of_rate(max(share, clock.share()), settings.warmup)
     before = [p.detach().clone() for p in _learned(training)] if done < FIRST_STEPS else None
-    words = np.random.SeedSequence((settings.seed, progress.epoch, progress.step)).generate_state(
-        1, np.uint64
-    )
-    progress.losses.append(step(training, batches[progress.step], int(words[0])))
+    seed = np.random.SeedSequence((settings.seed, progress.epoch, progress.step)).generate_state(1)[0]
+    loss = step(training, batches[progress.step], int(seed))
+    progress.losses.append(loss if math.isfinite(loss) else math.nan)
     progress.step += 1
+    progress.spent += time.perf_counter() - started
     if before and not training.bad_steps and all(map(torch.equal, before, _learned(training))):
         raise RunError("a step has changed no weight of the network: its output does not depend on them")
 
@@ -108,6 +155,12 @@ def _look_before(training: Training) -> None:
     views = min(training.settings.batch_size, len(training.squares.names)) * training.variant.views
     log.info("untuned: %s", sentence(figures))
     log.info("a loss that stays at about %.2f has learned nothing", training.head.chance(views))
+    save(training)
+
+
+def told(figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures without what each query earns."""
+    return {name: value for name, value in figures.items() if name != "points"}
 
 
 def sentence(figures: dict[str, Any]) -> str:
@@ -121,27 +174,31 @@ def sentence(figures: dict[str, Any]) -> str:
 
 def _end_epoch(training: Training) -> None:
     """Validate, keep the network if it is the best so far, and write the epoch's line."""
-    progress, settings = training.progress, training.settings
+    progress, folder = training.progress, training.settings.save_dir
     figures = validate(training.validation, training.judged)
-    loss = float(np.mean(progress.losses)) if progress.losses else math.nan
-    progress.epoch, progress.step, progress.losses = progress.epoch + 1, 0, []
+    losses = [loss for loss in progress.losses if math.isfinite(loss)]
+    images = len(progress.losses) * min(training.settings.batch_size, len(training.squares.names))
+    line = {"epoch": progress.epoch + 1, "loss": float(np.mean(losses)) if losses else None,
+            "skipped_steps": len(progress.losses) - len(losses), "images": images,
+            "seconds": progress.spent} | told(figures)  # fmt: skip
     best = figures["score"] > progress.best
-    seconds = progress.seconds - sum(line["seconds"] for line in progress.history)
-    images = len(training.squares.names)
-    best_so_far = " · the best so far" if best else ""
-    log.info("epoch %d of %d: loss %.3f · %s · %.0f images/s%s", progress.epoch, settings.epochs, loss,
-             sentence(figures), images / max(seconds, 1e-9), best_so_far)  # fmt: skip
+    log.info("epoch %d of %d: loss %.3f · %s · %.0f images/s%s", line["epoch"], training.settings.epochs,
+             line["loss"] or math.nan, sentence(figures), images / max(progress.spent, 1e-9),
+             " · the best so far" if best else "")  # fmt: skip
     if figures["mean_cosine"] > COLLAPSED:
         log.warning("the embeddings have collapsed: two images have a cosine of %.3f in the mean; give a "
                     "smaller --lr", figures["mean_cosine"])  # fmt: skip
-    kept = {name: value for name, value in figures.items() if name != "queries"}
-    line = {"epoch": progress.epoch, "loss": loss, "seconds": seconds, "images": images} | kept
     progress.history.append(line)
-    write_history(settings.save_dir, progress)
+    write_history(folder, progress)
     if best:
+        metrics = {"untuned": told(progress.untuned), "tuned": told(figures), "epoch": line["epoch"]}
+        state = training.judged.network.state_dict()
+        write_checkpoint(folder / BEST_EPOCH, {"tuned": state, "metrics": metrics})
+        if figures["score"] > progress.kept:  # than what an end before chose
+            write_fine_tuned(folder / BEST, recipe_of(training, metrics), state)
+            progress.kept = figures["score"]
         progress.best = figures["score"]
-        recipe = recipe_of(training, {"untuned": progress.untuned, "tuned": figures, "epoch": progress.epoch})
-        write_fine_tuned(settings.save_dir / BEST, recipe, training.judged.network.state_dict())
+    progress.epoch, progress.step, progress.losses, progress.spent = line["epoch"], 0, [], 0.0
 
 
 @contextmanager
@@ -154,6 +211,9 @@ def _stop_between_steps() -> Iterator[list[bool]]:
             raise KeyboardInterrupt
         stopped.append(True)
 
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals there only
+        yield stopped
+        return
     handler = signal.signal(signal.SIGINT, _stop)
     try:
         yield stopped
@@ -161,9 +221,11 @@ def _stop_between_steps() -> Iterator[list[bool]]:
         signal.signal(signal.SIGINT, handler)
 
 
-def _say_how_to_go_on(training: Training) -> None:
+def _leave(training: Training) -> None:
+    """Say how to go on, and do as Ctrl-C does."""
     log.warning("stopped in epoch %d after %d steps, and saved: the same command with --resume goes on",
                 training.progress.epoch + 1, training.progress.step)  # fmt: skip
+    raise KeyboardInterrupt
 
 
 # ---- the end --------------------------------------------------------------------------------------
@@ -175,38 +237,54 @@ def choose(training: Training) -> None:
     Says how that compares with the untuned network, and draws the curves.
     """
     progress, folder = training.progress, training.settings.save_dir
-    started = time.perf_counter()
-    recipe, state, _ = read_fine_tuned(folder / BEST)
-    if "candidates" in recipe.metrics:
-        log.info("this training had come to its end: %s holds its best", folder / BEST)
+    if progress.chosen == progress.epoch:
+        log.info("this training had come to its end: %s holds its result", folder / BEST)
         return
+    started = time.perf_counter()
+    kept = unpickle(folder / BEST_EPOCH)
     best = replace(training.tuned, network=training.judged.network)
-    best.network.load_state_dict(state)
+    best.network.load_state_dict(kept["tuned"])
     found = candidates(training.validation, training.untuned, best)
-    chosen = best_of(found)
+    chosen = best_of(found, progress.untuned)
+    log.info("%d ways to embed compared in %.1f s: the best is %s", len(found),
+             time.perf_counter() - started, chosen)  # fmt: skip
     network = best.network.state_dict()
     if chosen.embedding == MIXED:
         network = mixed(training.untuned.network, best.network, chosen.weight).state_dict()
-    metrics = recipe.metrics | {
-        "tuned": chosen.metrics,
+    joined = training.untuned.network.state_dict() if chosen.embedding == JOINED else None
+    metrics = kept["metrics"] | {
+        "tuned": told(chosen.metrics),
         "candidates": {str(candidate): candidate.metrics["score"] for candidate in found},
     }
-    joined = training.untuned.network.state_dict() if chosen.embedding == JOINED else None
     recipe = recipe_of(training, metrics, chosen.embedding, chosen.weight)
     write_fine_tuned(folder / BEST, recipe, network, joined)
+    _check(training, chosen)
+    progress.chosen, progress.kept = progress.epoch, chosen.metrics["score"]
+    save(training)
     draw_curves(progress.history, progress.untuned, folder / CURVE)
-    log.info(
-        "%d ways to embed compared in %.1f s: the best is %s",
-        len(found),
-        time.perf_counter() - started,
-        chosen,
-    )
-    log.info("before: %s", sentence(progress.untuned))
-    log.info("after:  %s", sentence(chosen.metrics))
-    if chosen.metrics["score"] <= progress.untuned["score"]:
-        log.warning("NO BETTER THAN UNTUNED on the validation images: submit with model_not_tuned.py, or "
-                    "give other images, a smaller --lr, or another --loss")  # fmt: skip
+    _say_before_and_after(progress.untuned, chosen.metrics)
     log.info("wrote %s", folder / BEST)
+
+
+def _check(training: Training, chosen: Candidate) -> None:
+    """Raise RunError unless the file that was written retrieves as well as what was chosen."""
+    file = training.settings.save_dir / BEST
+    score = validate(training.validation, load_fine_tuned(file, training.device))["score"]
+    if abs(score - chosen.metrics["score"]) > SAME_SCORE:
+        raise RunError(
+            f"{file} scores {score:.0f} on the validation images where {chosen} scored "
+            f"{chosen.metrics['score']:.0f}: do not use it, and report this"
+        )
+
+
+def _say_before_and_after(untuned: dict[str, Any], tuned: dict[str, Any]) -> None:
+    gain, (low, high) = compare(tuned["points"], untuned["points"])
+    log.info("before: %s", sentence(untuned))
+    log.info("after:  %s", sentence(tuned))
+    if low <= 0:
+        log.warning("NOT SHOWN TO BE BETTER THAN UNTUNED: %+.0f points [%+.0f, %+.0f] on %d validation images. "
+                    "Submit with model_not_tuned.py, or give more images, a smaller --lr, another --loss",
+                    gain, low, high, len(tuned["points"]))  # fmt: skip
 
 
 def recipe_of(
@@ -226,7 +304,7 @@ def recipe_of(
         mean=tuned.mean,
         std=tuned.std,
         folded=training.folded,
-        mapped=settings.freeze == "backbone",
+        mapped=isinstance(tuned.network, Mapped),
         tuned_size=tuned.prepare.size,
         embedding=embedding,
         weight=weight,

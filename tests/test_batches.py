@@ -38,7 +38,7 @@ def test_of_many_classes_whole_ones_are_set_aside_and_those_of_one_image_stay():
     found = split(files, 0.2, seed=0)
     assert found.by == "identity"
     assert set(Counter(file.name[:3] for file in found.validation).values()) == {5}
-    assert len({file.name[:3] for file in found.validation}) == 6
+    assert len({file.name[:3] for file in found.validation}) == 10  # a share of 0.2 is too few images
     assert not {file.name[:3] for file in found.validation} & {file.name[:3] for file in found.train}
     assert sum(file.name[0] == "q" for file in found.train) == 9
 
@@ -52,11 +52,28 @@ def test_where_each_class_has_one_image_or_labels_do_not_count_images_are_set_as
     assert split(folder_of(a=2, b=2), 0.5, seed=0).by == "view"  # two images a class: none to spare
 
 
+def test_validation_is_never_of_one_class_however_large_the_classes_are(monkeypatch):
+    monkeypatch.setattr(batches, "MOST_FOR_VALIDATION", 60)
+    found = split(folder_of(**{f"p{number:02}": 100 for number in range(25)}), 0.2, seed=0)
+    assert Counter(file.name[:3] for file in found.validation).most_common()[0][1] == 12
+    assert len({file.name[:3] for file in found.validation}) == 5
+    assert len({file.name[:3] for file in found.train}) == 20
+    one_rich = folder_of(m=3, **{f"q{number:02}": 1 for number in range(40)})
+    assert split(one_rich, 0.2, seed=0).by == "view"
+
+
+def test_two_classes_are_left_to_learn_from_and_few_images_are_made_more():
+    small = folder_of(**{f"p{number:02}": 3 for number in range(20)})
+    assert len({file.name[:3] for file in split(small, 0.97, seed=0).train}) == 2
+    pairs = folder_of(**{f"p{number:02}": 2 for number in range(60)})
+    assert len(split(pairs, 0.1, seed=0).validation) == 50
+
+
 def test_never_more_are_set_aside_than_the_most(monkeypatch):
     monkeypatch.setattr(batches, "MOST_FOR_VALIDATION", 12)
     assert len(split(folder_of(a=100, b=100), 0.5, seed=0).validation) == 12
     many = folder_of(**{f"p{number:02}": 5 for number in range(30)})
-    assert len(split(many, 0.9, seed=0).validation) == 10
+    assert len(split(many, 0.2, seed=0).validation) == 20  # two of each: one looks for the other
     assert len(split(many, 0.9, seed=0, labelled=False).validation) == 12
 
 

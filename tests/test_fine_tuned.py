@@ -120,7 +120,7 @@ def test_what_is_no_checkpoint_of_ours_is_a_sentence(networks, tmp_path):
         load_fine_tuned(others)
     write_fine_tuned(others, RECIPE, {"conv_head.weight": torch.zeros(1)})
     assert is_fine_tuned(others)
-    with pytest.raises(InputError, match="does not hold the weights that its recipe describes"):
+    with pytest.raises(InputError, match="does not hold the weights of the efficientnet_lite0 of its recipe"):
         load_fine_tuned(others)
     fine_tuned.write_checkpoint(others, {"recipe": {"word": "x", "hue": 3}, "network": {}})
     with pytest.raises(InputError, match="written by a later version of this project: its recipe has hue"):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from retrieval.backbones import find_word
+from retrieval.fine_tuned import Mapped
 from retrieval.folding import fold_batch_norms
 from retrieval.settings import InputError
 from supcon.layers import freeze, parameter_groups, share_of_rate, stages
@@ -51,7 +52,6 @@ def test_stages_go_from_the_input_to_the_output_and_hold_every_weight_once(word,
         ("bn", set()),
         ("stem", {"conv_stem", "blocks.0", "blocks.1", "blocks.2"}),
         ("all_but_last", {"conv_stem", *(f"blocks.{number}" for number in range(7))}),
-        ("backbone", {"conv_stem", *(f"blocks.{number}" for number in range(7)), "conv_head"}),
     ],
 )
 def test_what_is_frozen_does_not_learn(how, frozen):
@@ -62,6 +62,23 @@ def test_what_is_frozen_does_not_learn(how, frozen):
     assert names_of(network, [p for stage in learned for p in stage]) | still == {
         name for name, _ in network.named_parameters()
     }
+
+
+def test_of_a_network_with_a_linear_map_only_the_map_learns():
+    network = Mapped(network_of("efficientnet_lite0"), 1280)
+    (learned,) = freeze(network, "backbone", "efficientnet_lite0")
+    assert names_of(network, learned) == {"map.weight"}
+    assert [name for name, p in network.named_parameters() if p.requires_grad] == ["map.weight"]
+    assert len(stages(network)) == 10
+
+
+def test_no_rate_is_above_a_twentieth_of_a_weight():
+    settings = SimpleNamespace(**vars(SETTINGS) | {"layer_decay": 1.0})
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    nn.init.constant_(network[0].weight, 0.002)
+    nn.init.constant_(network[1].weight, 1.0)
+    rates = [group["rate"] for group in parameter_groups(stages(network), nn.Linear(4, 2), 2, settings)]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4, 5e-3, 5e-3])
 
 
 def test_a_network_without_weights_cannot_be_trained():

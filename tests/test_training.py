@@ -59,8 +59,10 @@ FALLS_BELOW = {"ce": 0.9, "supcon": 2.3, "nt_xent": 1.0, "arcface": 2.0, "cosfac
 
 @pytest.mark.parametrize("loss", VARIANTS)
 def test_every_variant_overfits_a_tiny_set_and_then_retrieves_it_perfectly(loss, tiny, tmp_path):
-    settings = settings_of(tiny, tmp_path, loss=loss, epochs=10, image_size=48, augmentation="gentle",
-                           freeze="bn", lr=1e-3, batch_size=12)  # fmt: skip
+    # The views that images are to be found from are plain.
+    kind, epochs = ("plain", 20) if loss == "nt_xent" else ("gentle", 10)
+    settings = settings_of(tiny, tmp_path, loss=loss, epochs=epochs, image_size=48, augmentation=kind,
+                           freeze="bn", batch_size=12)  # fmt: skip
     choices, split = choices_of(settings), find_and_split(settings)
     everything = sorted([*split.train, *split.validation], key=lambda file: file.name)
     split = Split(everything, everything, split.by)  # to overfit: what it learns from is what it retrieves
@@ -123,6 +125,29 @@ def test_cached_gradients_are_those_of_the_whole_batch(tiny, tmp_path):
             )
 
 
+@pytest.mark.parametrize("more", [{"loss": "ce"}, {"loss": "supcon", "memory": 32}])
+def test_a_step_that_is_tried_again_is_the_same_step(more, tiny, tmp_path, monkeypatch):
+    """Out of memory after the head was called: the dropout is drawn again alike, no memory counts twice."""
+    losses = []
+    for fails in (False, True):
+        run = begun(settings_of(tiny, tmp_path / str(fails), micro_batch=8, **more))
+        real, failed = steps._gradients, []
+
+        def gradients(*arguments, real=real, failed=failed, fails=fails):
+            loss = real(*arguments)
+            if fails and not failed:
+                failed.append(True)
+                raise RuntimeError("CUDA out of memory")
+            return loss
+
+        monkeypatch.setattr(steps, "_gradients", gradients)
+        losses.append([steps.step(run, np.arange(8), seed=3), steps.step(run, np.arange(8, 16), seed=4)])
+        monkeypatch.setattr(steps, "_gradients", real)
+        if "memory" in more:
+            assert int(run.head.memory.seen) == 32
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
 def test_a_batch_that_does_not_fit_is_halved_with_the_same_gradients(tiny, tmp_path, monkeypatch, caplog):
     run = begun(settings_of(tiny, tmp_path, loss="supcon"))
     real = steps._features
@@ -160,7 +185,7 @@ def test_the_checkpoint_embeds_as_it_was_validated(tiny, tmp_path, caplog):
 
     backbone = load_fine_tuned(settings.save_dir / "fine_tuned_model.pth", "cpu")
     assert validate(run.validation, backbone)["score"] == recipe.metrics["tuned"]["score"]
-    assert recipe.metrics["tuned"]["score"] == max(recipe.metrics["candidates"].values())
+    assert recipe.metrics["tuned"]["score"] in recipe.metrics["candidates"].values()
     for words in (
         "untuned: top-1",
         "a loss that stays at about 1.39",
@@ -181,14 +206,15 @@ def test_whatever_embedding_is_chosen_the_checkpoint_has_the_score_of_the_choice
     settings = settings_of(tiny, tmp_path, epochs=1)
     run = begun(settings)
     training.fit(run)
-    monkeypatch.setattr(training, "best_of", lambda found: next(c for c in found if c.embedding == embedding))
+    monkeypatch.setattr(
+        training, "best_of", lambda found, _: next(c for c in found if c.embedding == embedding)
+    )
     training.choose(run)
     recipe, _, _ = read_fine_tuned(settings.save_dir / "fine_tuned_model.pth")
     assert recipe.embedding == embedding
     figures = validate(run.validation, load_fine_tuned(settings.save_dir / "fine_tuned_model.pth", "cpu"))
-    assert figures == {name: recipe.metrics["tuned"][name] for name in figures} | {
-        "mean_cosine": pytest.approx(recipe.metrics["tuned"]["mean_cosine"], abs=1e-5)
-    }
+    figures["mean_cosine"] = pytest.approx(figures["mean_cosine"], abs=1e-5)
+    assert recipe.metrics["tuned"] == training.told(figures)
 
 
 def test_a_training_that_came_to_its_end_is_not_chosen_from_twice(tiny, tmp_path, caplog):
@@ -205,14 +231,17 @@ def test_a_training_that_came_to_its_end_is_not_chosen_from_twice(tiny, tmp_path
     assert (settings.save_dir / "fine_tuned_model.pth").read_bytes() == before
 
 
-def test_tuned_worse_than_untuned_is_said_loudly(tiny, tmp_path, caplog):
+def test_tuned_no_better_than_untuned_is_said_loudly_and_stays_near_it(tiny, tmp_path, caplog):
     settings = settings_of(tiny, tmp_path, epochs=1)
     run = begun(settings)
     training.fit(run)
-    run.progress.untuned["score"] = 1000.0
+    run.progress.untuned |= {"score": 1000.0, "points": [1000] * 8}
     with caplog.at_level(logging.WARNING):
         training.choose(run)
-    assert "NO BETTER THAN UNTUNED on the validation images" in caplog.text
+    assert "NOT SHOWN TO BE BETTER THAN UNTUNED: " in caplog.text
+    assert "on 8 validation images. Submit with model_not_tuned.py" in caplog.text
+    recipe, _, _ = read_fine_tuned(settings.save_dir / "fine_tuned_model.pth")
+    assert (recipe.embedding, recipe.weight) == ("untuned + tuned", 0.5)  # the nearest to it
 
 
 def test_minutes_end_in_time_with_the_best_so_far(tiny, tmp_path):
@@ -227,6 +256,93 @@ def test_minutes_end_in_time_with_the_best_so_far(tiny, tmp_path):
         run.optimizer.param_groups[0]["lr"] < 0.2 * run.optimizer.param_groups[0]["rate"]
     )  # it had come down
     assert (settings.save_dir / "fine_tuned_model.pth").exists()
+
+
+def test_minutes_that_are_over_before_the_first_step_are_a_sentence(tiny, tmp_path):
+    run = begun(settings_of(tiny, tmp_path, minutes=0.001))
+    with pytest.raises(
+        RunError, match=r"--minutes 0\.001 are over before the first step: reading the images"
+    ):
+        training.fit(run)
+
+
+def test_one_step_without_a_finite_loss_is_skipped_and_counted(tiny, tmp_path, monkeypatch):
+    run = begun(settings_of(tiny, tmp_path, epochs=1))
+    real, taken = run.head.forward, []
+
+    def forward(features, labels):
+        taken.append(real(features, labels))
+        return taken[-1] * float("nan") if len(taken) == 1 else taken[-1]
+
+    monkeypatch.setattr(run.head, "forward", forward)
+    training.fit(run)
+    (line,) = run.progress.history
+    assert line["skipped_steps"] == 1
+    assert line["loss"] == taken[1].item()
+
+
+def test_a_training_that_goes_on_after_its_minutes_chooses_again_and_keeps_the_better(tiny, tmp_path):
+    settings = settings_of(tiny, tmp_path, epochs=4)
+    run = begun(settings)
+    run.settings = settings.model_copy(update={"epochs": 2})
+    training.fit(run)
+    training.choose(run)
+    run.progress.kept = 2000.0  # what was chosen is better than any epoch to come
+    run.settings = settings
+    state.save(run)
+    before = (settings.save_dir / "fine_tuned_model.pth").read_bytes()
+    run = begun(settings.model_copy(update={"resume": True}))
+    training.fit(run)
+    assert (settings.save_dir / "fine_tuned_model.pth").read_bytes() == before
+    training.choose(run)
+    assert run.progress.chosen == 4
+
+
+def test_one_class_left_to_learn_from_is_a_sentence(tiny, tmp_path):
+    import shutil
+
+    shutil.copytree(tiny, tmp_path / "train")
+    for label in "123":
+        for path in (tmp_path / "train" / label).iterdir():
+            path.write_bytes(b"broken")
+    with pytest.raises(InputError, match=r"images of 1 classes are left to learn from"):
+        begun(settings_of(tmp_path / "train", tmp_path))
+
+
+def test_the_folder_of_the_start_may_be_the_folder_of_the_result(tiny, tmp_path):
+    settings = settings_of(tiny, tmp_path, epochs=1)
+    training.fit(begun(settings))
+    file = settings.save_dir / "fine_tuned_model.pth"
+    again = settings.model_copy(update={"weights": file, "loss": "supcon", "overwrite": True})
+    run = begun(again)
+    training.fit(run)
+    assert read_fine_tuned(file)[0].loss == "supcon"
+
+
+def test_a_linear_map_is_learned_further_and_found_again(tiny, tmp_path):
+    first = settings_of(tiny, tmp_path / "first", epochs=1, freeze="backbone")
+    run = begun(first)
+    training.fit(run)
+    training.choose(run)
+    file = first.save_dir / "fine_tuned_model.pth"
+    for freeze in ("backbone", "stem"):
+        second = settings_of(tiny, tmp_path / freeze, epochs=1, freeze=freeze, weights=file)
+        run = begun(second)
+        learned = sum(p.requires_grad for p in run.tuned.network.parameters())
+        assert (learned == 1) == (freeze == "backbone")
+        training.fit(run)
+        training.choose(run)  # which loads the file that it wrote
+        assert read_fine_tuned(second.save_dir / "fine_tuned_model.pth")[0].mapped
+
+
+def test_a_file_that_does_not_embed_as_it_was_chosen_is_refused(tiny, tmp_path, monkeypatch):
+    settings = settings_of(tiny, tmp_path, epochs=1)
+    run = begun(settings)
+    training.fit(run)
+    real = training.validate
+    monkeypatch.setattr(training, "validate", lambda *arguments: real(*arguments) | {"score": 3.0})
+    with pytest.raises(RunError, match=r"fine_tuned_model\.pth scores 3 on the validation images where"):
+        training.choose(run)
 
 
 def test_gradients_that_are_not_finite_change_nothing_and_end_in_a_sentence(tiny, tmp_path, monkeypatch):
@@ -272,7 +388,9 @@ def test_a_folder_that_holds_a_run_is_refused_unless_it_is_resumed_or_replaced(t
         begun(settings.model_copy(update={"resume": True, "overwrite": True}))
     begun(settings.model_copy(update={"overwrite": True}))
     (earlier,) = (settings.save_dir / "earlier").iterdir()
-    assert {"fine_tuned_model.pth", "last.pth", "history.jsonl"} <= {path.name for path in earlier.iterdir()}
+    assert {"fine_tuned_model.pth", "last.pth", "best.pth", "history.jsonl"} <= {
+        path.name for path in earlier.iterdir()
+    }
     with pytest.raises(InputError, match=r"holds no last\.pth to go on from"):
         begun(settings.model_copy(update={"resume": True}))
 

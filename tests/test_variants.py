@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from retrieval.settings import InputError
-from supcon.heads import Memory, Projection
+from supcon.heads import Memory, Projection, remember
 from supcon.variants import CHOICES, VARIANTS, choices_of, known_loss
 
 
@@ -137,5 +137,7 @@ def test_a_memory_gives_more_to_compare_with():
     head = head_of("supcon", memory=64)
     features, labels = torch.randn(8, 16), torch.arange(4).repeat(2)
     first = head(features, labels).item()
+    assert not len(head.memory.entries()[1])  # a step that fails leaves no trace
+    remember(head)
     assert len(head.memory.entries()[1]) == 8
     assert head(features, labels).item() > first  # the same again: more others below the line
