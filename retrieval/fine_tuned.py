@@ -19,6 +19,7 @@ from retrieval.faces import FaceCrop
 from retrieval.folding import fold_batch_norms
 from retrieval.ledger import write_whole
 from retrieval.settings import InputError
+from retrieval.timm_zoo import network_of_hub_config
 from retrieval.transforms import Transform
 from retrieval.weights import does_not_fit, unpickle
 
@@ -46,6 +47,7 @@ class Recipe:
     classes: list[str] | None = None
     versions: dict[str, str] | None = None
     metrics: dict[str, Any] | None = None
+    hub_config: str | None = None  # what a repository of the hub says of its network: it may be out of reach
 
 
 class Joined(nn.Module):
@@ -188,7 +190,10 @@ def _prepare(recipe: Recipe) -> Transform | FaceCrop:
 
 def _network(recipe: Recipe, state: Mapping[str, Tensor], file: Path) -> nn.Module:
     """The network of a recipe, with these weights."""
-    network = find_word(recipe.word).network(None).eval()
+    if recipe.hub_config:
+        network = network_of_hub_config(recipe.word, recipe.hub_config).eval()
+    else:
+        network = find_word(recipe.word).network(None).eval()
     if recipe.folded:
         network = fold_batch_norms(network, torch.zeros(1, 3, recipe.tuned_size, recipe.tuned_size))
     if recipe.mapped:

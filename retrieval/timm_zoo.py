@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,20 @@ def find_timm(name: str) -> Pretrained:
     hub_id, url = config.get("hf_hub_id"), config.get("url")
     weights = OnHub(hub_id, HUB_NAMES) if hub_id else Download(url, torch_checkpoints)
     return _timm_row(name, name, config, weights)
+
+
+def hub_config(word: str) -> str | None:
+    """The text of config.json, of a word timm:hf-hub:OWNER/NAME whose network was loaded; None of others."""
+    hub = re.fullmatch(r"timm:hf[-_]hub:([\w.-]+/[\w.-]+)", word)
+    file = OnHub(hub[1], ("config.json",)).find() if hub else None
+    return file.read_text(encoding="utf-8") if file else None
+
+
+def network_of_hub_config(word: str, text: str) -> nn.Module:
+    """The network that a config.json describes, without its weights; the hub is not asked."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(text, encoding="utf-8")
+        return _timm_network(word, f"local-dir:{folder}", {}, None)
 
 
 HUB_NAMES = ("model.safetensors", "pytorch_model.bin")

@@ -81,7 +81,7 @@ def begin(
             "left to learn from: give more that can be read, or a smaller --val_share"
         )
     sizes = {untuned.prepare.size, tuned.prepare.size}
-    seen = read_validation(split, untuned, sizes, settings.seed)
+    seen = read_validation(split, untuned, sizes, choices["augmentation"], settings.seed)
     every = len(stages(tuned.network))
     torch.manual_seed(settings.seed)
     head = variant.head(untuned.dimension, len(squares.classes), choices).to(tuned.device)

@@ -32,6 +32,7 @@ from retrieval.fine_tuned import (
 from retrieval.metrics import compare
 from retrieval.report import draw_curves
 from retrieval.settings import RunError
+from retrieval.timm_zoo import hub_config
 from retrieval.weights import unpickle
 from supcon.batches import by_class, shuffled
 from supcon.checkpoints import BEST, BEST_EPOCH, CURVE, write_history
@@ -282,8 +283,8 @@ def _say_before_and_after(untuned: dict[str, Any], tuned: dict[str, Any]) -> Non
     log.info("before: %s", sentence(untuned))
     log.info("after:  %s", sentence(tuned))
     if low <= 0:
-        log.warning("NOT SHOWN TO BE BETTER THAN UNTUNED: %+.0f points [%+.0f, %+.0f] on %d validation images. "
-                    "Submit with model_not_tuned.py, or give more images, a smaller --lr, another --loss",
+        log.warning("NOT SHOWN TO BE BETTER THAN UNTUNED: %+.0f points [%+.0f, %+.0f] on %d validation "
+                    "images. Submit with model_not_tuned.py, or try more images or a smaller --lr",
                     gain, low, high, len(tuned["points"]))  # fmt: skip
 
 
@@ -313,4 +314,5 @@ def recipe_of(
         classes=training.squares.classes,
         versions=versions,
         metrics=metrics,
+        hub_config=hub_config(settings.model),
     )

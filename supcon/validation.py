@@ -39,11 +39,13 @@ class Validation:
     views: dict[int, Squares] | None  # what looks for the images; None: each image looks for the others
 
 
-def read_validation(split: Split, backbone: Backbone, sizes: set[int], seed: int) -> Validation:
+def read_validation(
+    split: Split, backbone: Backbone, sizes: set[int], augmentation: str, seed: int
+) -> Validation:
     """The squares of the images set aside; where each looks for itself, also those of a view of it."""
     images, views = {}, {}
     random = torch.Generator().manual_seed(seed)
-    drawn = draw(AUGMENTATIONS["plain"], len(split.validation), random)
+    drawn = draw(AUGMENTATIONS[augmentation], len(split.validation), random)
     for size in sorted(sizes):
         squares = read_squares(split.validation, backbone.prepare.of_size(size), "validation images")
         images[size] = squares

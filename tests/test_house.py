@@ -71,6 +71,7 @@ BELOW = {
         "retrieval.folding",
         "retrieval.ledger",
         "retrieval.backbones",
+        "retrieval.timm_zoo",
     },
 }
 # … and of supcon/, all of which lie above retrieval/.

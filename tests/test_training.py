@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import lay_in_hub
 
 import fine_tuning
 from retrieval.fine_tuned import load_fine_tuned, read_fine_tuned
@@ -51,18 +52,17 @@ def assert_same(weights, others):
 
 
 # Measured on the tiny set, first and last of ten epochs: ce 2.0 → 0.4, supcon 2.8 → 2.0 (it cannot fall below
-# the logarithm of the positives, 1.6), nt_xent 1.7 → 0.5, arcface 6.0 → 0.4, cosface 4.5 → 0.1, proxy_anchor
-# 9.7 → 0.6, triplet 0.24 → 0.0, ce+supcon 3.6 → 1.3.
+# the logarithm of the positives, 1.6), nt_xent 2.3 → 0.03 (in thirty), arcface 6.0 → 0.4, cosface 4.5 → 0.1,
+# proxy_anchor 9.7 → 0.6, triplet 0.24 → 0.0, ce+supcon 3.6 → 1.3.
 FALLS_BELOW = {"ce": 0.9, "supcon": 2.3, "nt_xent": 1.0, "arcface": 2.0, "cosface": 1.5, "proxy_anchor": 3.0,
                "triplet": 0.1, "ce+supcon": 2.0}  # fmt: skip
 
 
 @pytest.mark.parametrize("loss", VARIANTS)
 def test_every_variant_overfits_a_tiny_set_and_then_retrieves_it_perfectly(loss, tiny, tmp_path):
-    # The views that images are to be found from are plain.
-    kind, epochs = ("plain", 20) if loss == "nt_xent" else ("gentle", 10)
-    settings = settings_of(tiny, tmp_path, loss=loss, epochs=epochs, image_size=48, augmentation=kind,
-                           freeze="bn", batch_size=12)  # fmt: skip
+    epochs, batch_size = (30, 24) if loss == "nt_xent" else (10, 12)
+    settings = settings_of(tiny, tmp_path, loss=loss, epochs=epochs, image_size=48, augmentation="gentle",
+                           freeze="bn", batch_size=batch_size)  # fmt: skip
     choices, split = choices_of(settings), find_and_split(settings)
     everything = sorted([*split.train, *split.validation], key=lambda file: file.name)
     split = Split(everything, everything, split.by)  # to overfit: what it learns from is what it retrieves
@@ -437,6 +437,27 @@ def test_the_study_s_networks_take_the_same_path(word, tiny, tmp_path, monkeypat
     recipe, _, _ = read_fine_tuned(settings.save_dir / "fine_tuned_model.pth")
     assert recipe.mean == ((0.0,) * 3 if word == "simclr" else (0.485, 0.456, 0.406))
     assert load_fine_tuned(settings.save_dir / "fine_tuned_model.pth", "cpu").dimension in (2048, 4096)
+
+
+def test_a_network_of_the_hub_is_rebuilt_without_the_hub(tiny, tmp_path, monkeypatch):
+    import shutil
+
+    import timm
+    from huggingface_hub import constants
+    from safetensors.torch import save_file
+
+    network = timm.create_model("test_resnet", pretrained=False, num_classes=10)
+    config = {"architecture": "test_resnet", "num_classes": 10, "pretrained_cfg": network.pretrained_cfg}
+    files = {"config.json": lambda file: file.write_text(json.dumps(config)),
+             "model.safetensors": lambda file: save_file(network.state_dict(), file)}  # fmt: skip
+    lay_in_hub(tmp_path, "someone/small", **files)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    settings = settings_of(tiny, tmp_path, model="timm:hf-hub:someone/small", epochs=1)
+    training.fit(begun(settings))
+    shutil.rmtree(tmp_path / "hub")
+    backbone = load_fine_tuned(settings.save_dir / "fine_tuned_model.pth", "cpu")
+    assert backbone.dimension == network.num_features
 
 
 def test_a_fine_tuned_checkpoint_is_a_start(tiny, tmp_path):
