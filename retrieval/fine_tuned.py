@@ -115,11 +115,6 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
     write_whole(path, buffer.getbuffer())
 
 
-def described(prepare: Transform | FaceCrop) -> dict[str, Any]:
-    """What a recipe says of a Transform or a FaceCrop."""
-    return asdict(prepare)
-
-
 # ---- read -----------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,6 @@ from retrieval.fine_tuned import (
     MIXED,
     Mapped,
     Recipe,
-    described,
     load_fine_tuned,
     write_checkpoint,
     write_fine_tuned,
@@ -301,7 +300,7 @@ def recipe_of(
                 "torchvision": torchvision.__version__, "timm": timm.__version__}  # fmt: skip
     return Recipe(
         word=settings.model,
-        prepare=described(prepare),
+        prepare=asdict(prepare),
         mean=tuned.mean,
         std=tuned.std,
         folded=training.folded,

@@ -52,14 +52,10 @@ def read_validation(
         if split.by == "view":
             # numbered, so that a label of its own is the first folder of each name
             images[size] = Squares([f"{row}/image" for row in range(len(squares.names))], squares.pixels)
-            pixels = torch.cat([augment(part, size, some) for part, some in _in_parts(squares.pixels, drawn)])
-            views[size] = Squares([f"{row}/view" for row in range(len(squares.names))], to_bytes(pixels))
+            parts = [augment(part, size, some) for part, some in _in_parts(squares.pixels, drawn)]
+            pixels = (torch.cat(parts) * 255).round().byte()
+            views[size] = Squares([f"{row}/view" for row in range(len(squares.names))], pixels)
     return Validation(split.by, images, views or None)
-
-
-def to_bytes(pixels: Tensor) -> Tensor:
-    """0 to 1 → uint8."""
-    return (pixels * 255).round().byte()
 
 
 def _in_parts(pixels: Tensor, drawn: Any, most: int = 64) -> Iterator[tuple[Tensor, Any]]:

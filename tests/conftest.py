@@ -169,3 +169,39 @@ def lay_in_hub(home, repository, **files):
     (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
     for name, write in files.items():
         write(folder / "snapshots" / ("0" * 40) / name)
+
+
+# ---- fine-tuning
+
+
+@pytest.fixture(scope="session")
+def tiny(few):
+    """Four classes of six digits each."""
+    return few / "gallery"
+
+
+def settings_of(folder, tmp_path, **given):
+    """Settings of a training that takes a moment."""
+    import fine_tuning
+
+    small = {"image_size": 32, "batch_size": 8, "epochs": 2, "device": "cpu", "val_share": 0.34}
+    return fine_tuning.Settings(train_dir=folder, save_dir=tmp_path / "save", **(small | given))
+
+
+def begun(settings):
+    """The training that fine_tuning.py would begin."""
+    from supcon.batches import find_and_split
+    from supcon.checkpoints import open_folder
+    from supcon.start import load_start
+    from supcon.state import begin
+    from supcon.variants import choices_of
+
+    choices, split = choices_of(settings), find_and_split(settings)
+    saved = open_folder(settings, split)
+    return begin(settings, choices, split, load_start(settings, split.train), saved)
+
+
+def assert_same(weights, others):
+    assert weights.keys() == others.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, others[name]), name

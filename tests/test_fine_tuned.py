@@ -1,7 +1,7 @@
 """retrieval/fine_tuned.py: a checkpoint rebuilds the very backbone that was written."""
 
 import copy
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -14,7 +14,6 @@ from retrieval.fine_tuned import (
     JOINED,
     Mapped,
     Recipe,
-    described,
     is_fine_tuned,
     load_fine_tuned,
     load_tuned_alone,
@@ -37,7 +36,7 @@ def networks():
 
 RECIPE = Recipe(
     word="efficientnet_lite0",
-    prepare=described(Transform(64, "bicubic", "center", 72)),
+    prepare=asdict(Transform(64, "bicubic", "center", 72)),
     mean=(0.4, 0.5, 0.6),
     std=(0.5, 0.4, 0.3),
     folded=True,
@@ -72,7 +71,7 @@ def test_it_prepares_and_embeds_as_its_recipe_says_and_not_as_the_table_of_words
 
 
 def test_joined_with_the_untuned_network_each_sees_its_own_size(networks, tmp_path):
-    recipe = replace(RECIPE, prepare=described(Transform(96, "bilinear")), embedding=JOINED, weight=2.0)
+    recipe = replace(RECIPE, prepare=asdict(Transform(96, "bilinear")), embedding=JOINED, weight=2.0)
     write_fine_tuned(tmp_path / "a.pth", recipe, networks[1].state_dict(), networks[0].state_dict())
     backbone = load_fine_tuned(tmp_path / "a.pth", "cpu")
     assert (backbone.dimension, backbone.prepare.size) == (2560, 96)
@@ -91,7 +90,7 @@ def test_a_linear_map_and_a_face_crop_are_part_of_it(networks, tmp_path):
         pixels = normalised(images(64))
         torch.testing.assert_close(mapped(pixels), networks[0](pixels))  # the identity
         mapped.map.weight.copy_(torch.eye(1280).flip(0))
-    recipe = replace(RECIPE, mapped=True, prepare=described(FaceCrop("dlib", 64, 0.2, 0.08)))
+    recipe = replace(RECIPE, mapped=True, prepare=asdict(FaceCrop("dlib", 64, 0.2, 0.08)))
     write_fine_tuned(tmp_path / "a.pth", recipe, mapped.state_dict())
     backbone = load_fine_tuned(tmp_path / "a.pth", "cpu")
     assert backbone.prepare == FaceCrop("dlib", 64, 0.2, 0.08)
@@ -103,7 +102,7 @@ def test_a_linear_map_and_a_face_crop_are_part_of_it(networks, tmp_path):
 
 
 def test_the_tuned_network_alone_goes_on_at_its_own_size(networks, tmp_path):
-    recipe = replace(RECIPE, prepare=described(Transform(96, "bilinear")), embedding=JOINED)
+    recipe = replace(RECIPE, prepare=asdict(Transform(96, "bilinear")), embedding=JOINED)
     write_fine_tuned(tmp_path / "a.pth", recipe, networks[1].state_dict(), networks[0].state_dict())
     alone = load_tuned_alone(tmp_path / "a.pth", "efficientnet_lite0", "cpu")
     assert (alone.prepare.size, alone.dimension) == (64, 1280)

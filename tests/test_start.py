@@ -1,0 +1,92 @@
+"""supcon/start.py: the network to start from, of any word, or of a training before."""
+
+import json
+
+import pytest
+import torch
+from conftest import begun, lay_in_hub, settings_of
+
+from retrieval.fine_tuned import load_fine_tuned, read_fine_tuned
+from supcon import training
+from supcon.start import size_for
+
+
+def test_small_images_are_learned_from_in_small_squares(backbone, tiny, tmp_path):
+    from dataclasses import replace
+
+    from PIL import Image
+
+    from get_images import find_images
+    from retrieval.faces import FaceCrop
+
+    for side, size in ((8, 96), (100, 128), (150, 192), (250, 224), (1000, 224)):
+        folder = tmp_path / str(side)
+        folder.mkdir()
+        Image.new("RGB", (side * 2, side)).save(folder / "a.png")
+        assert size_for(find_images(folder), backbone) == size
+    assert size_for(find_images(tiny), replace(backbone, prepare=FaceCrop("dlib", 150, 0.3, 0.1))) == 150
+
+
+@pytest.mark.parametrize("word", ["simclr", "resnet50"])
+def test_the_study_s_networks_take_the_same_path(word, tiny, tmp_path, monkeypatch):
+    from torchvision.models import resnet50
+
+    torch.manual_seed(0)
+    torch.save(resnet50().state_dict(), tmp_path / "weights.pth")
+    settings = settings_of(
+        tiny, tmp_path, model=word, weights=tmp_path / "weights.pth", loss="supcon", epochs=1
+    )
+    run = begun(settings)
+    training.fit(run)
+    training.choose(run)
+    recipe, _, _ = read_fine_tuned(settings.save_dir / "fine_tuned_model.pth")
+    assert recipe.mean == ((0.0,) * 3 if word == "simclr" else (0.485, 0.456, 0.406))
+    assert load_fine_tuned(settings.save_dir / "fine_tuned_model.pth", "cpu").dimension in (2048, 4096)
+
+
+def test_a_network_of_the_hub_is_rebuilt_without_the_hub(tiny, tmp_path, monkeypatch):
+    import shutil
+
+    import timm
+    from huggingface_hub import constants
+    from safetensors.torch import save_file
+
+    network = timm.create_model("test_resnet", pretrained=False, num_classes=10)
+    config = {"architecture": "test_resnet", "num_classes": 10, "pretrained_cfg": network.pretrained_cfg}
+    files = {"config.json": lambda file: file.write_text(json.dumps(config)),
+             "model.safetensors": lambda file: save_file(network.state_dict(), file)}  # fmt: skip
+    lay_in_hub(tmp_path, "someone/small", **files)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    settings = settings_of(tiny, tmp_path, model="timm:hf-hub:someone/small", epochs=1)
+    training.fit(begun(settings))
+    shutil.rmtree(tmp_path / "hub")
+    backbone = load_fine_tuned(settings.save_dir / "fine_tuned_model.pth", "cpu")
+    assert backbone.dimension == network.num_features
+
+
+def test_a_fine_tuned_checkpoint_is_a_start(tiny, tmp_path):
+    first = settings_of(tiny, tmp_path / "first", epochs=1)
+    training.fit(begun(first))
+    file = first.save_dir / "fine_tuned_model.pth"
+    second = settings_of(tiny, tmp_path / "second", loss="supcon", weights=file)
+    run = begun(second)
+    tuned = read_fine_tuned(file)[1]
+    for name, tensor in run.untuned.network.state_dict().items():
+        torch.testing.assert_close(tensor, tuned[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_linear_map_is_learned_further_and_found_again(tiny, tmp_path):
+    first = settings_of(tiny, tmp_path / "first", epochs=1, freeze="backbone")
+    run = begun(first)
+    training.fit(run)
+    training.choose(run)
+    file = first.save_dir / "fine_tuned_model.pth"
+    for freeze in ("backbone", "stem"):
+        second = settings_of(tiny, tmp_path / freeze, epochs=1, freeze=freeze, weights=file)
+        run = begun(second)
+        learned = sum(p.requires_grad for p in run.tuned.network.parameters())
+        assert (learned == 1) == (freeze == "backbone")
+        training.fit(run)
+        training.choose(run)  # which loads the file that it wrote
+        assert read_fine_tuned(second.save_dir / "fine_tuned_model.pth")[0].mapped
