@@ -11,12 +11,13 @@ import pytest
 import torch
 from conftest import assert_same, begun, settings_of
 
-from retrieval.fine_tuned import load_fine_tuned, read_fine_tuned
+from retrieval.fine_tuned import ALONE, JOINED, load_fine_tuned, read_fine_tuned
 from retrieval.settings import RunError
 from supcon import state, steps, training
 from supcon.batches import Split, find_and_split
 from supcon.checkpoints import open_folder
 from supcon.start import load_start
+from supcon.validation import Candidate, best_of
 from supcon.variants import VARIANTS, choices_of
 
 
@@ -128,6 +129,19 @@ def test_whatever_embedding_is_chosen_the_checkpoint_has_the_score_of_the_choice
     figures = validate(run.validation, load_fine_tuned(settings.save_dir / "fine_tuned_model.pth", "cpu"))
     figures["mean_cosine"] = pytest.approx(figures["mean_cosine"], abs=1e-5)
     assert recipe.metrics["tuned"] == training.told(figures)
+
+
+def test_the_usual_way_to_embed_gives_way_to_what_is_shown_to_be_better():
+    def candidate(embedding, weight, right):
+        points = [1000] * right + [0] * (100 - right)
+        return Candidate(embedding, weight, {"score": 10.0 * right, "points": points})
+
+    untuned = candidate("", 0, 50).metrics
+    least, usual, tuned = candidate(JOINED, 0.5, 60), candidate(JOINED, 2.0, 80), candidate(ALONE, 1.0, 82)
+    assert best_of([tuned, least, usual], untuned) is usual  # two of a hundred show nothing
+    better = candidate(ALONE, 1.0, 95)
+    assert best_of([better, least, usual], untuned) is better
+    assert best_of([better, least, usual], candidate("", 0, 94).metrics) is least
 
 
 def test_a_training_that_came_to_its_end_is_not_chosen_from_twice(tiny, tmp_path, caplog):
