@@ -94,7 +94,7 @@ BELOW |= {
         "supcon.validation",
         "supcon.variants",
     },
-    "supcon.steps": {"supcon.state", "supcon.views"},
+    "supcon.steps": {"supcon.heads", "supcon.state", "supcon.views"},
     "supcon.training": {
         "supcon.batches",
         "supcon.checkpoints",
