@@ -21,7 +21,7 @@ from retrieval.ledger import write_whole
 from retrieval.settings import InputError
 from retrieval.timm_zoo import network_of_hub_config
 from retrieval.transforms import Transform
-from retrieval.weights import does_not_fit, unpickle
+from retrieval.weights import does_not_fit, is_fine_tuned, unpickle
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -118,22 +118,13 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
 # ---- read -----------------------------------------------------------------------------------------
 
 
-def is_fine_tuned(file: Path) -> bool:
-    """Whether a file is a checkpoint of ours. Raises InputError where it is no checkpoint at all."""
-    return file.suffix != ".dat" and _is_ours(unpickle(file))
-
-
-def _is_ours(content: Any) -> bool:
-    return isinstance(content, dict) and {"recipe", "network"} <= set(content)
-
-
 def read_fine_tuned(file: Path) -> tuple[Recipe, dict[str, Tensor], dict[str, Tensor] | None]:
     """The recipe, the tuned weights, and the untuned ones where they are joined.
 
     Raises InputError for a file that is none of ours, or of a version to come.
     """
     content = unpickle(file)
-    if not _is_ours(content):
+    if not is_fine_tuned(content):
         raise InputError(
             f"{file} was not written by fine_tuning.py: for other weights run "
             f"`python model_not_tuned.py --model_type WORD --weights {file}`"

@@ -169,7 +169,7 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
     and for a checkpoint that our fine-tuning wrote.
     """
     state = unpickle(file)
-    if isinstance(state, dict) and {"recipe", "network"} <= set(state):
+    if is_fine_tuned(state):
         raise InputError(
             f"{file} is a fine-tuned checkpoint, which knows its network and its crop: "
             f"run `python model_fine_tuned.py --weights {file}`"
@@ -182,6 +182,11 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
             f"{file} does not hold named tensors alone, but {others}: save the network's state_dict()"
         )
     return _bare_names(state, file)
+
+
+def is_fine_tuned(content: Any) -> bool:
+    """Whether this is what a checkpoint of our fine-tuning holds: its recipe beside its network."""
+    return isinstance(content, dict) and {"recipe", "network"} <= set(content)
 
 
 def unpickle(file: Path) -> Any:

@@ -93,7 +93,7 @@ def find_and_split(settings: Form) -> Split:
     return found
 
 
-def find_labelled(folder: Path, least: int = 2) -> list[ImageFile]:
+def find_labelled(folder: Path) -> list[ImageFile]:
     """The images of a folder with a folder a class. Raises InputError where it is laid out otherwise."""
     files = find_images(folder)
     bare = [file.path for file in files if label_of(file.name) is None]
@@ -110,7 +110,7 @@ def find_labelled(folder: Path, least: int = 2) -> list[ImageFile]:
             f"{folder / empty[0]} holds no image, so that its class has none: fill it or remove it"
             + (f" (so for {len(empty)} folders)" if len(empty) > 1 else "")
         )
-    if len(classes) < least:
+    if len(classes) < 2:
         raise InputError(
             f"{folder} holds one class only, {classes.pop()}: there is nothing to tell apart "
             "(--loss nt_xent needs no classes)"

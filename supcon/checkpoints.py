@@ -10,7 +10,6 @@ loss.png                the loss and the validation over the epochs
 from __future__ import annotations
 
 import hashlib
-import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,6 @@ HISTORY, CURVE = "history.jsonl", "loss.png"
 FILES = (BEST, LAST, BEST_EPOCH, HISTORY, CURVE)
 # What may differ when a training goes on: where and how long, not what is learned.
 FREE = {"resume", "overwrite", "device", "minutes", "save_dir", "train_dir", "micro_batch"}
-
-log = logging.getLogger("retrieval.checkpoints")
 
 
 @dataclass

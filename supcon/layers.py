@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal
 
 from torch import nn
 
 from retrieval.fine_tuned import Mapped
-from retrieval.settings import InputError
+from retrieval.settings import Freeze, InputError
 
-Freeze = Literal["bn", "stem", "all_but_last", "backbone"]
 STACKS = ("blocks", "stages", "layers", "levels", "features", "body")  # what libraries call a list of stages
 DEPTH = 8  # steps of the layer-wise decay from the output to the input, as EfficientNet has
 MOST_OF_A_WEIGHT = 0.05  # that a step may change: AdamW moves every weight by the rate, however small it is

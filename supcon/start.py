@@ -13,9 +13,10 @@ from PIL import Image
 
 from get_images import ImageFile
 from retrieval.backbones import Backbone, load_backbone, place
-from retrieval.fine_tuned import Mapped, is_fine_tuned, load_tuned_alone
+from retrieval.fine_tuned import Mapped, load_tuned_alone
 from retrieval.folding import fold_batch_norms
 from retrieval.settings import Form, InputError
+from retrieval.weights import is_fine_tuned, unpickle
 
 LEAST_SIDE = 96  # pixels: the networks were trained with 224
 
@@ -36,7 +37,7 @@ def load_start(settings: Form, files: list[ImageFile]) -> Start:
     It is that of the word, with --weights in the place of its own; those may be a fine-tuned checkpoint,
     whose tuned network is then the start. `files` say how large the images are. Raises as load_backbone.
     """
-    if settings.weights and is_fine_tuned(settings.weights):
+    if settings.weights and settings.weights.suffix != ".dat" and is_fine_tuned(unpickle(settings.weights)):
         given = [name for name in ("face_margin", "min_face_size") if getattr(settings, name) is not None]
         given += ["crop"] if settings.crop != "auto" else []
         if given:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -28,14 +27,11 @@ ALPHAS = (0.25, 0.5, 0.75)  # of the tuned weights in the mix: WiSE-FT (Wortsman
 COLLAPSED = 0.98  # mean cosine of two images' embeddings
 KEEP = 10
 
-log = logging.getLogger("retrieval.validation")
-
 
 @dataclass(frozen=True)
 class Validation:
     """The images set aside, as squares of each size that a network sees."""
 
-    by: str  # as a Split has it
     images: dict[int, Squares]
     views: dict[int, Squares] | None  # what looks for the images; None: each image looks for the others
 
@@ -56,7 +52,7 @@ def read_validation(
             parts = [augment(part, size, some) for part, some in _in_parts(squares.pixels, drawn)]
             pixels = (torch.cat(parts) * 255).round().byte()
             views[size] = Squares([f"{row}/view" for row in range(len(squares.names))], pixels)
-    return Validation(split.by, images, views or None)
+    return Validation(images, views or None)
 
 
 def _in_parts(pixels: Tensor, drawn: Any, most: int = 64) -> Iterator[tuple[Tensor, Any]]:

@@ -14,7 +14,6 @@ from retrieval.fine_tuned import (
     JOINED,
     Mapped,
     Recipe,
-    is_fine_tuned,
     load_fine_tuned,
     load_tuned_alone,
     write_fine_tuned,
@@ -22,6 +21,7 @@ from retrieval.fine_tuned import (
 from retrieval.folding import fold_batch_norms
 from retrieval.settings import InputError
 from retrieval.transforms import Transform
+from retrieval.weights import is_fine_tuned, unpickle
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +114,11 @@ def test_the_tuned_network_alone_goes_on_at_its_own_size(networks, tmp_path):
 def test_what_is_no_checkpoint_of_ours_is_a_sentence(networks, tmp_path):
     others = tmp_path / "others.pth"
     torch.save(networks[0].state_dict(), others)
-    assert not is_fine_tuned(others)
+    assert not is_fine_tuned(unpickle(others))
     with pytest.raises(InputError, match=r"was not written by fine_tuning\.py: for other weights run"):
         load_fine_tuned(others)
     write_fine_tuned(others, RECIPE, {"conv_head.weight": torch.zeros(1)})
-    assert is_fine_tuned(others)
+    assert is_fine_tuned(unpickle(others))
     with pytest.raises(InputError, match="does not hold the weights of the efficientnet_lite0 of its recipe"):
         load_fine_tuned(others)
     fine_tuned.write_checkpoint(others, {"recipe": {"word": "x", "hue": 3}, "network": {}})
