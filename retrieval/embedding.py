@@ -109,4 +109,4 @@ def embed_what_fits(backbone: Backbone, images: Tensor, fits: int) -> tuple[Tens
                 ) from None
         fits = max(1, min(fits, len(images)) // 2)
         log.warning("the batch does not fit into the memory of %s: trying %d at once", backbone.device, fits)
-        torch.cuda.empty_cache()
+        torch.accelerator.empty_cache()

@@ -152,8 +152,8 @@ def load_fine_tuned(file: Path, device: str = "auto") -> Backbone:
     return place(backbone)
 
 
-def load_tuned_alone(file: Path, word: str, device: str = "auto") -> Backbone:
-    """The tuned network of a checkpoint without what it is joined with, to go on training from.
+def load_tuned_alone(file: Path, word: str, device: str = "auto") -> tuple[Backbone, Recipe]:
+    """The tuned network of a checkpoint without what it is joined with, to go on training from; its recipe.
 
     Raises InputError where the checkpoint is of another network than `word`.
     """
@@ -166,7 +166,7 @@ def load_tuned_alone(file: Path, word: str, device: str = "auto") -> Backbone:
     backbone = Backbone(
         _network(recipe, tuned, file), 0, prepare, recipe.mean, recipe.std, word, choose_device(device)
     )
-    return place(backbone)
+    return place(backbone), recipe
 
 
 def _prepare(recipe: Recipe) -> Transform | FaceCrop:

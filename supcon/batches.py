@@ -37,6 +37,8 @@ WHAT_IS_NEW = {
     "view": "each to be found from a view of it",
 }
 
+Classes = dict[str | None, list[ImageFile]]  # the images of each
+
 log = logging.getLogger("retrieval.batches")
 
 
@@ -128,37 +130,45 @@ def split(files: list[ImageFile], share: float, seed: int, labelled: bool = True
     aside, what is beyond its part is not used at all. Two classes at least are left to learn from.
     """
     random = np.random.default_rng(seed)
-    of_class: dict[str | None, list[ImageFile]] = {}
+    of_class: Classes = {}
     for file in files:
         of_class.setdefault(label_of(file.name) if labelled else file.name, []).append(file)
-    shuffled = {label: [of_class[label][row] for row in random.permutation(len(of_class[label]))]
-                for label in of_class}  # fmt: skip
-    several = [label for label in of_class if len(of_class[label]) > 1]
-    rich = [label for label in several if len(of_class[label]) > 2]
-    held_out: set[ImageFile] = set()  # and not learned from
+    for members in of_class.values():
+        members[:] = [members[row] for row in random.permutation(len(members))]
+    several = [label for label, members in of_class.items() if len(members) > 1]
+    rich = [label for label, members in of_class.items() if len(members) > 2]
     if len(several) >= ENOUGH_IDENTITIES:
-        by, order = "identity", [several[row] for row in random.permutation(len(several))]
-        count = min(max(2, round(share * len(several))), len(of_class) - 2)
-        while (
-            count < len(several) // 2 and sum(len(of_class[label]) for label in order[:count]) < ENOUGH_IMAGES
-        ):
-            count += 1
-        each = max(2, MOST_FOR_VALIDATION // count)
-        chosen = [file for label in order[:count] for file in shuffled[label][:each]]
-        held_out = {file for label in order[:count] for file in of_class[label]}
+        order = [several[row] for row in random.permutation(len(several))]
+        chosen, unused = _of_whole_classes(of_class, order, share)
+        by = "identity"
     elif len(rich) > 1:
-        by, most = "image", max(2, MOST_FOR_VALIDATION // len(rich))
-        counts = {label: min(max(2, round(share * len(of_class[label]))), most, len(of_class[label]) - 1)
-                  for label in rich}  # fmt: skip
-        chosen = [file for label in rich for file in shuffled[label][: counts[label]]]
+        chosen, unused, by = _of_each_class(of_class, rich, share), [], "image"
     else:
-        by = "view"
         count = min(max(1, round(share * len(files))), MOST_FOR_VALIDATION, len(files) - 2)
-        chosen = [files[row] for row in random.permutation(len(files))[: max(count, 0)]]
-    validation = set(chosen)
-    held_out |= validation
+        order = random.permutation(len(files))
+        chosen, unused, by = [files[row] for row in order[: max(count, 0)]], [], "view"
+    validation, held_out = set(chosen), {*chosen, *unused}
     train = [file for file in files if file not in held_out]
     return Split(train, [file for file in files if file in validation], by)
+
+
+def _of_whole_classes(of_class: Classes, order: list[str | None], share: float) -> tuple[list, list]:
+    """Images of the first classes of `order`, a share of them, and the images of these that are too many."""
+    count = min(max(2, round(share * len(order))), len(of_class) - 2)
+    while count < len(order) // 2 and sum(len(of_class[label]) for label in order[:count]) < ENOUGH_IMAGES:
+        count += 1
+    each = max(2, MOST_FOR_VALIDATION // count)
+    chosen = [file for label in order[:count] for file in of_class[label][:each]]
+    return chosen, [file for label in order[:count] for file in of_class[label][each:]]
+
+
+def _of_each_class(of_class: Classes, rich: list[str | None], share: float) -> list[ImageFile]:
+    """A share of each rich class: two images at least, and not all."""
+    most = max(2, MOST_FOR_VALIDATION // len(rich))
+    chosen = []
+    for members in (of_class[label] for label in rich):
+        chosen += members[: min(max(2, round(share * len(members))), most, len(members) - 1)]
+    return chosen
 
 
 # ---- read -----------------------------------------------------------------------------------------

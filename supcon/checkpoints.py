@@ -10,15 +10,20 @@ loss.png                the loss and the validation over the epochs
 from __future__ import annotations
 
 import hashlib
+import shutil
+import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from retrieval.fine_tuned import write_checkpoint
 from retrieval.ledger import as_json, write_whole
-from retrieval.settings import Form, InputError
+from retrieval.settings import Form, InputError, RunError
 from retrieval.weights import unpickle
 from supcon.batches import Split
+
+if TYPE_CHECKING:
+    from torch import nn
 
 BEST, LAST, BEST_EPOCH = "fine_tuned_model.pth", "last.pth", "best.pth"
 HISTORY, CURVE = "history.jsonl", "loss.png"
@@ -55,6 +60,9 @@ def open_folder(settings: Form, split: Split) -> dict[str, Any] | None:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise InputError(f"--save_dir {folder} is not a folder but a file: give another one") from None
+    for name in FILES:
+        for unfinished in folder.glob(f".{name}.unfinished-*"):  # by a training that was killed
+            unfinished.unlink()
     there = [name for name in FILES if (folder / name).exists()]
     if settings.resume and settings.overwrite:
         raise InputError("--resume goes on with a run and --overwrite replaces it: give one of them")
@@ -70,6 +78,23 @@ def open_folder(settings: Form, split: Split) -> dict[str, Any] | None:
             "it to earlier/, and another --save_dir leaves it alone"
         )
     return None
+
+
+def check_room(folder: Path, network: nn.Module) -> None:
+    """Raise RunError where what a training of this network writes does not fit on the disk of its folder.
+
+    That is the weights once in best.pth, twice in fine_tuned_model.pth and four times in last.pth (with
+    AdamW's two averages and that of --ema), and what is being written stands beside what it replaces.
+    """
+    needed = 11 * sum(part.nbytes for part in network.state_dict().values())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise RunError(
+            f"the checkpoints of this network take up to {needed / 1e6:.0f} MB, and the disk of {folder} has "
+            f"{free / 1e6:.0f} left: make room, or give another --save_dir"
+        )
+    with tempfile.TemporaryFile(dir=folder):  # a folder that cannot be written raises its OSError now
+        pass
 
 
 def _check_same(saved: dict[str, Any], settings: Form, split: Split) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from get_images import ImageFile
 from retrieval.backbones import Backbone, load_backbone, place
-from retrieval.fine_tuned import Mapped, load_tuned_alone
+from retrieval.fine_tuned import Mapped, Recipe, load_tuned_alone
 from retrieval.folding import fold_batch_norms
 from retrieval.settings import Form, InputError
 from retrieval.weights import is_fine_tuned, unpickle
@@ -42,7 +42,8 @@ def load_start(settings: Form, files: list[ImageFile]) -> Start:
         given += ["crop"] if settings.crop != "auto" else []
         if given:
             raise InputError(f"--{given[0]} changes nothing: the checkpoint {settings.weights} knows it")
-        backbone = load_tuned_alone(settings.weights, settings.model, settings.device)
+        backbone, recipe = load_tuned_alone(settings.weights, settings.model, settings.device)
+        _warn_of_another_split(recipe, settings)
     else:
         backbone = load_backbone(settings.model, settings.device, settings.weights, settings.crop,
                                  None, settings.face_margin, settings.min_face_size)  # fmt: skip
@@ -62,6 +63,16 @@ def load_start(settings: Form, files: list[ImageFile]) -> Start:
     log.info("loaded %s on %s; it learns from squares of %d pixels", untuned.word, untuned.device,
              tuned.prepare.size)  # fmt: skip
     return Start(untuned, tuned, folded)
+
+
+def _warn_of_another_split(recipe: Recipe, settings: Form) -> None:
+    """Say where the checkpoint may have learned from the images that are validated on now."""
+    before = recipe.settings or {}
+    other = [name for name in ("seed", "val_share") if before.get(name) != getattr(settings, name)]
+    if other:
+        had = " ".join(f"--{name} {before.get(name)}" for name in other)
+        log.warning("%s was trained with %s: if it was on these images, it has learned from some that are "
+                    "set aside now, and validation flatters it", settings.weights, had)  # fmt: skip
 
 
 def _to_be_tuned(untuned: Backbone, image_size: int | None, files: list[ImageFile]) -> Backbone:

@@ -14,7 +14,7 @@ from retrieval.backbones import Backbone
 from retrieval.ledger import set_aside
 from retrieval.settings import Form, InputError
 from supcon.batches import Split, Squares, read_squares
-from supcon.checkpoints import FILES, Progress, digest, write_last
+from supcon.checkpoints import FILES, Progress, check_room, digest, write_last
 from supcon.layers import freeze, parameter_groups, stages
 from supcon.start import Start
 from supcon.validation import Validation, read_validation
@@ -71,6 +71,8 @@ def begin(
     """
     started = time.perf_counter() if started is None else started
     variant, (untuned, tuned, folded) = VARIANTS[settings.loss], start
+    if not saved:
+        check_room(settings.save_dir, tuned.network)
     if untuned.looks_for_faces and settings.augmentation is None:
         choices = choices | {"augmentation": "gentle"}  # an aligned face is never seen turned or cut
     side = math.ceil(ROOM * tuned.prepare.size)

@@ -44,7 +44,7 @@ def step(training: Training, rows: np.ndarray, seed: int) -> float:
         training.micro_batch = views // 2
         log.warning("the batch does not fit into the memory of %s: %d views at once, with the same gradients",
                     training.device, training.micro_batch)  # fmt: skip
-        torch.cuda.empty_cache()
+        torch.accelerator.empty_cache()
 
 
 def _views(training: Training, rows: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:

@@ -64,12 +64,12 @@ def fit(training: Training) -> None:
                 while progress.step < len(batches) and not clock.over():
                     _one_step(training, batches, clock)
                     bar.update(len(batches[0]))
-                    bar.set_postfix(loss=f"{np.nanmean(progress.losses[-20:]):.3f}", refresh=False)
+                    bar.set_postfix(loss=f"{_mean(progress.losses[-20:]):.3f}", refresh=False)
                     if stopped or clock.time_to_save():
                         save(training)
                     if stopped:
                         _leave(training)
-            _end_epoch(training)
+            _end_epoch(training, clock)
             clock.tick()
             save(training)
             if stopped:
@@ -107,6 +107,16 @@ class _Clock:
         """The share of the time for steps that has passed; 0 where there is no end."""
         passed, whole = self.tick() - self.start, self.budget - self.start
         return passed / whole if whole < math.inf else 0.0
+
+    def left(self) -> str:
+        """At the end of an epoch, in words: about how long the others will take, like it, and the choice."""
+        progress, settings = self.training.progress, self.training.settings
+        epochs = settings.epochs - progress.epoch - 1
+        steps = epochs * (progress.spent + progress.untuned["seconds"])
+        seconds = max(0.0, min(steps, self.budget - self.tick())) + self.reserve
+        if not epochs:
+            return ""
+        return f" · about {seconds:.0f} s left" if seconds < 90 else f" · about {seconds / 60:.0f} min left"
 
     def time_to_save(self) -> bool:
         """Whether the last time was long ago."""
@@ -172,19 +182,19 @@ def sentence(figures: dict[str, Any]) -> str:
     )
 
 
-def _end_epoch(training: Training) -> None:
+def _end_epoch(training: Training, clock: _Clock) -> None:
     """Validate, keep the network if it is the best so far, and write the epoch's line."""
     progress, folder = training.progress, training.settings.save_dir
     figures = validate(training.validation, training.judged)
-    losses = [loss for loss in progress.losses if math.isfinite(loss)]
+    loss = _mean(progress.losses)
     images = len(progress.losses) * min(training.settings.batch_size, len(training.squares.names))
-    line = {"epoch": progress.epoch + 1, "loss": float(np.mean(losses)) if losses else None,
-            "skipped_steps": len(progress.losses) - len(losses), "images": images,
+    line = {"epoch": progress.epoch + 1, "loss": loss if math.isfinite(loss) else None,
+            "skipped_steps": sum(map(math.isnan, progress.losses)), "images": images,
             "seconds": progress.spent} | told(figures)  # fmt: skip
     best = figures["score"] > progress.best
-    log.info("epoch %d of %d: loss %.3f · %s · %.0f images/s%s", line["epoch"], training.settings.epochs,
-             line["loss"] or math.nan, sentence(figures), images / max(progress.spent, 1e-9),
-             " · the best so far" if best else "")  # fmt: skip
+    log.info("epoch %d of %d: loss %.3f · %s · %.0f images/s%s%s", line["epoch"], training.settings.epochs,
+             loss, sentence(figures), images / max(progress.spent, 1e-9),
+             clock.left(), " · the best so far" if best else "")  # fmt: skip
     if figures["mean_cosine"] > COLLAPSED:
         log.warning("the embeddings have collapsed: two images have a cosine of %.3f in the mean; give a "
                     "smaller --lr", figures["mean_cosine"])  # fmt: skip
@@ -199,6 +209,12 @@ def _end_epoch(training: Training) -> None:
             progress.kept = figures["score"]
         progress.best = figures["score"]
     progress.epoch, progress.step, progress.losses, progress.spent = line["epoch"], 0, [], 0.0
+
+
+def _mean(losses: list[float]) -> float:
+    """Of those that are finite; NaN of none."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return sum(finite) / len(finite) if finite else math.nan
 
 
 @contextmanager

@@ -1,10 +1,13 @@
 """supcon/checkpoints.py: a folder holds one training."""
 
+import shutil
+from collections import namedtuple
+
 import pytest
 from conftest import begun, settings_of
 
-from retrieval.settings import InputError
-from supcon import training
+from retrieval.settings import InputError, RunError
+from supcon import checkpoints, training
 
 
 def test_a_folder_that_holds_a_run_is_refused_unless_it_is_resumed_or_replaced(tiny, tmp_path):
@@ -29,11 +32,28 @@ def test_a_folder_that_holds_a_run_is_refused_unless_it_is_resumed_or_replaced(t
 
 
 def test_other_images_are_another_run(tiny, tmp_path):
-    import shutil
-
     shutil.copytree(tiny, tmp_path / "train")
     settings = settings_of(tmp_path / "train", tmp_path, epochs=1)
     training.fit(begun(settings))
     next((tmp_path / "train" / "0").iterdir()).unlink()
     with pytest.raises(InputError, match=r"the images in .*train are others"):
         begun(settings.model_copy(update={"resume": True}))
+
+
+def test_a_disk_that_cannot_hold_the_checkpoints_is_known_before_the_images_are_read(
+    tiny, tmp_path, monkeypatch
+):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(2e9, 1.99e9, 10**7))
+    monkeypatch.setattr("supcon.state.read_squares", None)
+    with pytest.raises(RunError, match=r"take up to 1\d\d MB, and the disk of .* has 10 left: make room"):
+        begun(settings_of(tiny, tmp_path))
+
+
+def test_what_a_killed_training_left_half_written_is_removed(tiny, tmp_path):
+    settings = settings_of(tiny, tmp_path, epochs=1)
+    settings.save_dir.mkdir(parents=True)
+    left = settings.save_dir / f".{checkpoints.LAST}.unfinished-123456"
+    left.write_bytes(b"half")
+    begun(settings)
+    assert not left.exists()

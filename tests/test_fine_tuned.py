@@ -104,8 +104,8 @@ def test_a_linear_map_and_a_face_crop_are_part_of_it(networks, tmp_path):
 def test_the_tuned_network_alone_goes_on_at_its_own_size(networks, tmp_path):
     recipe = replace(RECIPE, prepare=asdict(Transform(96, "bilinear")), embedding=JOINED)
     write_fine_tuned(tmp_path / "a.pth", recipe, networks[1].state_dict(), networks[0].state_dict())
-    alone = load_tuned_alone(tmp_path / "a.pth", "efficientnet_lite0", "cpu")
-    assert (alone.prepare.size, alone.dimension) == (64, 1280)
+    alone, recipe = load_tuned_alone(tmp_path / "a.pth", "efficientnet_lite0", "cpu")
+    assert (alone.prepare.size, alone.dimension, recipe.embedding) == (64, 1280, JOINED)
     assert torch.equal(alone.network.conv_head.weight, networks[1].conv_head.weight)
     with pytest.raises(InputError, match="a fine-tuned efficientnet_lite0: give --model efficientnet_lite0"):
         load_tuned_alone(tmp_path / "a.pth", "resnet50")

@@ -76,6 +76,16 @@ def test_a_fine_tuned_checkpoint_is_a_start(tiny, tmp_path):
         torch.testing.assert_close(tensor, tuned[name], rtol=1e-5, atol=1e-6)
 
 
+def test_a_start_that_learned_from_images_set_aside_now_is_warned_of(tiny, tmp_path, caplog):
+    first = settings_of(tiny, tmp_path / "first", epochs=1)
+    training.fit(begun(first))
+    start = {"weights": first.save_dir / "fine_tuned_model.pth"}
+    begun(settings_of(tiny, tmp_path / "same", **start))
+    assert not caplog.text
+    begun(settings_of(tiny, tmp_path / "other", seed=1, **start))
+    assert "was trained with --seed 0: if it was on these images, it has learned from some" in caplog.text
+
+
 def test_a_linear_map_is_learned_further_and_found_again(tiny, tmp_path):
     first = settings_of(tiny, tmp_path / "first", epochs=1, freeze="backbone")
     run = begun(first)
