@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from get_images import ImageFile, find_images, label_of
+from get_images import HIDDEN, ImageFile, find_images, label_of
 from retrieval.faces import FaceCrop
 from retrieval.readers import read_batches
 from retrieval.settings import Form, InputError, RunError
@@ -106,7 +106,7 @@ def find_labelled(folder: Path) -> list[ImageFile]:
         )
     classes = {label_of(file.name) for file in files}
     empty = [place.name for place in sorted(folder.iterdir()) if place.is_dir() and place.name not in classes]
-    empty = [name for name in empty if not name.startswith((".", "__MACOSX"))]
+    empty = [name for name in empty if not name.startswith(HIDDEN)]
     if empty:
         raise InputError(
             f"{folder / empty[0]} holds no image, so that its class has none: fill it or remove it"

@@ -2,7 +2,7 @@
 
 fine_tuned_model.pth    the best so far, for model_fine_tuned.py
 last.pth                everything that the next step needs
-best.pth                the weights of the best epoch
+best.pth                the weights of the epoch that is kept
 history.jsonl           a line an epoch
 loss.png                the loss and the validation over the epochs
 """
@@ -39,8 +39,8 @@ class Progress:
     epoch: int = 0  # whole ones
     step: int = 0  # in the epoch
     seconds: float = 0.0
-    best: float = -1.0  # the score of the best epoch
-    kept: float = -1.0  # the score of fine_tuned_model.pth
+    highest: dict[str, Any] | None = None  # of all epochs' scores, and what each query earned
+    kept: float = -1.0  # the score of the embedding that was chosen
     chosen: int = 0  # after how many epochs its embedding was chosen
     losses: list[float] = field(default_factory=list)  # of this epoch's steps; NaN: skipped
     spent: float = 0.0  # seconds in this epoch's steps

@@ -38,7 +38,7 @@ from supcon.checkpoints import BEST, BEST_EPOCH, CURVE, write_history
 from supcon.layers import share_of_rate
 from supcon.state import Training, save
 from supcon.steps import step
-from supcon.validation import COLLAPSED, Candidate, best_of, candidates, mixed, validate
+from supcon.validation import COLLAPSED, Candidate, best_of, candidates, is_better, mixed, validate
 
 SAVE_EVERY = 300  # seconds
 FIRST_STEPS = 3
@@ -183,7 +183,11 @@ def sentence(figures: dict[str, Any]) -> str:
 
 
 def _end_epoch(training: Training, clock: _Clock) -> None:
-    """Validate, keep the network if it is the best so far, and write the epoch's line."""
+    """Validate, keep the network unless an earlier one is shown to be better, and write the epoch's line.
+
+    Of those that validation cannot tell apart the latest is kept: its learning rate is the lowest, and the
+    highest of several scores is high by chance too.
+    """
     progress, folder = training.progress, training.settings.save_dir
     figures = validate(training.validation, training.judged)
     loss = _mean(progress.losses)
@@ -191,23 +195,23 @@ def _end_epoch(training: Training, clock: _Clock) -> None:
     line = {"epoch": progress.epoch + 1, "loss": loss if math.isfinite(loss) else None,
             "skipped_steps": sum(map(math.isnan, progress.losses)), "images": images,
             "seconds": progress.spent} | told(figures)  # fmt: skip
-    best = figures["score"] > progress.best
+    kept = not progress.highest or not is_better(progress.highest, figures)
     log.info("epoch %d of %d: loss %.3f · %s · %.0f images/s%s%s", line["epoch"], training.settings.epochs,
              loss, sentence(figures), images / max(progress.spent, 1e-9),
-             clock.left(), " · the best so far" if best else "")  # fmt: skip
+             clock.left(), " · kept" if kept else "")  # fmt: skip
     if figures["mean_cosine"] > COLLAPSED:
         log.warning("the embeddings have collapsed: two images have a cosine of %.3f in the mean; give a "
                     "smaller --lr", figures["mean_cosine"])  # fmt: skip
     progress.history.append(line)
     write_history(folder, progress)
-    if best:
+    if kept:
         metrics = {"untuned": told(progress.untuned), "tuned": told(figures), "epoch": line["epoch"]}
         state = training.judged.network.state_dict()
         write_checkpoint(folder / BEST_EPOCH, {"tuned": state, "metrics": metrics})
-        if figures["score"] > progress.kept:  # than what an end before chose
+        if not progress.chosen or figures["score"] > progress.kept:  # than what an end before chose
             write_fine_tuned(folder / BEST, recipe_of(training, metrics), state)
-            progress.kept = figures["score"]
-        progress.best = figures["score"]
+    if not progress.highest or figures["score"] > progress.highest["score"]:
+        progress.highest = {name: figures[name] for name in ("score", "points")}
     progress.epoch, progress.step, progress.losses, progress.spent = line["epoch"], 0, [], 0.0
 
 

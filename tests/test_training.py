@@ -228,6 +228,25 @@ def test_a_training_that_goes_on_after_its_minutes_chooses_again_and_keeps_the_b
     assert run.progress.chosen == 4
 
 
+def test_of_epochs_that_validation_cannot_tell_apart_the_latest_is_kept(tiny, tmp_path, monkeypatch):
+    run = begun(settings_of(tiny, tmp_path, epochs=4))
+    right = iter([40, 60, 58, 20])  # of a hundred queries
+    real = training.validate
+
+    def validate(validation, backbone):
+        if run.progress.untuned is None:
+            return real(validation, backbone)
+        count = next(right)
+        points = [1000] * count + [0] * (100 - count)
+        return real(validation, backbone) | {"score": 10.0 * count, "points": points}
+
+    monkeypatch.setattr(training, "validate", validate)
+    training.fit(run)
+    kept = torch.load(run.settings.save_dir / "best.pth", weights_only=True)
+    assert kept["metrics"]["epoch"] == 3
+    assert run.progress.highest["score"] == 600.0
+
+
 def test_a_file_that_does_not_embed_as_it_was_chosen_is_refused(tiny, tmp_path, monkeypatch):
     settings = settings_of(tiny, tmp_path, epochs=1)
     run = begun(settings)
