@@ -1,19 +1,22 @@
 """A folder of images in; named images and their pixels out.
 
     python get_images.py sample --out data/sample
+    python get_images.py intel --out data/intel_dataset --archive intel.zip
+    python get_images.py split --source FOLDER --out DIR
+    python get_images.py competition --archive handed_out.zip
 
-As a script it lays out a data set: `sample` is 1797 labelled handwritten digits, which need no download.
+As a script it lays out a data set as train, test/query and test/gallery: handwritten digits, which need no
+download; the Intel scenes; any folder of class folders; and what the organisers hand out.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import shutil
 import stat
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+HIDDEN = (".", "__MACOSX")  # what a name of no user's begins with
 NO_FILES_OF_A_USER = ("thumbs.db", "desktop.ini")  # what Windows leaves in folders
 
 log = logging.getLogger("retrieval.images")
@@ -45,6 +49,12 @@ class ImageFile:
 
     name: str
     path: Path
+
+
+def is_image(name: str) -> bool:
+    """Whether a file of this name is taken for an image: by its end, and if no part of it is hidden."""
+    hidden = any(part.startswith(HIDDEN) for part in name.split("/"))
+    return name.lower().endswith(SUFFIXES) and not hidden
 
 
 def label_of(name: str) -> str | None:
@@ -90,7 +100,7 @@ def _walk(top: Path | str) -> Iterator[tuple[str, str]]:
             continue
         entered.add(place)
         with os.scandir(folder) as entries:
-            visible = [entry for entry in entries if not entry.name.startswith((".", "__MACOSX"))]
+            visible = [entry for entry in entries if not entry.name.startswith(HIDDEN)]
             visible.sort(key=lambda entry: entry.name)
         for entry in visible:
             is_link = entry.is_symlink()
@@ -198,58 +208,49 @@ def _reason(error: Exception, path: Path | str) -> str:
 # ---- data sets ------------------------------------------------------------------------------------
 
 
-def lay_out_sample(out: Path, seed: int = 0) -> None:
-    """Write scikit-learn's 1797 handwritten digits (8 × 8 px, ten classes) as PNG files below `out`.
-
-    Each class gives 20 images to test/query, 80 to test/gallery and the rest to train, no image twice.
-    The folder appears whole or not at all. A folder that already holds the sample is left as it is;
-    raises FileExistsError where it holds anything else.
-    Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
-    """
-    from sklearn.datasets import load_digits
-
-    out = out.absolute()
-    digits = load_digits()
-    places = _sample_places(digits.target, np.random.default_rng(seed))
-    if out.exists() and any(out.iterdir()):
-        if {name for name, _ in _walk(out)} != set(places):
-            raise FileExistsError(f"{out} holds something else than this sample: give another --out")
-        log.info("%d images already lie in %s", len(places), out)
-        return
-    unfinished = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
-    try:
-        for name, index in places.items():
-            (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
-            levels = digits.images[index] * (255 / 16)  # the data set counts ink from 0 to 16
-            Image.fromarray(levels.round().astype(np.uint8)).save(unfinished / name)
-        if out.exists():
-            out.rmdir()
-        unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    log.info("wrote %d images to %s", len(places), out)
-
-
-def _sample_places(target: np.ndarray, random: np.random.Generator) -> dict[str, int]:
-    """name below the sample's folder → row of the data set."""
-    places = {}
-    for label in np.unique(target):
-        rows = random.permutation(np.flatnonzero(target == label))
-        parts = {"test/query": rows[:20], "test/gallery": rows[20:100], "train": rows[100:]}
-        for place, part in parts.items():
-            places |= {f"{place}/{label}/digit_{row:04d}.png": int(row) for row in part}
-    return places
-
-
 def main() -> None:
-    from retrieval import settings  # only the command line needs it
+    from retrieval import layout, settings  # only the command line needs them
 
     class Sample(settings.Form):
         """Lay out scikit-learn's handwritten digits as train, test/query and test/gallery."""
 
         out: settings.NewFolder = Path("data/sample")
 
-    settings.run_command({"sample": (Sample, lambda form: lay_out_sample(form.out))})
+    class Intel(settings.Form):
+        """Lay out the Intel scenes, from the zip of Kaggle or the folder it was unpacked to."""
+
+        out: settings.NewFolder = Path("data/intel_dataset")
+        archive: settings.FileOrFolder | None = None  # None: download it by kagglehub
+        keep_duplicates: bool = False
+        seed: int = 0
+
+    class Split(settings.Form):
+        """Lay out any images that lie in a folder a class."""
+
+        source: settings.FileOrFolder
+        out: settings.NewFolder
+        train: settings.Share = 0.7  # of each class; of the rest 40 % are queries and 60 % gallery
+        keep_duplicates: bool = False
+        seed: int = 0
+
+    class Competition(settings.Form):
+        """Lay out what the organisers hand out: train, test/query and test/gallery."""
+
+        archive: settings.FileOrFolder
+        out: settings.NewFolder = Path("data")
+        keep_duplicates: bool = False
+
+    def with_all(lay_out: Callable[..., None]) -> Callable[[settings.Form], None]:
+        return lambda form: lay_out(**dict(form))
+
+    settings.run_command(
+        {
+            "sample": (Sample, with_all(layout.lay_out_sample)),
+            "intel": (Intel, with_all(layout.lay_out_intel)),
+            "split": (Split, with_all(layout.lay_out_split)),
+            "competition": (Competition, with_all(layout.lay_out_competition)),
+        }
+    )
 
 
 if __name__ == "__main__":

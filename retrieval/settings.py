@@ -72,6 +72,10 @@ WORDS = {
     "words": "the words; all where none is given",
     "fetch": "download the weights of these words",
     "out": "folder to write to",
+    "archive": "a zip or tar archive, or the folder that it was unpacked to",
+    "source": "a folder, or an archive, with a folder a class",
+    "train": "share of each class to learn from; of the rest 40 % are queries and 60 % gallery",
+    "keep_duplicates": "keep images that are on two sides",
     "submission": "a saved submission.json",
 }
 
@@ -141,9 +145,16 @@ def _existing_file(path: Path) -> Path:
     return path
 
 
+def _existing(path: Path) -> Path:
+    if not os.path.exists(path):
+        raise ValueError(f"there is no file or folder {path.absolute()}")
+    return path
+
+
 NewFolder = Annotated[Path, BeforeValidator(_path)]
 Folder = Annotated[NewFolder, AfterValidator(_existing_folder)]
 File = Annotated[Path, BeforeValidator(_path), AfterValidator(_existing_file)]
+FileOrFolder = Annotated[Path, BeforeValidator(_path), AfterValidator(_existing)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 PositiveShare = Annotated[float, Field(gt=0, lt=1)]

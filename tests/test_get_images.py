@@ -11,7 +11,6 @@ from get_images import (
     UnreadableImageError,
     find_images,
     find_query_and_gallery,
-    lay_out_sample,
     read_image,
 )
 
@@ -275,47 +274,3 @@ def test_unreadable_files_say_why(photo, tmp_path):
 
 
 # ---- sample
-
-
-def test_the_sample_is_every_digit_once_in_three_parts(sample):
-    counts = {part: len(find_images(sample / part)) for part in ("train", "test/query", "test/gallery")}
-    assert counts == {"train": 797, "test/query": 200, "test/gallery": 800}
-    assert len({image.path.name for image in find_images(sample)}) == 1797
-    assert len({image.path.read_bytes() for image in find_images(sample)}) == 1797
-    for label in "0123456789":
-        assert len(list((sample / "test/query" / label).iterdir())) == 20
-
-
-def test_the_sample_shows_the_digits_of_its_folders(sample):
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    for image in find_images(sample / "train")[::50]:
-        row = int(image.path.stem.removeprefix("digit_"))
-        assert image.name.split("/")[0] == str(digits.target[row])
-        assert abs(pixels(image.path)[:, :, 0] - digits.images[row] * 255 / 16).max() <= 0.5
-
-
-def test_the_sample_is_seeded_and_left_alone_when_it_is_there(sample, tmp_path, caplog):
-    lay_out_sample(tmp_path / "again")
-    assert names(tmp_path / "again") == names(sample)
-    stamp = os.stat(tmp_path / "again" / "train" / "0").st_mtime_ns
-    caplog.set_level("INFO")
-    lay_out_sample(tmp_path / "again")
-    assert "already" in caplog.text
-    assert os.stat(tmp_path / "again" / "train" / "0").st_mtime_ns == stamp
-
-
-def test_the_sample_overwrites_nothing_and_is_never_half_there(tmp_path, monkeypatch):
-    touch(tmp_path, "mine/holiday.jpg")
-    with pytest.raises(FileExistsError, match="give another --out"):
-        lay_out_sample(tmp_path / "mine")
-    assert os.listdir(tmp_path / "mine") == ["holiday.jpg"]
-
-    def stop(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Image.Image, "save", stop)
-    with pytest.raises(KeyboardInterrupt):
-        lay_out_sample(tmp_path / "new")
-    assert os.listdir(tmp_path) == ["mine"]

@@ -53,6 +53,14 @@ BELOW = {
         "retrieval.report",
     },
     "retrieval.report": {"retrieval.ledger"},
+    "retrieval.archives": {"retrieval.settings"},
+    "retrieval.duplicates": set(),
+    "retrieval.layout": {
+        "retrieval.archives",
+        "retrieval.duplicates",
+        "retrieval.ledger",
+        "retrieval.settings",
+    },
     "retrieval.job": {
         "retrieval.backbones",
         "retrieval.embedding",
@@ -137,7 +145,7 @@ def allowed(module: str, imported: str) -> bool:
     if module in SCRIPTS:
         return True
     if module == "get_images":
-        return imported == "retrieval.settings"
+        return imported in ("retrieval.settings", "retrieval.layout")
     if module == "supcon.losses":
         return False
     if module.startswith("supcon") and not imported.startswith("supcon"):

@@ -1,0 +1,115 @@
+"""A folder, or an archive that is not to be trusted, in; a folder with its images out, or a refusal."""
+
+from __future__ import annotations
+
+import shutil
+import stat
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO, NamedTuple
+
+from get_images import is_image
+from retrieval.settings import InputError, RunError
+
+# Images hardly shrink in an archive: what grows more than this is made to fill a disk.
+MOST_GROWTH, ALWAYS_ALLOWED = 100, 2**30  # times its size; bytes
+
+
+class Member(NamedTuple):
+    """A file in an archive."""
+
+    name: str
+    size: int  # bytes when unpacked, as the archive says
+    is_link: bool
+    content: object  # what its archive opens it by
+
+
+@contextmanager
+def unpacked(source: Path, beside: Path) -> Iterator[Path]:
+    """The folder `source`; or one with the images of the archive `source`, which goes when this ends.
+
+    That one lies beside the folder `beside`, so that files can be linked from one to the other. Zip and
+    tar (also compressed) are read. Raises InputError for an archive that cannot be read, would write outside
+    its folder, holds links, or would grow more than images do; RunError where the disk has no room.
+    """
+    if source.is_dir():
+        yield source
+        return
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{beside.name}.unpacked-", dir=beside.parent) as folder:
+        try:
+            _unpack(source, Path(folder))
+        except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError) as error:
+            raise InputError(f"{source} cannot be unpacked ({error}): download it again") from None
+        yield Path(folder)
+
+
+def _unpack(source: Path, folder: Path) -> None:
+    if zipfile.is_zipfile(source):
+        with zipfile.ZipFile(source) as archive:
+            for info in archive.infolist():
+                if info.flag_bits & 1:
+                    raise InputError(f"{source} is locked by a password: unpack it, and give the folder")
+            members = [Member(info.filename, info.file_size, stat.S_ISLNK(info.external_attr >> 16), info)
+                       for info in archive.infolist() if not info.is_dir()]  # fmt: skip
+            _write(source, members, archive.open, folder)
+    elif tarfile.is_tarfile(source):
+        with tarfile.open(source) as archive:
+            members = [Member(info.name, info.size, not info.isfile(), info)
+                       for info in archive.getmembers() if not info.isdir()]  # fmt: skip
+            _write(source, members, archive.extractfile, folder)
+    else:
+        raise InputError(f"{source} is neither a zip nor a tar archive: unpack it, and give the folder")
+
+
+def _write(source: Path, members: list[Member], read, folder: Path) -> None:  # noqa: ANN001
+    """Write the images among the members, none of them anywhere but below the folder."""
+    for member in members:
+        _refuse_unless_plain(source, member)
+    images = [member for member in members if is_image(member.name)]
+    if not images:
+        raise InputError(f"{source} holds no images, but {len(members)} other files")
+    needed, free = sum(member.size for member in images), shutil.disk_usage(folder).free
+    if needed > max(ALWAYS_ALLOWED, MOST_GROWTH * source.stat().st_size):
+        raise InputError(
+            f"{source} would grow from {source.stat().st_size / 1e6:.1f} MB to {needed / 1e6:.0f}, as no "
+            "archive of images does: unpack it yourself if you trust it, and give the folder"
+        )
+    if needed > free:
+        raise RunError(
+            f"{source} takes {needed / 1e9:.1f} GB when unpacked, and the disk of {folder.parent} has "
+            f"{free / 1e9:.1f} left: make room, or give another --out"
+        )
+    for member in images:
+        path = folder / member.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            raise InputError(f"{source} holds {member.name} twice: unpack it yourself, and give the folder")
+        with read(member.content) as packed, open(path, "wb") as file:
+            _copy(source, member, packed, file)
+
+
+def _refuse_unless_plain(source: Path, member: Member) -> None:
+    parts = PurePosixPath(member.name.replace("\\", "/"))
+    if parts.is_absolute() or ".." in parts.parts or (parts.parts and ":" in parts.parts[0]):
+        raise InputError(
+            f"{source} holds {member.name!r}, which would be written outside its folder: do not trust it"
+        )
+    if member.is_link:
+        raise InputError(
+            f"{source} holds {member.name!r}, which is a link and no file: unpack it, and give the folder"
+        )
+
+
+def _copy(source: Path, member: Member, packed: IO[bytes], file: IO[bytes]) -> None:
+    """Copy no more than the archive says there is."""
+    left = member.size
+    while chunk := packed.read(min(2**20, left + 1)):
+        left -= len(chunk)
+        if left < 0:
+            raise InputError(f"{source} holds more of {member.name!r} than it says: do not trust it")
+        file.write(chunk)

@@ -1,0 +1,264 @@
+"""A folder or an archive of labelled images in; train, test/query and test/gallery, which share none, out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from get_images import ImageFile, find_images, label_of
+from retrieval.archives import unpacked
+from retrieval.duplicates import find_twins
+from retrieval.ledger import as_json
+from retrieval.settings import InputError, RunError
+
+TRAIN, QUERY, GALLERY = "train", "test/query", "test/gallery"
+QUERIES = 0.4  # of a class's test images, the rest being its gallery: as in the SimCLR-SupCon study
+PLAN = "split.json"
+INTEL = ["buildings", "forest", "glacier", "mountain", "sea", "street"]
+INTEL_ON_KAGGLE = "puneet6060/intel-image-classification"
+
+Places = dict[str, ImageFile]  # the name below the folder that is laid out → the image that goes there
+Files = dict[str, Callable[[Path], object]]  # … → what writes it
+
+log = logging.getLogger("retrieval.layout")
+
+
+# ---- the data sets --------------------------------------------------------------------------------
+
+
+def lay_out_intel(out: Path, archive: Path | None, seed: int = 0, keep_duplicates: bool = False) -> None:
+    """Lay out the Intel scenes: seg_train to train, and of each of the six classes of seg_test 40 % to query.
+
+    `archive` is the zip of Kaggle or what it was unpacked to; None: kagglehub downloads it, where installed.
+    Raises InputError for anything else, RunError where the download fails; otherwise as lay_out_split.
+    """
+    refuse_full(out)
+    source = archive or _download_intel()
+    with unpacked(source, out) as folder:
+        files = find_images(folder)
+        train, test = _below(files, "seg_train"), _below(files, "seg_test")
+        for part, images in (("seg_train", train), ("seg_test", test)):
+            classes = sorted({label_of(image.name) or "none" for image in images})
+            if classes != INTEL:
+                raise InputError(
+                    f"{source} is not the Intel set: {part} holds {', '.join(classes) or 'nothing'}, "
+                    f"and not {', '.join(INTEL)} (`python get_images.py split` lays out other sets)"
+                )
+        places = {f"{TRAIN}/{image.name}": image for image in train} | _divided(test, 0.0, seed)
+        _lay_out(out, places, source, {"seed": seed}, keep_duplicates)
+
+
+def lay_out_split(
+    out: Path, source: Path, train: float = 0.7, seed: int = 0, keep_duplicates: bool = False
+) -> None:
+    """Lay out a folder or an archive with a folder a class: of each a share to train, the rest 40 : 60.
+
+    A class too small for a query and a gallery image goes to train as a whole. Raises InputError for another
+    layout, and FileExistsError where `out` holds anything.
+    """
+    refuse_full(out)
+    with unpacked(source, out) as folder:
+        files = _without_wrapping(find_images(folder))
+        bare = [image.name for image in files if label_of(image.name) is None]
+        if bare:
+            raise InputError(
+                f"{len(bare)} images of {source}, such as {bare[0]}, lie in no class folder: lay them out as "
+                f"{source.name}/<class>/x.jpg"
+            )
+        classes = {label_of(image.name) for image in files}
+        if len(classes) < 2:
+            raise InputError(
+                f"all images of {source} lie in one class folder, {classes.pop()}: give what holds several"
+            )
+        _lay_out(out, _divided(files, train, seed), source, {"seed": seed, "train": train}, keep_duplicates)
+
+
+def lay_out_competition(out: Path, archive: Path, keep_duplicates: bool = False) -> None:
+    """Lay out what the organisers hand out: train/, test/query/ and test/gallery/, in a folder or bare.
+
+    The test images all stay, since the server asks for them; only train loses those that are among them.
+    Raises InputError where the folders are not there; otherwise as lay_out_split.
+    """
+    refuse_full(out)
+    with unpacked(archive, out) as folder:
+        files = find_images(folder)
+        if not _of_side(QUERY, files):
+            files = _inside(files)
+        if not _of_side(QUERY, files) or not _of_side(GALLERY, files):
+            there = sorted({image.name.rpartition("/")[0] or "." for image in find_images(folder)})
+            raise InputError(
+                f"{archive} holds no images in {QUERY}/ and {GALLERY}/, neither at its root nor one folder "
+                f"down: they lie in {', '.join(there[:5])}{' …' * (len(there) > 5)}"
+            )
+        if not _of_side(TRAIN, files):
+            log.info("%s holds no train/: only the test folders are laid out", archive)
+        places = {image.name: image for side in (TRAIN, QUERY, GALLERY) for image in _of_side(side, files)}
+        _lay_out(out, places, archive, {}, keep_duplicates, all_of_the_test=True)
+
+
+def lay_out_sample(out: Path, seed: int = 0) -> None:
+    """Write scikit-learn's 1797 handwritten digits (8 × 8 px, ten classes) as PNG files below `out`.
+
+    Each class gives 20 images to test/query, 80 to test/gallery and the rest to train, no image twice.
+    The folder appears whole or not at all. A folder that already holds the sample is left as it is;
+    raises FileExistsError where it holds anything else.
+    Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    random = np.random.default_rng(seed)
+    files: Files = {}
+    for label in np.unique(digits.target):
+        rows = random.permutation(np.flatnonzero(digits.target == label))
+        for place, part in ((QUERY, rows[:20]), (GALLERY, rows[20:100]), (TRAIN, rows[100:])):
+            names = {row: f"{place}/{label}/digit_{row:04d}.png" for row in part}
+            files |= {name: partial(_draw, digits.images[row]) for row, name in names.items()}
+    if out.exists() and any(out.iterdir()):
+        there = {image.name for image in find_images(out)}
+        if there != set(files):
+            raise FileExistsError(f"{out} holds something else than this sample: give another --out")
+        log.info("%d images already lie in %s", len(files), out)
+        return
+    _write_whole(out, files)
+    log.info("wrote %d images to %s", len(files), out)
+
+
+def _draw(levels: np.ndarray, path: Path) -> None:
+    """The data set counts ink from 0 to 16."""
+    Image.fromarray((levels * (255 / 16)).round().astype(np.uint8)).save(path)
+
+
+def _download_intel() -> Path:
+    try:
+        import kagglehub
+    except ModuleNotFoundError:
+        raise InputError(
+            f"download https://www.kaggle.com/datasets/{INTEL_ON_KAGGLE} in a browser, and give the zip by "
+            "--archive; or `pip install kagglehub`, which then downloads it"
+        ) from None
+    try:
+        return Path(kagglehub.dataset_download(INTEL_ON_KAGGLE))
+    except Exception as error:  # its client raises anything
+        raise RunError(
+            f"kagglehub cannot download {INTEL_ON_KAGGLE} ({error}): download it in a browser, and give the "
+            "zip by --archive"
+        ) from error
+
+
+# ---- what goes where ------------------------------------------------------------------------------
+
+
+def _below(files: list[ImageFile], part: str) -> list[ImageFile]:
+    """The images below the innermost folder called `part`, named from there."""
+    return [ImageFile(f"/{image.name}".rpartition(f"/{part}/")[2], image.path)
+            for image in files if f"/{part}/" in f"/{image.name}"]  # fmt: skip
+
+
+def _inside(files: list[ImageFile]) -> list[ImageFile]:
+    """The images that lie in a folder, named from there."""
+    return [ImageFile(image.name.partition("/")[2], image.path) for image in files if "/" in image.name]
+
+
+def _without_wrapping(files: list[ImageFile]) -> list[ImageFile]:
+    """The images named from where their folders part: archives often hold one folder around all."""
+    while len({label_of(image.name) for image in files}) == 1 and all(
+        image.name.count("/") > 1 for image in files
+    ):
+        files = _inside(files)
+    return files
+
+
+def _of_side(side: str, files: list[ImageFile]) -> list[ImageFile]:
+    return [image for image in files if image.name.startswith(f"{side}/")]
+
+
+def _divided(files: list[ImageFile], train: float, seed: int) -> Places:
+    """Each class by itself: a share to train, of the rest 40 % to the queries and 60 % to the gallery."""
+    random = np.random.default_rng(seed)
+    of_class: dict[str | None, list[ImageFile]] = {}
+    for image in sorted(files, key=lambda image: image.name):
+        of_class.setdefault(label_of(image.name), []).append(image)
+    places: Places = {}
+    for members in of_class.values():
+        members = [members[row] for row in random.permutation(len(members))]
+        tested = len(members) - round(train * len(members))
+        tested = tested if tested > 1 else 0
+        queries = min(max(1, round(QUERIES * tested)), tested)
+        parts = (QUERY, members[:queries]), (GALLERY, members[queries:tested]), (TRAIN, members[tested:])
+        places |= {f"{place}/{image.name}": image for place, part in parts for image in part}
+    return places
+
+
+def _lay_out(
+    out: Path, places: Places, source: Path, told: dict, keep_duplicates: bool, all_of_the_test: bool = False
+) -> None:
+    """Write the images to their places, and split.json; but not those that are also on another side."""
+    sides = {side: {name: image.path for name, image in sorted(places.items()) if name.startswith(f"{side}/")}
+             for side in (QUERY, GALLERY, TRAIN)}  # fmt: skip
+    twins = {} if keep_duplicates else find_twins(list(sides.values()))
+    left_out = {name: asdict(twin) for name, twin in twins.items()
+                if not all_of_the_test or name in sides[TRAIN]}  # fmt: skip
+    for name, twin in list(twins.items())[:5]:
+        stays = "" if name in left_out else ", and stays: the server asks for it"
+        log.warning("%s is %s as %s%s", name, twin.because, twin.of, stays)
+    if twins:
+        log.warning("on two sides: %d images, of which %d are left out (--keep_duplicates keeps them)",
+                    len(twins), len(left_out))  # fmt: skip
+    kept = {name: image for name, image in sorted(places.items()) if name not in left_out}
+    counts = {side: sum(name not in left_out for name in names) for side, names in sides.items()}
+    plan = {"source": source.name, **told, "counts": counts, "left_out": left_out,
+            "files": {name: image.name for name, image in kept.items()}}  # fmt: skip
+    files: Files = {name: partial(_link, image.path) for name, image in kept.items()}
+    files[PLAN] = partial(_save, as_json(plan, indent=1))
+    _write_whole(out, files)
+    log.info("laid out %s in %s; %s says what went where",
+             ", ".join(f"{count} {side}" for side, count in counts.items()), out, PLAN)  # fmt: skip
+
+
+# ---- write ----------------------------------------------------------------------------------------
+
+
+def refuse_full(out: Path) -> None:
+    """Raise FileExistsError where one of the names that are to be laid out is there already."""
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file: give a folder as --out")
+    there = [name for name in ("train", "test", PLAN) if (out / name).exists()]
+    if there:
+        what = " and ".join(there)
+        raise FileExistsError(f"{out} holds {what} already: give another --out, or remove what is there")
+
+
+def _write_whole(out: Path, files: Files) -> None:
+    """Each name below `out` by its function; each folder in `out` appears whole or not at all."""
+    out = out.absolute()
+    unfinished = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
+    try:
+        for name, write in files.items():
+            (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+            write(unfinished / name)
+        out.mkdir(parents=True, exist_ok=True)
+        for part in unfinished.iterdir():
+            part.rename(out / part.name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _link(file: Path, path: Path) -> None:
+    """Another name for the same bytes on the disk, or a copy where that is not possible."""
+    try:
+        os.link(os.path.realpath(file), path)
+    except OSError:
+        shutil.copyfile(file, path)
+
+
+def _save(data: bytes, path: Path) -> None:
+    path.write_bytes(data)
