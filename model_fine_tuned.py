@@ -10,7 +10,7 @@ Edit the settings below, or give them as flags, in the environment or in .env (t
 from pathlib import Path
 from typing import ClassVar
 
-from retrieval.job import embed_both, find, rank_both, save, send
+from retrieval.job import draw, embed_both, find, rank_both, save, send
 from retrieval.ledger import Run
 from retrieval.settings import (
     Device,
@@ -39,6 +39,7 @@ class Settings(Form):
     batch_size: PositiveInt = 32
     device: Device = "auto"  # or "cpu", "cuda", "mps"
     save_crops: NewFolder | None = None  # to look at
+    no_report: bool = False  # True: no report.html, no pictures
 
     refused: ClassVar = dict.fromkeys(
         ("model_type", "crop", "image_size", "face_margin", "min_face_size"),
@@ -54,8 +55,9 @@ def main(settings: Settings) -> None:
     backbone = load_fine_tuned(settings.weights, settings.device)
     vectors = embed_both(run, images, backbone)
     ranking = rank_both(run, vectors)
-    metrics = save(run, images, vectors, ranking)  # all is on the disk before anything is sent
-    send(run, metrics)
+    found = save(run, images, vectors, ranking, backbone)  # all is on the disk before anything is sent
+    outcome = send(run, found)
+    draw(run, found, outcome)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Edit the settings below, or give them as flags, in the environment or in .env (t
 from pathlib import Path
 
 from retrieval.backbones import ModelType, load_backbone
-from retrieval.job import embed_both, find, rank_both, save, send
+from retrieval.job import draw, embed_both, find, rank_both, save, send
 from retrieval.ledger import Run
 from retrieval.settings import (
     Crop,
@@ -46,6 +46,7 @@ class Settings(Form):
     face_margin: Share | None = None
     min_face_size: PositiveShare | None = None
     save_crops: NewFolder | None = None  # to look at
+    no_report: bool = False  # True: no report.html, no pictures
 
 
 def main(settings: Settings) -> None:
@@ -55,8 +56,9 @@ def main(settings: Settings) -> None:
                              settings.image_size, settings.face_margin, settings.min_face_size)  # fmt: skip
     vectors = embed_both(run, images, backbone)
     ranking = rank_both(run, vectors)
-    metrics = save(run, images, vectors, ranking)  # all is on the disk before anything is sent
-    send(run, metrics)
+    found = save(run, images, vectors, ranking, backbone)  # all is on the disk before anything is sent
+    outcome = send(run, found)
+    draw(run, found, outcome)
 
 
 if __name__ == "__main__":

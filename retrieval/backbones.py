@@ -11,7 +11,7 @@ import logging
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic_settings import CliPositionalArg
 
@@ -30,6 +30,15 @@ log = logging.getLogger("retrieval.backbones")
 
 
 @dataclass(frozen=True)
+class Trained:
+    """What a fine-tuned network knows of its training."""
+
+    untuned_dimension: int  # so many first numbers of its embedding are the untuned network's
+    untuned: dict[str, Any]  # the untuned network's figures on validation
+    history: list[dict[str, Any]]  # the loss and the figures of each epoch
+
+
+@dataclass(frozen=True)
 class Backbone:
     """A network and what must happen to an image before it: the two never travel apart."""
 
@@ -40,6 +49,7 @@ class Backbone:
     std: tuple[float, float, float]
     word: str = ""
     device: str = "cpu"
+    trained: Trained | None = None  # None: not fine-tuned
 
     @property
     def looks_for_faces(self) -> bool:

@@ -14,8 +14,8 @@ from get_images import ImageFile
 from retrieval.backbones import Backbone, out_of_memory
 from retrieval.ranking import Embeddings
 from retrieval.readers import read_batches
-from retrieval.report import write_png
 from retrieval.settings import InputError, RunError
+from retrieval.thumbnails import write_png
 
 if TYPE_CHECKING:
     from torch import Tensor

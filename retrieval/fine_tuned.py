@@ -6,7 +6,7 @@ The file is a dict of a recipe, plain values that say how, and of weights: nothi
 from __future__ import annotations
 
 import io
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from retrieval.backbones import Backbone, choose_device, find_word, place
+from retrieval.backbones import Backbone, Trained, choose_device, find_word, place
 from retrieval.faces import FaceCrop
 from retrieval.folding import fold_batch_norms
 from retrieval.ledger import write_whole
@@ -47,6 +47,7 @@ class Recipe:
     classes: list[str] | None = None
     versions: dict[str, str] | None = None
     metrics: dict[str, Any] | None = None
+    history: list[dict[str, Any]] | None = None  # a line an epoch
     hub_config: str | None = None  # what a repository of the hub says of its network: it may be out of reach
 
 
@@ -148,8 +149,10 @@ def load_fine_tuned(file: Path, device: str = "auto") -> Backbone:
         network = Joined(_network(recipe, untuned, file), network, recipe.weight, recipe.tuned_size)
     prepare = _prepare(recipe)
     word = f"{recipe.word} fine-tuned with {recipe.loss} ({recipe.embedding})"
-    backbone = Backbone(network, 0, prepare, recipe.mean, recipe.std, word, choose_device(device))
-    return place(backbone)
+    backbone = place(Backbone(network, 0, prepare, recipe.mean, recipe.std, word, choose_device(device)))
+    untuned_dimension = backbone.dimension // 2 if recipe.embedding == JOINED else 0  # both have as many
+    trained = Trained(untuned_dimension, (recipe.metrics or {}).get("untuned", {}), recipe.history or [])
+    return replace(backbone, trained=trained)
 
 
 def load_tuned_alone(file: Path, word: str, device: str = "auto") -> tuple[Backbone, Recipe]:

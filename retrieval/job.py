@@ -5,17 +5,21 @@ Each ends with a line that says what was done and how long it took.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import logging
+from typing import NamedTuple
 
 from get_images import ImageFile, find_query_and_gallery
 from retrieval.backbones import Backbone
 from retrieval.embedding import embed
-from retrieval.ledger import SUBMISSION, Run
-from retrieval.metrics import measure, require_labels
+from retrieval.ledger import SUBMISSION, Outcome, Run, stop_if_failed
+from retrieval.metrics import first_hits, measure, require_labels
 from retrieval.ranking import Embeddings, rank
-from retrieval.report import draw_matches
+from retrieval.report import Found, write_report
 from retrieval.sending import NOT_SENT, send_submission
 from retrieval.submission import NAMES_PER_QUERY, make_submission, save_submission
+
+
+log = logging.getLogger("retrieval.job")
 
 
 class Images(NamedTuple):
@@ -61,22 +65,37 @@ def rank_both(run: Run, vectors: Vectors) -> dict[str, list[str]]:
     return ranking
 
 
-def save(run: Run, images: Images, vectors: Vectors, ranking: dict[str, list[str]]) -> dict[str, Any]:
-    """Write submission.json and all else but the outcome; the figures."""
-    top_k = run.settings.top_k
-    metrics = measure(ranking, *vectors, top_k)
+def save(
+    run: Run, images: Images, vectors: Vectors, ranking: dict[str, list[str]], backbone: Backbone
+) -> Found:
+    """Write submission.json and all else but the outcome; what was found, with its figures."""
+    metrics = {"backbone": backbone.word, "tuned": backbone.trained is not None}
+    metrics |= {"names": run.write_names(vectors.queries.names, vectors.gallery.names)}
+    metrics |= measure(ranking, *vectors, run.settings.top_k)
     path = save_submission(make_submission(ranking, *images, run.settings.group_name), run.folder)
     run.write_metrics(metrics)
     run.write_without_face(*vectors)
-    draw_matches(ranking, *images, top_k, run.folder / "matches.png")
-    run.done("save", f"saved {path}, and metrics.json and matches.png beside it,")
-    return metrics
+    run.done("save", f"saved {path}, and metrics.json beside it,")
+    return Found(*images, *vectors, ranking, metrics, backbone.trained)
 
 
-def send(run: Run, metrics: dict[str, Any]) -> None:
-    """Send what was saved, unless nothing is to be sent, and end the run with its outcome."""
+def send(run: Run, found: Found) -> Outcome:
+    """Send what was saved, unless nothing is to be sent; say what became of it, and keep that."""
     settings = run.settings
     path = run.folder / SUBMISSION
     outcome = NOT_SENT if settings.custom_dataset else send_submission(path, settings.server_url)
     run.done("send")
-    run.finish(metrics, outcome)
+    hits = {"first": first_hits(found.ranking)} if found.labelled else {}
+    run.conclude(found.metrics, outcome, **hits)
+    return outcome
+
+
+def draw(run: Run, found: Found, outcome: Outcome) -> None:
+    """Draw the page and its pictures, unless they are not wanted, and end the run with its outcome."""
+    if not run.settings.no_report and outcome.word != "interrupted":
+        try:
+            run.done("report", f"drew {write_report(run, found, outcome)}")
+            run.write_metrics(found.metrics)
+        except OSError as error:  # a disk that is full now costs the pictures only
+            log.warning("the page could not be drawn: %s", error)
+    stop_if_failed(outcome)

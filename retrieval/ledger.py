@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -19,7 +20,8 @@ from retrieval.settings import Form, InputError, RunError
 
 # What the next run replaces.
 SUBMISSION = "submission.json"
-PER_RUN = (SUBMISSION, "metrics.json", "reply.txt", "matches.png", "without_face.json")
+PER_RUN = (SUBMISSION, "metrics.json", "reply.txt", "without_face.json", "report.html", "similar_images.png",
+           "tsne.png", "per_class.png", "confusion.png", "similarities.png", "loss.png")  # fmt: skip
 LEDGER = "runs.jsonl"
 EARLIER = "earlier"  # the folder that they move to
 
@@ -78,7 +80,8 @@ class Run:
             )
         longest = max(len(json.dumps(image.name)) for image in gallery)
         needed = sum(len(json.dumps(image.name)) + 10 * (longest + 2) + 4 for image in queries)
-        needed += 2**22  # metrics.json, the picture, the ledger's line
+        needed += sum(len(json.dumps(image.name)) + 3 for image in [*queries, *gallery])
+        needed += 2**22  # metrics.json, the ledger's line
         for flag, folder in written.items():
             if folder:
                 _try_to_write(folder, needed, flag)
@@ -91,9 +94,14 @@ class Run:
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """metrics.json: the figures, and the seconds of the steps so far."""
+        write_whole(
+            self.folder / "metrics.json", as_json(metrics | {"seconds": self.rounded_seconds()}, indent=2)
+        )
+
+    def rounded_seconds(self) -> dict[str, float]:
+        """Of each step, and `total`."""
         seconds = {name: round(spent, 3) for name, spent in self.seconds.items()}
-        figures = metrics | {"seconds": seconds | {"total": round(sum(self.seconds.values()), 3)}}
-        write_whole(self.folder / "metrics.json", as_json(figures, indent=2))
+        return seconds | {"total": round(sum(self.seconds.values()), 3)}
 
     def write_without_face(self, queries: Embeddings, gallery: Embeddings) -> None:
         """without_face.json: the names of the images without a face, if one was looked for."""
@@ -101,13 +109,25 @@ class Run:
             names = {"queries": queries.without_face, "gallery_images": gallery.without_face}
             write_whole(self.folder / "without_face.json", as_json(names, indent=2))
 
-    def finish(self, metrics: dict[str, Any], outcome: Outcome) -> None:
-        """Say the outcome, add it to metrics.json and the ledger, and leave with its status if it failed."""
+    def write_names(self, queries: list[str], gallery: list[str]) -> str:
+        """names-DIGEST.json, which all runs on these images share; its digest."""
+        names = as_json({"queries": queries, "gallery_images": gallery}, indent=1)
+        digest = hashlib.sha256(names).hexdigest()[:16]
+        path = self.folder / f"names-{digest}.json"
+        if not path.exists():
+            write_whole(path, names)
+        return digest
+
+    def conclude(self, metrics: dict[str, Any], outcome: Outcome, **more: Any) -> None:
+        """Say the outcome, and add it to metrics.json and, with `more`, to the ledger."""
         say(outcome)
+        if outcome.accuracy is not None:
+            metrics["server_score"] = outcome.accuracy
+        self.write_metrics(metrics)
         figures = {name: value for name, value in metrics.items() if name != "per_class"}
-        append_line(self.folder, self.settings, outcome, metrics=figures)
-        self.write_metrics(metrics | ({} if outcome.accuracy is None else {"server_score": outcome.accuracy}))
-        stop_if_failed(outcome)
+        append_line(
+            self.folder, self.settings, outcome, metrics=figures, seconds=self.rounded_seconds(), **more
+        )
 
 
 def say(outcome: Outcome) -> None:

@@ -81,6 +81,24 @@ def figures_of(ranking: dict[str, list[str]]) -> dict:
     return _figures(first, top_k=1) | {"points": _points(first).tolist()}
 
 
+def first_hits(ranking: dict[str, list[str]]) -> list[int]:
+    """The rank of each query's first right image, from 1; 0 where it is not among those that are ranked.
+
+    >>> first_hits({"a/1": ["b/1", "a/2"], "b/2": ["a/2", "a/3"]})
+    [2, 0]
+    """
+    return [int(rank) if np.isfinite(rank) else 0 for rank in _first_hits(ranking)]
+
+
+def points_of(first: list[int]) -> list[int]:
+    """What each query earns, 0 to 1000, from first_hits.
+
+    >>> points_of([1, 4, 10, 0])
+    [1000, 400, 100, 0]
+    """
+    return _points(np.where(np.array(first) > 0, first, np.inf)).tolist()
+
+
 def compare(points: list[int], with_points: list[int]) -> tuple[float, list[float]]:
     """How much higher the first score is, of the same queries, and the 95 % interval of that.
 

@@ -1,111 +1,276 @@
-"""A ranking and its images in; a picture of queries beside their best matches out."""
+"""A run that is over in; report.html, one file that opens offline, and its charts as PNG out.
+
+python -m retrieval.report results results/earlier_day      # compare the runs in their ledgers
+"""
 
 from __future__ import annotations
 
-import io
+import logging
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw
+from pydantic_settings import CliPositionalArg
 
-from get_images import ImageFile, UnreadableImageError, label_of, read_image
-from retrieval.ledger import write_whole
+from get_images import ImageFile, label_of
+from retrieval import figures, settings
+from retrieval.backbones import Trained
+from retrieval.figures import Chart, Points
+from retrieval.ledger import Outcome, Run, write_whole
+from retrieval.metrics import CUTS, are_labelled, first_hits
+from retrieval.page import render
+from retrieval.ranking import Embeddings
+from retrieval.thumbnails import draw_matches, small_pictures
 
-if TYPE_CHECKING:
-    from torch import Tensor
+PAGE, SHEET = "report.html", "similar_images.png"
+SHOWN = 10  # matches of a query
+POINTS, FEWEST_POINTS = 1000, 5  # of the map
+MOST_PICTURES = 24_000  # in the page; the images after these are named only
+# Pixels of a picture's longer side where there are so many: together they stay below 10 MB.
+SIDES = {3000: 96, 8000: 64, 14_000: 48, MOST_PICTURES: 32}
+PACKAGES = ("torch", "torchvision", "timm", "facenet-pytorch", "numpy", "pillow", "scikit-learn")
 
-SIDE, GAP, FRAME = 96, 12, 4  # pixels of a thumbnail, around it, and of its frame
-RIGHT, WRONG, UNKNOWN = "#1a7f37", "#cf222e", "#8c959f"
-
-
-def draw_matches(
-    ranking: dict[str, list[str]],
-    queries: list[ImageFile],
-    gallery: list[ImageFile],
-    top_k: int,
-    path: Path,
-    rows: int = 8,
-) -> None:
-    """Write a PNG: in each row a query, then its `top_k` best matches (ten at most), best first.
-
-    Shown are `rows` queries at equal distances in their order. Right matches have a green frame, wrong ones a
-    red frame and a stroke across the corner, and unlabelled ones a grey frame.
-    """
-    shown = queries[:: max(1, len(queries) // rows)][:rows]
-    paths = {image.name: image.path for image in gallery}
-    columns = min(top_k, max(len(names) for names in ranking.values()), 10)
-    width = GAP + (SIDE + GAP) * (columns + 1) + GAP
-    sheet = Image.new("RGB", (width, GAP + (SIDE + GAP) * len(shown)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for row, query in enumerate(shown):
-        y = GAP + (SIDE + GAP) * row
-        sheet.paste(_thumbnail(query.path), (GAP, y))
-        for column, name in enumerate(ranking[query.name][:columns]):
-            x = GAP + (SIDE + GAP) * (column + 1) + GAP
-            sheet.paste(_thumbnail(paths[name]), (x, y))
-            _frame(draw, x, y, label_of(query.name), label_of(name))
-    png = io.BytesIO()
-    sheet.save(png, "PNG")
-    write_whole(path, png.getvalue())
+log = logging.getLogger("retrieval.report")
 
 
-def write_png(pixels: Tensor, path: Path) -> None:
-    """Write uint8 RGB (3, height, width) as a PNG file, with the folders above it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _picture(pixels).save(path, "PNG")
+class Settings(settings.Form):
+    """Compare the runs in the ledgers of these folders."""
+
+    folders: CliPositionalArg[list[settings.Folder]]
 
 
-def _picture(pixels: Tensor) -> Image.Image:
-    return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+def main(form: Settings) -> None:
+    from retrieval.comparison import compare_ledgers
+
+    log.info("wrote %s", compare_ledgers(form.folders))
 
 
-def _thumbnail(path: Path) -> Image.Image:
-    """The whole image in a square, on grey; a cross where it cannot be read."""
-    square = Image.new("RGB", (SIDE, SIDE), "#eaeef2")
-    try:
-        image = _picture(read_image(path))
-    except UnreadableImageError:
-        ImageDraw.Draw(square).line([(0, 0), (SIDE, SIDE), (SIDE, 0), (0, SIDE)], fill=UNKNOWN, width=2)
-        return square
-    scale = SIDE / max(image.size)
-    image = image.resize([max(1, round(length * scale)) for length in image.size])
-    square.paste(image, ((SIDE - image.width) // 2, (SIDE - image.height) // 2))
-    return square
+@dataclass(frozen=True)
+class Found:
+    """What a run found: its images, their embeddings, the ranking and its figures."""
+
+    queries: list[ImageFile]
+    gallery: list[ImageFile]
+    query_vectors: Embeddings
+    gallery_vectors: Embeddings
+    ranking: dict[str, list[str]]
+    metrics: dict[str, Any]
+    trained: Trained | None = None  # None: the network is not fine-tuned
+
+    @property
+    def labelled(self) -> bool:
+        """Whether it is known which matches are right."""
+        return are_labelled(self.query_vectors.names, self.gallery_vectors.names)
 
 
-def _frame(draw: ImageDraw.ImageDraw, x: int, y: int, query: str | None, match: str | None) -> None:
-    colour = UNKNOWN if query is None else RIGHT if query == match else WRONG
-    outer = (x - FRAME, y - FRAME, x + SIDE + FRAME - 1, y + SIDE + FRAME - 1)
-    draw.rectangle(outer, outline=colour, width=FRAME)
-    if colour == WRONG:  # seen without colours too
-        draw.line([(x, y + SIDE // 3), (x + SIDE // 3, y)], fill=colour, width=FRAME)
+def write_report(run: Run, found: Found, outcome: Outcome) -> Path:
+    """Write report.html into the run's folder, and beside it similar_images.png and the charts; the page."""
+    matches = Matches(found)
+    draw_matches(found.ranking, found.queries, found.gallery, run.settings.top_k, run.folder / SHEET)
+    shown = _sample(found)
+    tsne, behind = _map(found, shown)
+    charts = {chart.name: chart for chart in [*tsne, *_charts(found, matches)]}
+    for chart in charts.values():
+        write_whole(run.folder / f"{chart.name}.png", chart.png)
+    data = _data(found, matches, [shown[rows].tolist() for rows in behind])
+    page = render(
+        "report.html",
+        title=f"{found.metrics['backbone']}: {len(found.queries)} queries in {len(found.gallery)} images",
+        outcome=outcome,
+        tiles=_tiles(found.metrics),
+        labelled=found.labelled,
+        charts=charts,
+        data=data,
+        query_classes=sorted(
+            {(data["labels"][row], data["classes"][data["labels"][row]]) for row in range(len(found.queries))}
+        ),
+        mapped=len(shown),
+        images=len(found.queries) + len(found.gallery),
+        command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        time=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        tables=_tables(run),
+    )
+    write_whole(run.folder / PAGE, page)
+    return run.folder / PAGE
 
 
-def draw_curves(history: list[dict[str, Any]], untuned: dict[str, Any], path: Path) -> None:
-    """Write a PNG: the loss of a training over its epochs, and its top-1 and top-3 from untuned on."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(9, 3.5), layout="constrained")
-    losses, shares = figure.subplots(1, 2)
-    epochs = [line["epoch"] for line in history]
-    losses.plot(epochs, [line["loss"] for line in history], "o-", color="#0969da")
-    losses.set_title("training loss")
-    for cut, colour in ((1, "#1a7f37"), (3, "#8250df")):
-        values = [untuned[f"top_{cut}"], *(line[f"top_{cut}"] for line in history)]
-        low, high = zip(
-            *[untuned[f"top_{cut}_interval"], *(x[f"top_{cut}_interval"] for x in history)], strict=True
+def _tiles(metrics: dict[str, Any]) -> list[dict[str, str]]:
+    """The figures at the top of the page, each with its interval."""
+    tiles = []
+    if "server_score" in metrics:
+        tiles.append(
+            {"name": "the server's score", "value": f"{metrics['server_score']:.1f}", "note": "of 1000"}
         )
-        shares.plot([0, *epochs], values, "o-", color=colour, label=f"top-{cut}")
-        shares.fill_between([0, *epochs], low, high, color=colour, alpha=0.15, linewidth=0)
-        shares.axhline(values[0], color=colour, linestyle=":", linewidth=1)
-    shares.set_title("validation (0: untuned; shaded: 95 %)")
-    shares.legend(loc="lower right")
-    for axes in (losses, shares):
-        axes.set_xlabel("epoch")
-        axes.grid(alpha=0.3)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=110)
-    write_whole(path, png.getvalue())
+    if "score" not in metrics:
+        return tiles
+    low, high = metrics["score_interval"]
+    note = f"{low:.0f} to {high:.0f} of 1000 (95 %)"
+    tiles.append({"name": "score by the folder labels", "value": f"{metrics['score']:.1f}", "note": note})
+    for cut in CUTS:
+        low, high = (100 * bound for bound in metrics[f"top_{cut}_interval"])
+        value = f"{100 * metrics[f'top_{cut}']:.1f} %"
+        tiles.append({"name": f"top-{cut}", "value": value, "note": f"{low:.1f} to {high:.1f} %"})
+    return tiles
+
+
+def _tables(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Captions and rows of how the run was made."""
+    seconds = [(step, f"{spent:.1f}") for step, spent in run.rounded_seconds().items() if step != "total"]
+    return [
+        ("seconds of each step", [*seconds, ("all but this page", f"{sum(run.seconds.values()):.1f}")]),
+        ("settings", [(name, "–" if value is None else str(value)) for name, value in run.settings]),
+        ("versions", list(versions().items())),
+    ]
+
+
+def versions() -> dict[str, str]:
+    """Of Python, of the packages that decide a result, and the commit of this code where git knows it."""
+    found = {"python": platform.python_version(), "system": platform.platform(terse=True)}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found | _commit(Path(__file__).parent.parent)
+
+
+def _commit(folder: Path) -> dict[str, str]:
+    """The commit of the code in a folder; nothing where git does not know it."""
+    if not (folder / ".git").exists():  # a copy inside somebody's own repository is no commit of ours
+        return {}
+    command = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):  # no git
+        return {}
+    return {"commit": told.stdout.strip()} if told.returncode == 0 else {}
+
+
+# ---- what the page looks through ------------------------------------------------------------------
+
+
+class Matches:
+    """For each query its first SHOWN matches: which, how alike, and whether right."""
+
+    def __init__(self, found: Found) -> None:
+        row_of = {name: row for row, name in enumerate(found.gallery_vectors.names)}
+        # (queries, shown): rows of the gallery, and their cosines
+        self.rows = np.array([[row_of[name] for name in best[:SHOWN]] for best in found.ranking.values()])
+        self.cosines = _cosines(found, self.rows)
+        # (queries,): the rank of the first right match, 0 where none is known; the lead of the first match
+        self.first = np.zeros(len(self.rows), int)
+        others = np.ones_like(self.rows, bool)
+        if found.labelled:
+            self.first[:] = first_hits(found.ranking)
+            labels = np.array([label_of(name) or "" for name in found.gallery_vectors.names], dtype=object)
+            others = labels[self.rows] != labels[self.rows[:, :1]]
+        others[:, 0], others[:, -1] = False, True
+        self.margin = self.cosines[:, 0] - np.where(others, self.cosines, -np.inf).max(axis=1)
+
+
+def _cosines(found: Found, rows: np.ndarray, block: int = 256) -> np.ndarray:
+    """(queries, shown) rows of the gallery → their cosines with the queries, some queries at a time."""
+    parts = [slice(start, start + block) for start in range(0, len(rows), block)]
+    queries, gallery = found.query_vectors.vectors, found.gallery_vectors.vectors
+    return np.concatenate([np.einsum("qd,qkd->qk", queries[part], gallery[rows[part]]) for part in parts])
+
+
+def _data(found: Found, matches: Matches, points: list[list[int]]) -> dict[str, Any]:
+    """What the page's script reads. An image is its row: the queries first, then the gallery images."""
+    images = [*found.queries, *found.gallery]
+    queries = len(found.queries)
+    used = dict.fromkeys(range(queries))
+    used |= dict.fromkeys((matches.rows + queries).ravel().tolist())
+    used |= dict.fromkeys(row for rows in points for row in rows)
+    drawn = list(used)[:MOST_PICTURES]
+    side = next(side for count, side in SIDES.items() if len(drawn) <= count)
+    pictures = dict(zip(drawn, small_pictures([images[row] for row in drawn], side), strict=True))
+    classes = sorted({label_of(images[row].name) or "" for row in used})
+    class_of = {label: number for number, label in enumerate(classes)}
+    return {
+        "labelled": found.labelled,
+        "side": side,
+        "classes": classes,
+        "names": {row: images[row].name for row in used},
+        "labels": {row: class_of[label_of(images[row].name) or ""] for row in used},
+        "pictures": pictures,
+        "matches": (matches.rows + queries).tolist(),
+        "cosines": matches.cosines.round(3).tolist(),
+        "first": matches.first.tolist(),
+        "margin": matches.margin.round(4).tolist(),
+        "random": np.random.default_rng(0).permutation(queries).tolist(),
+        "points": points,
+    }
+
+
+# ---- charts ---------------------------------------------------------------------------------------
+
+
+def _charts(found: Found, matches: Matches) -> list[Chart]:
+    right = matches.first == 1 if found.labelled else None
+    charts = [figures.similarities(matches.cosines[:, 0], right)]
+    if found.labelled:
+        of_queries = [label_of(name) or "none" for name in found.ranking]
+        of_matches = [label_of(found.gallery_vectors.names[row]) or "none" for row in matches.rows[:, 0]]
+        charts.append(figures.per_class(found.metrics["per_class"]))
+        charts.append(figures.confusion(of_queries, of_matches))
+    if found.trained and found.trained.history:
+        charts.append(figures.curves(found.trained.history, found.trained.untuned))
+    return charts
+
+
+def _sample(found: Found, seed: int = 0) -> np.ndarray:
+    """Up to POINTS rows of queries and gallery images together, of the classes in turn; no empty vectors."""
+    names = found.query_vectors.names + found.gallery_vectors.names
+    usable = np.concatenate(
+        [vectors.vectors.any(axis=1) for vectors in (found.query_vectors, found.gallery_vectors)]
+    )
+    of_class: dict[str | None, list[int]] = {}
+    for row in np.random.default_rng(seed).permutation(np.flatnonzero(usable)).tolist():
+        of_class.setdefault(label_of(names[row]), []).append(row)
+    order = sorted(
+        ((turn, row) for rows in of_class.values() for turn, row in enumerate(rows)), key=lambda x: x[0]
+    )
+    return np.array(sorted(row for _, row in order[:POINTS]), dtype=int)
+
+
+def _map(found: Found, shown: np.ndarray) -> tuple[list[Chart], list[np.ndarray]]:
+    """The t-SNE map of these rows, beside that of the untuned network where the embeddings hold it.
+
+    And which of the rows each group of its marks stands for. Nothing for a handful of images.
+    """
+    if len(shown) < FEWEST_POINTS:
+        return [], []
+    every = np.concatenate([found.query_vectors.vectors, found.gallery_vectors.vectors])
+    panels = [("after fine-tuning" if found.trained else "embeddings", every[shown])]
+    if found.trained and found.trained.untuned_dimension:
+        untuned = every[shown, : found.trained.untuned_dimension]
+        lengths = np.linalg.norm(untuned, axis=1, keepdims=True)
+        panels.insert(0, ("before fine-tuning", untuned / np.maximum(lengths, 1e-12)))
+    points = [Points(title, places(vectors)) for title, vectors in panels]
+    names = found.query_vectors.names + found.gallery_vectors.names
+    labels = [label_of(names[row]) if found.labelled else None for row in shown]
+    chart, behind = figures.embedding_map(points, labels, shown < len(found.queries))
+    return [chart], behind
+
+
+def places(vectors: np.ndarray, seed: int = 0) -> np.ndarray:
+    """t-SNE (van der Maaten and Hinton 2008) of vectors (points, dimension), after PCA to 50: (points, 2)."""
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    reduced = PCA(min(50, *vectors.shape), random_state=seed).fit_transform(vectors)
+    perplexity = min(30.0, (len(vectors) - 1) / 3)
+    start = reduced[:, :2] / max(reduced[:, 0].std(), 1e-12) * 1e-4  # as Kobak and Berens 2019 do
+    return TSNE(init=start, perplexity=perplexity, max_iter=500, random_state=seed).fit_transform(reduced)
+
+
+if __name__ == "__main__":
+    settings.run_script(main, Settings)

@@ -28,8 +28,8 @@ from retrieval.fine_tuned import (
     write_checkpoint,
     write_fine_tuned,
 )
+from retrieval.figures import draw_curves
 from retrieval.metrics import compare
-from retrieval.report import draw_curves
 from retrieval.settings import RunError
 from retrieval.timm_zoo import hub_config
 from retrieval.weights import unpickle
@@ -333,5 +333,6 @@ def recipe_of(
         classes=training.squares.classes,
         versions=versions,
         metrics=metrics,
+        history=training.progress.history,
         hub_config=hub_config(settings.model),
     )

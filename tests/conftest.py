@@ -206,3 +206,97 @@ def assert_same(weights, others):
     assert weights.keys() == others.keys()
     for name, tensor in weights.items():
         assert torch.equal(tensor, others[name]), name
+
+
+# ---- pages
+
+
+def vectors_of(rows):
+    """Embeddings with these vectors, made unit: a name → its vector."""
+    from retrieval.ranking import Embeddings
+
+    vectors = np.array(list(rows.values()), dtype=np.float32)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return Embeddings(list(rows), vectors / np.where(lengths, lengths, 1))
+
+
+def found_of(folder, queries_of_each=None, gallery_of_each=None):
+    """What a run on folder/query and folder/gallery finds, where an embedding is the image itself, 8 × 8."""
+    from get_images import find_images, label_of
+    from retrieval.metrics import measure
+    from retrieval.ranking import rank
+    from retrieval.report import Found
+
+    sides = []
+    for part, most in (("query", queries_of_each), ("gallery", gallery_of_each)):
+        taken, counts = [], {}
+        for file in find_images(folder / part):
+            counts[label_of(file.name)] = counts.get(label_of(file.name), 0) + 1
+            if most is None or counts[label_of(file.name)] <= most:
+                taken.append(file)
+        sides.append(taken)
+    vectors = []
+    for files in sides:
+        pixels = {
+            f.name: np.asarray(Image.open(f.path).convert("L").resize((8, 8)), float).ravel() for f in files
+        }
+        vectors.append(vectors_of({name: values - values.mean() for name, values in pixels.items()}))
+    ranking = rank(*vectors, keep=10)
+    return Found(*sides, *vectors, ranking, {"backbone": "pixels"} | measure(ranking, *vectors, 3))
+
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+QUIET = ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
+         "disable-background-networking", "disable-component-update")  # fmt: skip
+
+
+class Browser:
+    """A real browser, headless."""
+
+    def __init__(self):
+        from selenium import webdriver
+        from selenium.webdriver.chrome.service import Service
+
+        options = webdriver.ChromeOptions()
+        options.binary_location = CHROMIUM
+        for flag in QUIET:
+            options.add_argument(f"--{flag}")
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        self.driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+
+    def open(self, address, width=1280, scheme="light"):
+        """Open a page in a window of this width, for a user who likes it light or dark."""
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        self.driver.get(str(address))
+
+    def run(self, script, *arguments):
+        """What a script returns in the page."""
+        return self.driver.execute_script(script, *arguments)
+
+    def texts(self, selector):
+        return self.run(
+            "return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)", selector
+        )
+
+    def press(self, key):
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        ActionChains(self.driver).send_keys(key).perform()
+
+    def errors(self):
+        """What the page's console has complained of."""
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+
+@pytest.fixture(scope="session")
+def browser():
+    if not (CHROMIUM and DRIVER):
+        if os.environ.get("REQUIRE_BROWSER"):
+            pytest.fail("REQUIRE_BROWSER is set, and there is no chromium with its chromedriver")
+        pytest.skip("no chromium with its chromedriver: `apt-get install chromium chromium-driver`")
+    browser = Browser()
+    yield browser
+    browser.driver.quit()

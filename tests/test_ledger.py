@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from get_images import ImageFile
-from retrieval.ledger import Outcome, Run, append_line, set_aside, write_whole
+from retrieval.ledger import Outcome, Run, append_line, set_aside, stop_if_failed, write_whole
 from retrieval.settings import Form, InputError, NewFolder, RunError
 
 SAVED = Outcome("saved", "saved, not sent")
@@ -172,25 +172,39 @@ def test_seconds_add_up_and_the_files_are_written_even_when_sending_failed(tmp_p
     run.done("find", "found 3 images")
     run.done("send")
     assert [record.getMessage() for record in caplog.records] == ["found 3 images in 0.0 s"]
-    run.finish({"queries": 3, "per_class": {"a": 1}}, Outcome("scored", "the score", 698.0, 200))
+    figures = {"queries": 3, "per_class": {"a": 1}}
+    run.conclude(figures, Outcome("scored", "the score", 698.0, 200), first=[1, 0, 4])
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["server_score"] == 698.0
     assert metrics["per_class"] == {"a": 1}
     seconds = metrics["seconds"]
     assert seconds["total"] == pytest.approx(seconds["find"] + seconds["send"], abs=0.002)
     for number, (word, status) in enumerate((("failed", 1), ("interrupted", 130))):
+        run.conclude({"queries": number}, Outcome(word, "no answer"))
         with pytest.raises(SystemExit) as end:
-            run.finish({"queries": number}, Outcome(word, "no answer"))
+            stop_if_failed(Outcome(word, "no answer"))
         assert end.value.code == status
         assert (caplog.records[-1].levelname, caplog.records[-1].getMessage()) == ("ERROR", "no answer")
         assert json.loads((tmp_path / "metrics.json").read_text())["queries"] == number
     assert [line["outcome"]["word"] for line in lines(tmp_path)] == ["scored", "failed", "interrupted"]
-    assert lines(tmp_path)[0]["metrics"] == {"queries": 3}
+    assert lines(tmp_path)[0]["metrics"] == {"queries": 3, "server_score": 698.0}
+    assert lines(tmp_path)[0]["seconds"] == seconds
+    assert lines(tmp_path)[0]["first"] == [1, 0, 4]
+
+
+def test_runs_on_the_same_images_share_a_file_of_their_names(tmp_path):
+    run = Run(Settings(output_dir=tmp_path))
+    digest = run.write_names(["q 1.jpg", "雪.jpg"], ["g.jpg"])
+    assert run.write_names(["q 1.jpg", "雪.jpg"], ["g.jpg"]) == digest
+    (file,) = tmp_path.iterdir()
+    assert file.name == f"names-{digest}.json"
+    assert json.loads(file.read_text()) == {"queries": ["q 1.jpg", "雪.jpg"], "gallery_images": ["g.jpg"]}
+    assert run.write_names(["q 1.jpg"], ["雪.jpg", "g.jpg"]) != digest
 
 
 def test_the_score_is_said_before_a_full_disk_can_hide_it(tmp_path, caplog, no_more_than_1_mb):
     caplog.set_level("INFO")
     run = Run(Settings(output_dir=tmp_path))
     with pytest.raises(OSError, match="File too large"):
-        run.finish({"unreadable_queries": ["x" * 100] * 20_000}, Outcome("scored", "the score: 698", 698.0))
+        run.conclude({"unreadable_queries": ["x" * 100] * 20_000}, Outcome("scored", "the score: 698", 698.0))
     assert "the score: 698" in caplog.text

@@ -1,55 +1,230 @@
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
-from PIL import Image, ImageColor
+import pytest
+from conftest import found_of
 
-from get_images import find_images
-from retrieval.report import GAP, RIGHT, SIDE, UNKNOWN, WRONG, draw_matches
+from retrieval import report
+from retrieval.backbones import Trained
+from retrieval.figures import RIGHT, WRONG, confusion, per_class
+from retrieval.ledger import Outcome, Run
+from retrieval.report import Found, Matches, places, write_report
+from retrieval.settings import Form, NewFolder
 
-
-def frame(sheet, row, column):
-    """The colour of the frame around the match in this column."""
-    x, y = GAP + (SIDE + GAP) * (column + 1) + GAP, GAP + (SIDE + GAP) * row
-    return sheet.getpixel((x - 2, y + SIDE // 2))
-
-
-def paint(folder, **colours):
-    for name, colour in colours.items():
-        path = folder / name.replace("_", "/")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (30, 20), colour).save(path.with_suffix(".png"))
-    return find_images(folder)
+SAVED = Outcome("saved", "scored by the folder labels: nothing was sent")
+STRANGE = ["'\"><script>window.hacked=1<", "雪山", "🌋 {{ 7*7 }}", "a&amp;b $x^2"]
 
 
-def test_right_and_wrong_matches_stand_in_their_order_with_their_frames(tmp_path):
-    queries = paint(tmp_path / "q", a_1="red", b_1="blue")
-    gallery = paint(tmp_path / "g", a_x="orange", b_x="navy")
-    ranking = {"a/1.png": ["a/x.png", "b/x.png"], "b/1.png": ["a/x.png", "b/x.png"]}
-    draw_matches(ranking, queries, gallery, top_k=2, path=tmp_path / "matches.png")
-    sheet = Image.open(tmp_path / "matches.png")
-    right, wrong = (ImageColor.getrgb(colour) for colour in (RIGHT, WRONG))
-    assert [[frame(sheet, row, column) for column in (0, 1)] for row in (0, 1)] == [
-        [right, wrong],
-        [wrong, right],
-    ]
-    middle = SIDE // 2 + GAP
-    assert sheet.getpixel((middle, middle)) == ImageColor.getrgb("red")
-    assert sheet.getpixel((middle + SIDE + 2 * GAP, middle)) == ImageColor.getrgb("orange")
+class Settings(Form):
+    query_dir: NewFolder = Path("query")
+    gallery_dir: NewFolder = Path("gallery")
+    output_dir: NewFolder = Path("results")
+    top_k: int = 3
 
 
-def test_unlabelled_and_unreadable_images_are_drawn_too(tmp_path):
-    queries = paint(tmp_path / "q", x="red")
-    gallery = paint(tmp_path / "g", y="blue", z="green")
-    gallery[1].path.write_bytes(b"")
-    draw_matches({"x.png": ["z.png", "y.png"]}, queries, gallery, top_k=10, path=tmp_path / "matches.png")
-    sheet = Image.open(tmp_path / "matches.png")
-    assert frame(sheet, 0, 0) == frame(sheet, 0, 1) == ImageColor.getrgb(UNKNOWN)
+def drawn(found, folder, outcome=SAVED):
+    folder.mkdir(exist_ok=True)
+    return write_report(Run(Settings(output_dir=folder)), found, outcome).read_text()
 
 
-def test_top_k_and_the_number_of_queries_set_the_size_of_the_picture(tmp_path):
-    queries = paint(tmp_path / "q", **{f"{n:02}": "red" for n in range(20)})
-    gallery = paint(tmp_path / "g", **{f"{n:02}": "blue" for n in range(12)})
-    ranking = {query.name: [image.name for image in gallery] for query in queries}
-    sizes = []
-    for top_k, rows in ((3, 8), (12, 8), (3, 30)):
-        draw_matches(ranking, queries, gallery, top_k, tmp_path / "matches.png", rows)
-        sizes.append((np.array(Image.open(tmp_path / "matches.png").size) - GAP) // (SIDE + GAP))
-    assert [size.tolist() for size in sizes] == [[4, 8], [11, 8], [4, 20]]
+def data_of(page):
+    """What the page's script reads."""
+    return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)[1])
+
+
+@pytest.fixture(scope="module")
+def digits(sample):
+    return found_of(sample / "test", 4, 12)
+
+
+# ---- what is told of each query
+
+
+def test_the_first_hit_and_the_lead_by_hand(tmp_path):
+    from conftest import vectors_of
+
+    queries = vectors_of({"a/1": [1, 0], "b/1": [0, 1], "c/1": [0.6, 0.8]})
+    gallery = vectors_of({"a/2": [0.8, 0.6], "a/3": [1, 0], "b/2": [0.6, 0.8]})
+    ranking = {"a/1": ["a/3", "a/2", "b/2"], "b/1": ["b/2", "a/2", "a/3"], "c/1": ["b/2", "a/2", "a/3"]}
+    matches = Matches(Found([], [], queries, gallery, ranking, {}))
+    assert matches.rows.tolist() == [[1, 0, 2], [2, 0, 1], [2, 0, 1]]
+    assert matches.first.tolist() == [1, 1, 0]
+    assert matches.cosines == pytest.approx(np.array([[1, 0.8, 0.6], [0.8, 0.6, 0], [1, 0.96, 0.6]]))
+    # the lead over the first match of another class: a/1 over b/2, the two others over a/2
+    assert matches.margin == pytest.approx([0.4, 0.2, 0.04])
+
+
+def test_a_gallery_of_one_class_and_one_of_a_single_image_have_a_lead_too():
+    from conftest import vectors_of
+
+    queries = vectors_of({"a/1": [1, 0], "b/1": [0, 1]})
+    gallery = vectors_of({"a/2": [1, 0], "a/3": [0.6, 0.8]})
+    ranking = {"a/1": ["a/2", "a/3"], "b/1": ["a/3", "a/2"]}
+    assert Matches(Found([], [], queries, gallery, ranking, {})).margin == pytest.approx([0.4, 0.8])
+    single = Found([], [], queries, vectors_of({"a/2": [1, 0]}), {"a/1": ["a/2"], "b/1": ["a/2"]}, {})
+    assert Matches(single).margin.tolist() == [0, 0]
+
+
+def test_the_page_holds_every_query_with_its_matches_and_their_pictures(digits, tmp_path):
+    data = data_of(drawn(digits, tmp_path))
+    assert [data["names"][str(row)] for row in range(40)] == list(digits.ranking)
+    for query, best in zip(data["matches"], digits.ranking.values(), strict=True):
+        assert [data["names"][str(row)] for row in query] == best[:10]
+    assert all(data["pictures"][str(row)] for rows in data["matches"] for row in rows)
+    assert sorted(data["random"]) == list(range(40))
+    assert np.array(data["cosines"]).max() <= 1.001
+    mapped = sum(len(rows) for rows in data["points"])
+    assert mapped == len(digits.queries) + len(digits.gallery)
+
+
+def test_the_pictures_shrink_where_there_are_many_and_the_last_are_left_out(digits, tmp_path, monkeypatch):
+    large = drawn(digits, tmp_path)
+    monkeypatch.setattr(report, "SIDES", {10: 96, 1000: 16})
+    assert len(drawn(digits, tmp_path)) < len(large)
+    monkeypatch.setattr(report, "MOST_PICTURES", 45)
+    data = data_of(drawn(digits, tmp_path))
+    assert len(data["pictures"]) == 45
+    assert set(map(str, range(40))) <= set(data["pictures"])  # queries come first
+
+
+# ---- files
+
+
+def test_the_pictures_for_slides_lie_beside_the_page(digits, tmp_path):
+    drawn(digits, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "report.html", "similar_images.png", "tsne.png", "per_class.png", "confusion.png", "similarities.png",
+    }  # fmt: skip
+
+
+def test_a_page_loads_nothing_from_elsewhere(digits, tmp_path):
+    page = drawn(digits, tmp_path)
+    addresses = set(re.findall(r"(?:src|href)=[\"']?([^\"' >]+)", page))
+    assert {a for a in addresses if not a.startswith(("#", "data:"))} == {
+        "similar_images.png", "tsne.png", "per_class.png", "confusion.png", "similarities.png",
+    }  # fmt: skip
+    assert "@import" not in page
+    assert "url(http" not in page
+
+
+def test_unlabelled_images_have_matches_and_similarities_and_no_verdict(flat, tmp_path):
+    page = drawn(found_of(flat), tmp_path / "out")
+    assert "whether a match is right is unknown" in page
+    assert not {"per_class.png", "confusion.png"} & {path.name for path in (tmp_path / "out").iterdir()}
+    assert "worst first" not in page
+    data = data_of(page)
+    assert data["labelled"] is False
+    assert len(data["matches"]) == 8
+
+
+def test_the_servers_score_is_told(flat, tmp_path):
+    found = found_of(flat)
+    found.metrics["server_score"] = 698.0
+    page = drawn(found, tmp_path, Outcome("scored", "the server's score: 698 of 1000", 698.0))
+    assert "<dd>698.0</dd>" in page
+    assert "the server&#39;s score: 698 of 1000" in page
+
+
+def test_names_are_text_whatever_they_are(sample, tmp_path):
+    source = sorted((sample / "test" / "gallery" / "0").iterdir())
+    for part in ("query", "gallery"):
+        for number, name in enumerate(STRANGE):
+            folder = tmp_path / "images" / part / name
+            folder.mkdir(parents=True)
+            for copy in range(3):
+                shutil.copy(source[number], folder / f"{name}{copy}.png")
+    page = drawn(found_of(tmp_path / "images"), tmp_path / "out")
+    assert "<script>window" not in page
+    assert "49" not in re.findall(r"<option.*?</option>", page)
+    data = data_of(page)
+    assert set(data["classes"]) == set(STRANGE)
+    assert {name.split("/")[0] for name in data["names"].values()} == set(STRANGE)
+
+
+def test_an_image_that_cannot_be_read_costs_its_picture_only(digits, tmp_path):
+    folder = tmp_path / "images"
+    for part, files in (("query", digits.queries), ("gallery", digits.gallery)):
+        for file in files:
+            (folder / part / file.name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file.path, folder / part / file.name)
+    found = found_of(folder)
+    found.queries[3].path.write_bytes(b"")
+    data = data_of(drawn(found, tmp_path / "out"))
+    assert data["pictures"]["3"] == ""
+    assert data["pictures"]["2"]
+
+
+# ---- charts
+
+
+def test_the_map_is_seeded_and_keeps_classes_together(digits):
+    vectors = digits.gallery_vectors.vectors
+    first, second = places(vectors), places(vectors)
+    assert np.array_equal(first, second)
+    labels = np.array([name[0] for name in digits.gallery_vectors.names])
+    distances = np.linalg.norm(first[:, None] - first[None], axis=2) + 1e9 * np.eye(len(first))
+    assert (labels[distances.argmin(1)] == labels).mean() > 0.7  # by chance a tenth
+
+
+def test_the_map_shows_each_class_as_often_and_leaves_out_empty_vectors(digits, monkeypatch):
+    monkeypatch.setattr(report, "POINTS", 30)
+    vectors = digits.query_vectors.vectors.copy()
+    vectors[0] = 0
+    digits = replace(digits, query_vectors=replace(digits.query_vectors, vectors=vectors))
+    rows = report._sample(digits)
+    names = digits.query_vectors.names + digits.gallery_vectors.names
+    labels = [names[row][0] for row in rows]
+    assert 0 not in rows
+    assert {labels.count(label) for label in "0123456789"} == {3}
+    assert np.array_equal(rows, report._sample(digits))
+
+
+def test_a_tuned_network_that_holds_the_untuned_one_is_mapped_before_and_after(digits, tmp_path):
+    interval = {"top_1": 0.5, "top_3": 0.7, "top_1_interval": [0.4, 0.6], "top_3_interval": [0.6, 0.8]}
+    history = [{"epoch": epoch, "loss": 1.0 / epoch} | interval for epoch in (1, 2)]
+    half = digits.query_vectors.vectors.shape[1] // 2
+    tuned = replace(digits, trained=Trained(half, interval, history))
+    page = drawn(tuned, tmp_path)
+    assert "before fine-tuning" in page
+    assert "training loss" in page
+    assert (tmp_path / "loss.png").exists()
+    points = data_of(page)["points"]
+    assert sum(map(len, points)) == 2 * (len(digits.queries) + len(digits.gallery))
+
+
+def test_of_many_classes_the_worst_are_shown(digits):
+    figures = {f"class {n:03}": {"top_1": n / 100, "top_1_interval": [n / 100, n / 100]} for n in range(60)}
+    chart = per_class(figures)
+    assert "the worst 25 of 60 classes" in chart.svg
+    assert "class 024" in chart.svg
+    assert "class 025" not in chart.svg
+    queries = [f"c{n:02}" for n in range(60)]
+    matches = [*queries[1:11], *queries[10:]]  # the first ten are taken for the next
+    chart = confusion(queries, matches)
+    assert "the 25 most confused classes" in chart.svg
+    assert all(f">{label}<" in chart.svg for label in queries[:10])
+
+
+def test_the_colours_are_seen_on_white_and_on_black():
+    from retrieval.figures import COLOURS
+
+    def brightness(colour):  # WCAG 2.2: relative luminance
+        parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for colour in (*COLOURS, RIGHT, WRONG):
+        for ground in ("#ffffff", "#0d1117"):
+            light, dark = sorted((brightness(colour), brightness(ground)))[::-1]
+            assert (light + 0.05) / (dark + 0.05) >= 3, (colour, ground)
+
+
+def test_a_copy_inside_another_repository_tells_no_commit_of_that(tmp_path):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "copy").mkdir()
+    assert report._commit(tmp_path / "copy") == {}
+    assert report._commit(tmp_path) == {}  # nor does a broken one

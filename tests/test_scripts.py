@@ -33,16 +33,17 @@ def ledger(folder):
         "model_fine_tuned",
         "retrieval.submission",
         "retrieval.backbones",
+        "retrieval.report",
     ],
 )
 def test_the_form_is_read_before_the_slow_imports(script):
-    program = f"import sys, {script}; sys.exit(bool({{'torch', 'timm', 'sklearn'}} & set(sys.modules)))"
+    program = f"import sys, {script}; sys.exit(bool({{'torch', 'timm', 'sklearn', 'matplotlib', 'jinja2'}} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
 
 
 COMMANDS = [["model_not_tuned.py"], ["fine_tuning.py"], ["model_fine_tuned.py"],
             ["get_images.py"], ["get_images.py", "sample"],
-            ["-m", "retrieval.submission"], ["-m", "retrieval.backbones"]]  # fmt: skip
+            ["-m", "retrieval.submission"], ["-m", "retrieval.backbones"], ["-m", "retrieval.report"]]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -125,12 +126,18 @@ def test_a_competition_from_two_flat_folders_to_the_servers_score(flat):
     found = metrics(flat / "results")
     assert (found["queries"], found["gallery_images"], found["server_score"]) == (8, 24, 698.0)
     assert "top_1" not in found
-    assert set(found["seconds"]) == {"find", "load", "embed", "rank", "save", "send", "total"}
+    assert set(found["seconds"]) == {"find", "load", "embed", "rank", "save", "send", "report", "total"}
     (line,) = ledger(flat / "results")
     assert line["outcome"]["accuracy"] == 698.0
     assert line["settings"]["group_name"] == "Team AAA"
     assert line["script"] == "model_not_tuned.py"
-    assert Image.open(flat / "results" / "matches.png").size[0] > 1000
+    assert "first" not in line  # nobody knows which matches are right
+    assert Image.open(flat / "results" / "similar_images.png").size[0] > 1000
+    page = (flat / "results" / "report.html").read_text()
+    assert "the server&#39;s score: 698 of 1000" in page
+    assert "--group_name &#39;Team AAA&#39;" in page  # the exact command
+    # the page is drawn when the score is there
+    assert ended.stdout.index("the server's score") < ended.stdout.index("drew results/report.html")
 
 
 def test_practice_on_labelled_folders_sends_nothing_and_is_right_about_the_digits(few):
@@ -146,6 +153,10 @@ def test_practice_on_labelled_folders_sends_nothing_and_is_right_about_the_digit
     assert found["top_k"] == found["top_3"] >= found["top_1"]
     assert set(found["per_class"]) == set("0123")
     assert f"score {found['score']:.1f} of 1000" in ended.stdout
+    (line,) = ledger(few / "out")
+    assert len(line["first"]) == 8
+    assert line["first"].count(1) == 8 * found["top_1"]
+    assert (few / "out" / f"names-{line['metrics']['names']}.json").exists()
     images = json.loads((few / "out" / "submission.json").read_bytes())["images"]
     assert {len(names) for names in images.values()} == {10}  # whatever --top_k is
     assert all("/" in name for name in images)
@@ -160,7 +171,7 @@ def test_broken_images_cost_nothing_but_themselves(flat):
     assert ended.returncode == 0, ended.stderr
     assert "0.jpg in the queries could not be embedded: an empty file" in ended.stderr
     assert "4 queries without an embedding get the gallery in its order" in ended.stderr
-    assert "set SERVER_URL or --server_url" in ended.stdout.splitlines()[-2]
+    assert "set SERVER_URL or --server_url" in ended.stdout.splitlines()[-3]
     images = json.loads((flat / "results" / "submission.json").read_bytes())["images"]
     assert set(images) == set(os.listdir(flat / "query"))
     assert {len(names) for names in images.values()} == {10}
@@ -179,7 +190,7 @@ def test_a_server_that_fails_loses_nothing(flat):
     assert "error: the server answered 404 Not Found (check the URL" in ended.stderr
     assert "Traceback" not in ended.stderr
     (again,) = re.findall(r"to send it again:\n    python (.*)$", ended.stderr, re.M)
-    assert (flat / "results" / "matches.png").exists()
+    assert (flat / "results" / "report.html").exists()
     assert metrics(flat / "results")["queries"] == 8
     assert (flat / "results" / "reply.txt").read_bytes() == b"<html><h1>Not Found</h1></html>"
     assert ledger(flat / "results")[0]["outcome"]["word"] == "failed"
@@ -187,6 +198,28 @@ def test_a_server_that_fails_loses_nothing(flat):
         ended = run(*again.replace(server.url, better.url).split(), cwd=flat)
     assert "the server's score: 698" in ended.stdout
     assert [line["outcome"]["word"] for line in ledger(flat / "results")] == ["failed", "scored"]
+
+
+def test_no_report_draws_nothing(flat):
+    ended = run("model_not_tuned.py", *FOLDERS, "--no_report", cwd=flat)
+    assert ended.returncode == 0, ended.stderr
+    (names,) = (flat / "results").glob("names-*.json")
+    assert {path.name for path in (flat / "results").iterdir()} == {
+        "submission.json", "metrics.json", "runs.jsonl", names.name,
+    }  # fmt: skip
+    assert "report" not in metrics(flat / "results")["seconds"]
+
+
+def test_a_page_that_cannot_be_drawn_costs_only_itself(few, monkeypatch, backbone, tmp_path, caplog):
+    import model_not_tuned
+    from retrieval import job
+
+    monkeypatch.setattr(model_not_tuned, "load_backbone", lambda *_: backbone)
+    monkeypatch.setattr(job, "write_report", lambda *_: (tmp_path / "none" / "report.html").write_bytes(b""))
+    folders = {"query_dir": few / "query", "gallery_dir": few / "gallery", "output_dir": tmp_path}
+    model_not_tuned.main(model_not_tuned.Settings(**folders, custom_dataset=True))  # and does not end with 1
+    assert "the page could not be drawn" in caplog.text
+    assert ledger(tmp_path)[0]["metrics"]["queries"] == 8
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,263 @@
+"""Figures of a run or a training in; charts, as PNG for slides and as SVG for light and dark pages, out."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from dataclasses import dataclass
+from html import escape
+from itertools import cycle
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from retrieval.ledger import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# All of about the same brightness: at least 3 : 1 on white and on a dark page (WCAG 2.2, 1.4.11).
+COLOURS = ("#0969da", "#1a7f37", "#cf222e", "#8250df", "#9a6700", "#bf3989", "#1b7c83", "#bc4c00", "#6e7781",
+           "#6f7d00")  # fmt: skip
+RIGHT, WRONG, OTHER = "#1a7f37", "#cf222e", "#8c959f"
+INK = "#010203"  # what the page makes the colour of its text
+MOST_CLASSES = 25  # in a chart; more are the worst of them
+# For letters that matplotlib's own font lacks: the first of these that are installed.
+MORE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Hiragino Sans", "Microsoft YaHei",
+              "SimHei", "WenQuanYi Zen Hei", "Arial Unicode MS")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart, and what it says in words."""
+
+    name: str
+    words: str
+    svg: str
+    png: bytes
+
+
+def chart_of(figure: Figure, name: str, words: str) -> Chart:
+    """The figure in both forms; the ids in its SVG begin with its name, since a page holds several."""
+    import matplotlib as mpl
+
+    _set_fonts(figure)
+    with warnings.catch_warnings(), mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for it in the PNG
+        figure.savefig(png := io.BytesIO(), format="png", dpi=110)
+        figure.savefig(text := io.StringIO(), format="svg", transparent=True, metadata={"Date": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    width, height = figure.get_size_inches()
+    start = (
+        f'<svg viewBox="0 0 {width * 72:g} {height * 72:g}" style="max-width: {width * 100:g}px" '
+        f'role="img" aria-label="{escape(words)}"'
+    )
+    return Chart(name, words, re.sub(r"<svg[^>]*", lambda _: start, svg, count=1), png.getvalue())
+
+
+def _set_fonts(figure: Figure) -> None:
+    """Let another font stand in for the letters that matplotlib's own lacks, where one is installed."""
+    from matplotlib.font_manager import get_font_names
+    from matplotlib.text import Text
+
+    installed = set(get_font_names())
+    fonts = ["DejaVu Sans", *(font for font in MORE_FONTS if font in installed)]
+    for text in figure.findobj(Text):
+        text.set_fontfamily(fonts)
+
+
+def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of so many inches with axes beside each other, in INK."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    every = figure.subplots(1, columns, squeeze=False)[0]
+    for axes in every:
+        axes.tick_params(colors=INK, labelcolor=INK)
+        for part in (axes.title, axes.xaxis.label, axes.yaxis.label):
+            part.set_color(INK)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        for spine in axes.spines.values():
+            spine.set_edgecolor(INK)
+    return figure, list(every)
+
+
+# ---- of a run -------------------------------------------------------------------------------------
+
+
+def per_class(figures: dict[str, dict[str, Any]]) -> Chart:
+    """Top-1 of each class with its interval, the worst first; of many classes the worst."""
+    worst = sorted(figures, key=lambda label: (figures[label]["top_1"], label))
+    shown = worst[:MOST_CLASSES]
+    figure, (axes,) = new_figure(7, 1 + 0.3 * len(shown))
+    shares = np.array([figures[label]["top_1"] for label in shown])
+    low, high = np.array([figures[label]["top_1_interval"] for label in shown]).T
+    rows = np.arange(len(shown))[::-1]
+    axes.barh(rows, shares, color=COLOURS[0], height=0.7)
+    lengths = np.maximum([shares - low, high - shares], 0)
+    axes.errorbar(shares, rows, xerr=lengths, fmt="none", ecolor=INK, capsize=2, linewidth=1)
+    axes.set_yticks(rows, [_short(label) for label in shown])
+    axes.set_xlim(0, 1)
+    of = f", the worst {len(shown)} of {len(worst)} classes" if len(worst) > len(shown) else ""
+    axes.set_title(f"top-1 of each class, 95 % interval{of}")
+    return chart_of(figure, "per_class", f"Top-1 of each class: the worst is {shown[0]}, {shares[0]:.2f}")
+
+
+def confusion(queries: list[str], matches: list[str]) -> Chart:
+    """What class the first match of the queries of each class has; of many classes the most confused."""
+    pairs = list(zip(queries, matches, strict=True))
+    classes = sorted({*queries, *matches})
+    if len(classes) > MOST_CLASSES:
+        wrong = {label: sum(label in pair for pair in pairs if pair[0] != pair[1]) for label in classes}
+        classes = sorted(sorted(wrong, key=wrong.__getitem__)[-MOST_CLASSES:])
+    row = {label: number for number, label in enumerate(classes)}
+    counts = np.zeros((len(classes), len(classes)), int)
+    for query, match in pairs:
+        if query in row and match in row:
+            counts[row[query], row[match]] += 1
+    shares = counts / np.maximum(1, np.array([queries.count(label) for label in classes]))[:, None]
+    side = 2.2 + 0.42 * len(classes)
+    figure, (axes,) = new_figure(side + 0.6, side)
+    colours = np.zeros((*shares.shape, 4))
+    colours[..., :3] = np.array([9, 105, 218]) / 255
+    colours[..., 3] = 0.55 * shares
+    axes.pcolormesh(colours, edgecolors="none")
+    for (y, x), count in np.ndenumerate(counts):
+        if count:
+            axes.text(x + 0.5, y + 0.5, count, ha="center", va="center", color=INK, fontsize=8)
+    ticks, labels = np.arange(len(classes)) + 0.5, [_short(label) for label in classes]
+    axes.set_xticks(ticks, labels, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_yticks(ticks, labels)
+    axes.invert_yaxis()
+    axes.set_xlabel("class of the first match")
+    axes.set_ylabel("class of the query")
+    of = "" if len(classes) == len({*queries, *matches}) else f", the {len(classes)} most confused classes"
+    axes.set_title(f"first matches{of}")
+    right = sum(query == match for query, match in pairs)
+    return chart_of(
+        figure, "confusion", f"Class of the first match: right for {right} of {len(pairs)} queries"
+    )
+
+
+def similarities(first: np.ndarray, right: np.ndarray | None) -> Chart:
+    """Histograms of the similarity (queries,) of the first match, where it is right and where it is wrong."""
+    figure, (axes,) = new_figure(7, 3)
+    bins = np.linspace(min(first.min(), 0.99), max(1.0, first.max()), 41)
+    parts = [("all", first, COLOURS[0])]
+    if right is not None:
+        parts = [("right", first[right], RIGHT), ("wrong", first[~right], WRONG)]
+    for name, values, colour in parts:
+        # the wrong ones hatched, so that they are seen without colours too
+        looks = {"hatch": "////", "fill": False} if name == "wrong" else {"color": colour, "alpha": 0.6}
+        axes.hist(values, bins, label=f"{name} ({len(values)})", edgecolor=colour, **looks)
+    axes.set_xlabel("cosine similarity of the first match")
+    axes.set_ylabel("queries")
+    axes.set_title("how sure the first matches are")
+    axes.legend(loc="upper left", frameon=False, labelcolor=INK)
+    medians = ", ".join(f"{name} {np.median(values):.2f}" for name, values, _ in parts if len(values))
+    return chart_of(figure, "similarities", f"Similarity of the first match, in the median: {medians}")
+
+
+@dataclass(frozen=True)
+class Points:
+    """A panel of the map: (points, 2) places, whose rows are those of its labels and sides."""
+
+    title: str
+    places: np.ndarray
+
+
+def embedding_map(
+    panels: list[Points], labels: list[str | None], is_query: np.ndarray
+) -> tuple[Chart, list[list[int]]]:
+    """t-SNE panels: a colour a class, ○ for the gallery and ▲ for the queries; and the rows behind each mark.
+
+    The marks of the SVG's groups `tsne-points-0`, `tsne-points-1` and so on are those rows, in order.
+    """
+    counts = {label: labels.count(label) for label in set(labels) if label is not None}
+    named = sorted(sorted(counts, key=lambda label: (-counts[label], label))[: len(COLOURS)])
+    colour_of = dict(zip(named, cycle(COLOURS), strict=False))
+    figure, every = new_figure(6.2 * len(panels) + 1.3, 5.6, len(panels))
+    behind: list[list[int]] = []
+    array = np.array([label if label in colour_of else None for label in labels], dtype=object)
+    for axes, panel in zip(every, panels, strict=True):
+        for label in [None, *named]:
+            for side, marker in ((False, "o"), (True, "^")):
+                rows = np.flatnonzero((array == label) & (is_query == side))
+                if not len(rows):
+                    continue
+                colour = colour_of.get(label, OTHER)
+                marks = axes.scatter(
+                    *panel.places[rows].T, 16, colour, marker=marker, linewidths=0, alpha=0.85
+                )
+                marks.set_gid(f"points-{len(behind)}")
+                behind.append(rows.tolist())
+        axes.set_title(panel.title)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    _legend(figure, named, colour_of, len(counts) > len(named) or None in labels)
+    words = f"t-SNE of {len(labels)} embeddings: {' and '.join(panel.title for panel in panels)}"
+    return chart_of(figure, "tsne", words), behind
+
+
+def _legend(figure: Figure, named: list[str], colour_of: dict[str, str], others: bool) -> None:
+    from matplotlib.lines import Line2D
+
+    marks = [
+        Line2D([], [], marker="s", linestyle="", color=colour_of[label], label=_short(label))
+        for label in named
+    ]
+    marks += (
+        [Line2D([], [], marker="s", linestyle="", color=OTHER, label="others" if named else "all")]
+        if others
+        else []
+    )
+    marks += [Line2D([], [], marker="^", linestyle="", color=INK, label="query"),
+              Line2D([], [], marker="o", linestyle="", color=INK, label="gallery")]  # fmt: skip
+    figure.legend(handles=marks, loc="outside right upper", frameon=False, labelcolor=INK, fontsize=9)
+
+
+def _short(label: str) -> str:
+    """A label that fits beside a chart, with nothing in it that matplotlib takes for a formula."""
+    text = label if len(label) <= 24 else label[:23] + "…"
+    return text.replace("$", r"\$").encode("utf-8", "replace").decode()
+
+
+# ---- of a training --------------------------------------------------------------------------------
+
+
+def curves(history: list[dict[str, Any]], untuned: dict[str, Any]) -> Chart:
+    """The loss of a training over its epochs, and its top-1 and top-3 on validation from untuned on."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, (losses, shares) = new_figure(9, 3.5, 2)
+    epochs = [line["epoch"] for line in history]
+    losses.plot(
+        epochs, [np.nan if line["loss"] is None else line["loss"] for line in history], "o-", color=COLOURS[0]
+    )
+    losses.set_title("training loss")
+    for cut, colour in ((1, COLOURS[1]), (3, COLOURS[3])):
+        values = [untuned[f"top_{cut}"], *(line[f"top_{cut}"] for line in history)]
+        intervals = [untuned[f"top_{cut}_interval"], *(line[f"top_{cut}_interval"] for line in history)]
+        low, high = zip(*intervals, strict=True)
+        shares.plot([0, *epochs], values, "o-", color=colour, label=f"top-{cut}")
+        shares.fill_between([0, *epochs], low, high, color=colour, alpha=0.15, linewidth=0)
+        shares.axhline(values[0], color=colour, linestyle=":", linewidth=1)
+    shares.set_title("validation (0: untuned; shaded: 95 %)")
+    shares.legend(loc="lower right", frameon=False, labelcolor=INK)
+    for axes in (losses, shares):
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    words = f"Top-1 on validation from {untuned['top_1']:.3f} untuned to {history[-1]['top_1']:.3f}"
+    return chart_of(figure, "loss", words)
+
+
+def draw_curves(history: list[dict[str, Any]], untuned: dict[str, Any], path: Path) -> None:
+    """Write `curves` as a PNG."""
+    write_whole(path, curves(history, untuned).png)

@@ -1,0 +1,105 @@
+"""Image files in; small pictures of them, one by one or a sheet of queries beside their matches, out."""
+
+from __future__ import annotations
+
+import base64
+import io
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from get_images import ImageFile, UnreadableImageError, label_of, read_image
+from retrieval.ledger import write_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SIDE, GAP, FRAME = 96, 12, 4  # pixels of a thumbnail, around it, and of its frame
+RIGHT, WRONG, UNKNOWN = "#1a7f37", "#cf222e", "#8c959f"
+
+
+def draw_matches(
+    ranking: dict[str, list[str]],
+    queries: list[ImageFile],
+    gallery: list[ImageFile],
+    top_k: int,
+    path: Path,
+    rows: int = 8,
+) -> None:
+    """Write a PNG: in each row a query, then its `top_k` best matches (ten at most), best first.
+
+    Shown are `rows` queries at equal distances in their order. Right matches have a green frame, wrong ones a
+    red frame and a stroke across the corner, and unlabelled ones a grey frame.
+    """
+    shown = queries[:: max(1, len(queries) // rows)][:rows]
+    paths = {image.name: image.path for image in gallery}
+    columns = min(top_k, max(len(names) for names in ranking.values()), 10)
+    width = GAP + (SIDE + GAP) * (columns + 1) + GAP
+    sheet = Image.new("RGB", (width, GAP + (SIDE + GAP) * len(shown)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, query in enumerate(shown):
+        y = GAP + (SIDE + GAP) * row
+        sheet.paste(_thumbnail(query.path), (GAP, y))
+        for column, name in enumerate(ranking[query.name][:columns]):
+            x = GAP + (SIDE + GAP) * (column + 1) + GAP
+            sheet.paste(_thumbnail(paths[name]), (x, y))
+            _frame(draw, x, y, label_of(query.name), label_of(name))
+    png = io.BytesIO()
+    sheet.save(png, "PNG")
+    write_whole(path, png.getvalue())
+
+
+def write_png(pixels: Tensor, path: Path) -> None:
+    """Write uint8 RGB (3, height, width) as a PNG file, with the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _picture(pixels).save(path, "PNG")
+
+
+def _picture(pixels: Tensor) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+
+
+def small_pictures(images: list[ImageFile], side: int) -> list[str]:
+    """Each image within `side` × `side` pixels as WebP in base64; nothing for one that cannot be read."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda image: _small_picture(image.path, side), images))
+
+
+def _small_picture(path: Path, side: int) -> str:
+    try:
+        image = _within(_picture(read_image(path)), side)
+    except UnreadableImageError:
+        return ""
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=60, method=2)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def _within(image: Image.Image, side: int) -> Image.Image:
+    """As large as fits into a square, undistorted."""
+    scale = side / max(image.size)
+    size = [max(1, round(length * scale)) for length in image.size]
+    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
+
+
+def _thumbnail(path: Path) -> Image.Image:
+    """The whole image in a square, on grey; a cross where it cannot be read."""
+    square = Image.new("RGB", (SIDE, SIDE), "#eaeef2")
+    try:
+        image = _within(_picture(read_image(path)), SIDE)
+    except UnreadableImageError:
+        ImageDraw.Draw(square).line([(0, 0), (SIDE, SIDE), (SIDE, 0), (0, SIDE)], fill=UNKNOWN, width=2)
+        return square
+    square.paste(image, ((SIDE - image.width) // 2, (SIDE - image.height) // 2))
+    return square
+
+
+def _frame(draw: ImageDraw.ImageDraw, x: int, y: int, query: str | None, match: str | None) -> None:
+    colour = UNKNOWN if query is None else RIGHT if query == match else WRONG
+    outer = (x - FRAME, y - FRAME, x + SIDE + FRAME - 1, y + SIDE + FRAME - 1)
+    draw.rectangle(outer, outline=colour, width=FRAME)
+    if colour == WRONG:  # seen without colours too
+        draw.line([(x, y + SIDE // 3), (x + SIDE // 3, y)], fill=colour, width=FRAME)
