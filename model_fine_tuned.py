@@ -10,7 +10,7 @@ Edit the settings below, or give them as flags, in the environment or in .env (t
 from pathlib import Path
 from typing import ClassVar
 
-from retrieval.job import draw, embed_both, find, rank_both, save, send
+from retrieval.job import embed_both, find, rank_both, save, send, show
 from retrieval.ledger import Run
 from retrieval.settings import (
     Device,
@@ -18,9 +18,11 @@ from retrieval.settings import (
     Folder,
     Form,
     GroupName,
+    GroupToken,
     NewFolder,
     PositiveInt,
     ServerUrl,
+    Tracker,
     run_script,
 )
 
@@ -33,13 +35,15 @@ class Settings(Form):
     gallery_dir: Folder = Path("data/test/gallery")
     top_k: PositiveInt = 10
     custom_dataset: bool = False  # True: score by the folder labels, and send nothing
-    server_url: ServerUrl = ""  # such as "http://10.0.0.7:3001/retrieval/"; empty: only save
+    server_url: ServerUrl = ""  # such as "http://10.0.0.7:3001/retrieval/", or "local"; empty: only save
     group_name: GroupName = "my-team"
+    group_token: GroupToken = GroupToken("")  # where the server asks for one; better in .env than here
     output_dir: NewFolder = Path("results")
     batch_size: PositiveInt = 32
     device: Device = "auto"  # or "cpu", "cuda", "mps"
     save_crops: NewFolder | None = None  # to look at
     no_report: bool = False  # True: no report.html, no pictures
+    tracker: Tracker = "none"  # or "tensorboard", "wandb"
 
     refused: ClassVar = dict.fromkeys(
         ("model_type", "crop", "image_size", "face_margin", "min_face_size"),
@@ -57,7 +61,7 @@ def main(settings: Settings) -> None:
     ranking = rank_both(run, vectors)
     found = save(run, images, vectors, ranking, backbone)  # all is on the disk before anything is sent
     outcome = send(run, found)
-    draw(run, found, outcome)
+    show(run, found, outcome)
 
 
 if __name__ == "__main__":

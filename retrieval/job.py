@@ -6,18 +6,23 @@ Each ends with a line that says what was done and how long it took.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from get_images import ImageFile, find_query_and_gallery
 from retrieval.backbones import Backbone
 from retrieval.embedding import embed
+from retrieval.judging import key_of_folders
 from retrieval.ledger import SUBMISSION, Outcome, Run, stop_if_failed
 from retrieval.metrics import first_hits, measure, require_labels
 from retrieval.ranking import Embeddings, rank
 from retrieval.report import Found, write_report
 from retrieval.sending import NOT_SENT, send_submission
+from retrieval.server import local_server
+from retrieval.settings import LOCAL
 from retrieval.submission import NAMES_PER_QUERY, make_submission, save_submission
-
+from retrieval.tracking import check_tracker, track_run
 
 log = logging.getLogger("retrieval.job")
 
@@ -39,9 +44,12 @@ class Vectors(NamedTuple):
 def find(run: Run) -> Images:
     """The images of both folders. Raises InputError if they, or the output folder, cannot serve."""
     settings = run.settings
+    check_tracker(settings.tracker)
     images = Images(*find_query_and_gallery(settings.query_dir, settings.gallery_dir))
     if settings.custom_dataset:
         require_labels(*images)
+    elif settings.server_url == LOCAL:
+        require_labels(*images, "--server_url local", "the URL of a server")
     run.check_output_dir(*images)
     run.done("find", f"found {len(images.queries)} query and {len(images.gallery)} gallery images")
     return images
@@ -82,20 +90,31 @@ def save(
 def send(run: Run, found: Found) -> Outcome:
     """Send what was saved, unless nothing is to be sent; say what became of it, and keep that."""
     settings = run.settings
-    path = run.folder / SUBMISSION
-    outcome = NOT_SENT if settings.custom_dataset else send_submission(path, settings.server_url)
+    path, token = run.folder / SUBMISSION, settings.group_token.get_secret_value()
+    if settings.custom_dataset:
+        outcome = NOT_SENT
+    elif settings.server_url == LOCAL:
+        with TemporaryDirectory() as folder:
+            key = key_of_folders(found.queries, found.gallery)
+            with local_server(key, Path(folder) / "competition.sqlite") as url:
+                outcome = send_submission(path, url, token)
+    else:
+        outcome = send_submission(path, settings.server_url, token)
     run.done("send")
     hits = {"first": first_hits(found.ranking)} if found.labelled else {}
     run.conclude(found.metrics, outcome, **hits)
     return outcome
 
 
-def draw(run: Run, found: Found, outcome: Outcome) -> None:
-    """Draw the page and its pictures, unless they are not wanted, and end the run with its outcome."""
+def show(run: Run, found: Found, outcome: Outcome) -> None:
+    """Draw the page and its pictures, unless they are not wanted, tell a tracker, and end as the run went."""
     if not run.settings.no_report and outcome.word != "interrupted":
         try:
             run.done("report", f"drew {write_report(run, found, outcome)}")
             run.write_metrics(found.metrics)
         except OSError as error:  # a disk that is full now costs the pictures only
             log.warning("the page could not be drawn: %s", error)
+    seconds = run.rounded_seconds()
+    track_run(run.settings.tracker, run.folder, found.metrics["backbone"], run.settings,
+              found.metrics | {"seconds": seconds})  # fmt: skip
     stop_if_failed(outcome)

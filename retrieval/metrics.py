@@ -30,14 +30,19 @@ def are_labelled(queries: Iterable[str], gallery: Iterable[str]) -> bool:
     return None not in of_queries and of_gallery != {None} and len(of_queries | of_gallery) > 1
 
 
-def require_labels(queries: list[ImageFile], gallery: list[ImageFile]) -> None:
-    """Raise InputError unless are_labelled, with what to do."""
+def require_labels(
+    queries: list[ImageFile],
+    gallery: list[ImageFile],
+    asked: str = "--custom_dataset",
+    instead: str = "--no-custom_dataset",
+) -> None:
+    """Raise InputError unless are_labelled: what asked for labels, and what to give instead."""
     if not are_labelled((image.name for image in queries), (image.name for image in gallery)):
         bare = [image.path for image in [*queries, *gallery] if label_of(image.name) is None]
         what = f"{len(bare)} images, such as {bare[0]}, lie in none" if bare else "all images lie in one"
         raise InputError(
-            f"--custom_dataset scores by class folders, but {what}: lay the images out as "
-            "QUERY_DIR/<class>/x.jpg and GALLERY_DIR/<class>/x.jpg, or give --no-custom_dataset"
+            f"{asked} scores by class folders, but {what}: lay the images out as "
+            f"QUERY_DIR/<class>/x.jpg and GALLERY_DIR/<class>/x.jpg, or give {instead}"
         )
 
 

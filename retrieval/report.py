@@ -93,12 +93,19 @@ def write_report(run: Run, found: Found, outcome: Outcome) -> Path:
         ),
         mapped=len(shown),
         images=len(found.queries) + len(found.gallery),
-        command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=_command(run),
         time=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         tables=_tables(run),
     )
     write_whole(run.folder / PAGE, page)
     return run.folder / PAGE
+
+
+def _command(run: Run) -> str:
+    """What was typed, but for a token."""
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    token = run.settings.group_token.get_secret_value()
+    return command.replace(token, str(run.settings.group_token)) if token else command
 
 
 def _tiles(metrics: dict[str, Any]) -> list[dict[str, str]]:

@@ -21,6 +21,7 @@ from retrieval.ledger import Outcome, set_aside, write_whole
 
 REPLY_BYTES = 2**25  # a reply with more is not the server's
 REDIRECTS = 3
+TOKEN = "X-Group-Token"  # the header for a group's token
 
 NOT_SENT = Outcome("saved", "scored by the folder labels (--custom_dataset): nothing was sent")
 
@@ -33,14 +34,19 @@ log = logging.getLogger("retrieval.sending")
 
 
 def send_submission(
-    path: Path, url: str, timeouts: tuple[float, float] = (10, 120), retries: int = 4, backoff: float = 1
+    path: Path,
+    url: str,
+    token: str = "",
+    timeouts: tuple[float, float] = (10, 120),
+    retries: int = 4,
+    backoff: float = 1,
 ) -> Outcome:
     """POST a saved submission and keep the server's reply beside it, as received, in reply.txt.
 
-    `timeouts` are the seconds to connect, and to wait for the answer and read it. A refused or reset
-    connection and an answer of 5xx are tried again, up to `retries` times, after 1, 2, 4, 8 … times `backoff`
-    seconds, and it is said whether a POST before may have been counted. Never raises for what the network or
-    the server does, nor for Ctrl-C: the outcome tells it.
+    `token` is what a server that asks for one gave the group. `timeouts` are the seconds to connect, and to
+    wait for the answer and read it. A refused or reset connection and an answer of 5xx are tried again, up to
+    `retries` times, after 1, 2, 4, 8 … times `backoff` seconds, and it is said whether a POST before may have
+    been counted. Never raises for what the network or the server does, nor for Ctrl-C: the outcome tells it.
     """
     if not url:
         what = f"{path} is not sent: set SERVER_URL or --server_url, or send it with"
@@ -54,7 +60,7 @@ def send_submission(
     try:
         for attempt in range(retries + 1):
             posting = True
-            outcome, fate_now, again = _post(path, body, url, timeouts)
+            outcome, fate_now, again = _post(path, body, url, token, timeouts)
             posting = False
             fate = MAYBE_COUNTED if fate == MAYBE_COUNTED else fate_now
             if not again or attempt == retries:
@@ -91,18 +97,21 @@ def _resend(path: Path, url: str) -> str:
     return f"python -m retrieval.submission {shlex.quote(str(path))} --server_url {shlex.quote(url)}"
 
 
-def _post(path: Path, body: bytes, url: str, timeouts: tuple[float, float]) -> tuple[Outcome, str, bool]:
+def _post(
+    path: Path, body: bytes, url: str, token: str, timeouts: tuple[float, float]
+) -> tuple[Outcome, str, bool]:
     """POST once: the outcome, what became of the submission, and whether it makes sense to try again.
 
     307 and 308 mean that the same POST belongs elsewhere, and are followed; after any other redirect the
     submission may have been counted, so it is not sent there without a word.
     """
-    headers = {"Content-Type": "application/json"}
+    headers = {"Content-Type": "application/json"} | ({TOKEN: token} if token else {})
+    # a proxy of the environment's is not for this machine itself
+    proxies = {"no_proxy": "*"} if _is_loopback(urlsplit(url).hostname) else None
     try:
         for _ in range(1 + REDIRECTS):
-            response = requests.post(
-                url, data=body, headers=headers, timeout=timeouts, stream=True, allow_redirects=False
-            )
+            response = requests.post(url, data=body, headers=headers, timeout=timeouts, stream=True,
+                                     allow_redirects=False, proxies=proxies)  # fmt: skip
             if response.status_code not in (307, 308):
                 break
             url = urljoin(url, response.headers.get("Location", ""))

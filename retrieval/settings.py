@@ -12,13 +12,14 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
 from dotenv.parser import parse_stream
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, InitSettingsSource, SettingsConfigDict, SettingsError
 
 # Every word that a form may use, and what it means. Those in capitals are also names in the environment
@@ -30,8 +31,10 @@ WORDS = {
     "GALLERY_DIR": "folder of gallery images to search for each query",
     "TOP_K": "the k of the top_k figure and of the picture (a submission always holds ten names a query)",
     "CUSTOM_DATASET": "score against the folder labels, and send nothing",
-    "SERVER_URL": "where to POST the submission, such as http://10.0.0.7:3001/retrieval/",
+    "SERVER_URL": "where to POST the submission, such as http://10.0.0.7:3001/retrieval/, or local: a server "
+    "of the run's own, with the folder labels as its answers",
     "GROUP_NAME": "your group's name on the server",
+    "GROUP_TOKEN": "your group's token, where the server asks for one",
     "OUTPUT_DIR": "folder for submission.json, metrics.json and the other files of a run",
     "BATCH_SIZE": "images that go through the network at once, or that it learns from at once",
     "LOSS": "what to learn by: ce, supcon, nt_xent, arcface, cosface, proxy_anchor, triplet or ce+supcon",
@@ -39,6 +42,7 @@ WORDS = {
     "TRAIN_DIR": "folder of images to learn from, with a folder a class",
     "SAVE_DIR": "folder for the checkpoints, the history and the curves of a training",
     "EPOCHS": "how often each image is learned from",
+    "TRACKER": "what to follow the figures with: none, tensorboard or wandb, a package to install first",
     "device": "where the network runs",
     "weights": "a file of weights in the place of the word's own",
     "resume": "go on with the training in the save folder",
@@ -79,7 +83,19 @@ WORDS = {
     "train": "share of each class to learn from; of the rest 40 % are queries and 60 % gallery",
     "keep_duplicates": "keep images that are on two sides",
     "submission": "a saved submission.json",
+    "answers": "a CSV table of lines name,identity, in the place of class folders",
+    "port": "where to listen",
+    "host": "the address to listen at: 127.0.0.1 is this machine only, 0.0.0.0 whoever reaches it",
+    "database": "the SQLite file that keeps the submissions",
+    "closes_at": "when the competition ends, such as '2026-06-01 16:00', by this machine's clock",
+    "public_share": "share of the queries that alone count until the competition closes",
+    "hide_scores": "answer with the accuracy only: which identities were right leaks the answers",
+    "tokens": "a CSV table of lines group,token: who may submit",
+    "per_minute": "submissions of a group in a minute",
+    "per_address": "submissions of a network address in a minute; a lecture hall shares one",
 }
+
+LOCAL = "local"  # the URL of the evaluation server that a run starts by itself
 
 log = logging.getLogger("retrieval.settings")
 
@@ -115,12 +131,12 @@ def _existing_folder(path: Path) -> Path:
 
 
 def _server_url(url: str) -> str:
-    """A URL without the blanks around it; '' means that nothing is sent."""
+    """A URL without the blanks around it, or LOCAL; '' means that nothing is sent."""
     stripped = url.strip()
     if stripped != url:
         log.warning("removed the blanks around the server's URL: %s", stripped)
-    if stripped == "local":
-        raise ValueError("this version has no evaluation server of its own; give a URL, or --custom_dataset")
+    if stripped == LOCAL:
+        return stripped
     try:
         parts = urlsplit(stripped)
         valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -153,10 +169,24 @@ def _existing(path: Path) -> Path:
     return path
 
 
+def _no_folder(path: Path) -> Path:
+    if os.path.isdir(path):
+        raise ValueError("it is a folder; give a file")
+    return path
+
+
+def _with_zone(moment: datetime) -> datetime:
+    """A moment without a zone is one of this machine's clock."""
+    return moment if moment.tzinfo else moment.astimezone()
+
+
 NewFolder = Annotated[Path, BeforeValidator(_path)]
 Folder = Annotated[NewFolder, AfterValidator(_existing_folder)]
 File = Annotated[Path, BeforeValidator(_path), AfterValidator(_existing_file)]
 FileOrFolder = Annotated[Path, BeforeValidator(_path), AfterValidator(_existing)]
+NewFile = Annotated[Path, BeforeValidator(_path), AfterValidator(_no_folder)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Moment = Annotated[datetime, AfterValidator(_with_zone)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 PositiveShare = Annotated[float, Field(gt=0, lt=1)]
@@ -164,10 +194,12 @@ Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveAmount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 ServerUrl = Annotated[str, AfterValidator(_server_url)]
 GroupName = Annotated[str, AfterValidator(_not_blank)]
+GroupToken = SecretStr  # no file and no page shows it
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Crop = Literal["auto", "none", "face"]
 Freeze = Literal["bn", "stem", "all_but_last", "backbone"]
 Augmentation = Literal["gentle", "plain", "strong"]
+Tracker = Literal["none", "tensorboard", "wandb"]
 
 
 # ---- the form -------------------------------------------------------------------------------------

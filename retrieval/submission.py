@@ -18,7 +18,7 @@ from get_images import ImageFile
 from retrieval import settings
 from retrieval.ledger import SUBMISSION, append_line, as_json, say, set_aside, stop_if_failed, write_whole
 from retrieval.sending import send_submission
-from retrieval.settings import InputError, ServerUrl
+from retrieval.settings import LOCAL, GroupToken, InputError, ServerUrl
 
 NAMES_PER_QUERY = 10  # gallery names, best first
 
@@ -30,14 +30,18 @@ class Settings(settings.Form):
 
     submission: CliPositionalArg[Path]
     server_url: ServerUrl = ""
+    group_token: GroupToken = GroupToken("")
 
 
 def main(settings: Settings) -> None:
     if not settings.server_url:
         raise InputError("there is no server to send it to: give --server_url, or set SERVER_URL in .env")
+    if settings.server_url == LOCAL:
+        raise InputError("a server of its own is started by the scripts that have the images: give a URL")
     submission = read_submission(settings.submission)  # refuses what no server can score
     set_aside(settings.submission.parent, ("reply.txt",))  # the reply to the time before
-    outcome = send_submission(settings.submission, settings.server_url)
+    token = settings.group_token.get_secret_value()
+    outcome = send_submission(settings.submission, settings.server_url, token)
     say(outcome)
     append_line(settings.submission.parent, settings, outcome, group_name=submission["groupname"])
     stop_if_failed(outcome)

@@ -119,7 +119,6 @@ def test_switches_take_no_value(monkeypatch):
         (["--top_k=three"], "--top_k is 'three': it should be a valid integer"),
         (["--device", "gpu"], "--device is 'gpu': it should be 'auto', 'cpu', 'cuda' or 'mps'"),
         (["--group_name", " "], "--group_name is ' ': it may not be empty"),
-        (["--server_url", "local"], "--server_url is 'local': this version has no evaluation server"),
     ],
 )
 def test_a_wrong_flag_is_a_sentence(arguments, sentence):

@@ -137,3 +137,9 @@ def test_the_reply_to_the_time_before_is_kept(saved):
     (kept,) = earlier(saved.parent)
     assert (kept / "reply.txt").read_text() == "before"
     assert saved.exists()
+
+
+def test_a_saved_submission_has_no_images_to_start_a_server_with(saved, tmp_path):
+    ended = run("-m", "retrieval.submission", saved, "--server_url", "local", cwd=tmp_path)
+    assert ended.returncode == 2
+    assert "is started by the scripts that have the images" in ended.stderr

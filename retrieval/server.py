@@ -1,0 +1,169 @@
+"""Labelled folders in; the evaluation server of a competition, with its leaderboard, out.
+
+    python -m retrieval.server --query_dir data/test/query --gallery_dir data/test/gallery --port 3001
+
+It answers as the competition's server does: POST /retrieval/ with {"groupname": …, "images": {query: names}}
+gives the score. GET / is the leaderboard, /submissions/GROUP a group's history, /leaderboard.csv the table,
+/healthz says that it runs, /docs describes all of it.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from get_images import find_query_and_gallery
+from retrieval import settings
+from retrieval.database import Database
+from retrieval.judging import AnswerKey, key_of_folders, key_of_table
+from retrieval.settings import InputError, RunError
+
+if TYPE_CHECKING:
+    import uvicorn
+
+    from retrieval.api import Rules
+
+LONGEST_START, LONGEST_END = 10, 10  # seconds
+
+log = logging.getLogger("retrieval.server")
+
+
+class Settings(settings.Form):
+    """Score submissions to labelled folders, and show the leaderboard."""
+
+    query_dir: settings.Folder = Path("data/test/query")
+    gallery_dir: settings.Folder = Path("data/test/gallery")
+    answers: settings.File | None = None  # a table name,identity; None: the class folders
+    port: settings.Port = 3001
+    host: str = "127.0.0.1"  # "0.0.0.0": whoever reaches this machine
+    database: settings.NewFile = Path("competition.sqlite")
+    closes_at: settings.Moment | None = None  # such as "2026-06-01 16:00", by this machine's clock
+    public_share: settings.PositiveShare | None = None  # of the queries, which alone count until it closes
+    seed: int = 0  # of that share
+    hide_scores: bool = False  # True: replies hold the accuracy only, and leak no answers
+    tokens: settings.File | None = None  # a table group,token
+    per_minute: settings.PositiveInt = 60  # submissions of a group
+    per_address: settings.PositiveInt | None = None  # of an address; a lecture hall shares one
+
+
+def main(form: Settings) -> None:
+    from retrieval.api import Rules
+
+    images = find_query_and_gallery(form.query_dir, form.gallery_dir)
+    key = key_of_table(form.answers, *images) if form.answers else key_of_folders(*images)
+    public = public_queries(key, form.public_share, form.seed) if form.public_share else None
+    tokens = read_tokens(form.tokens) if form.tokens else None
+    rules = Rules(form.closes_at, public, form.hide_scores, tokens, form.per_minute, form.per_address)
+    database = Database(form.database, digest_of(key, public))
+    listening = listen(form.host, form.port)
+    log.info("%d queries in %d gallery images of %d identities; %s holds %d submissions", len(key.queries),
+             len(key.gallery), len(set(key.queries.values())), form.database, database.count())  # fmt: skip
+    log.info("POST to http://%s:%d/retrieval/, and see http://%s:%d/ in a browser; Ctrl-C ends",
+             form.host, form.port, form.host, form.port)  # fmt: skip
+    try:
+        make_server(key, database, rules).run([listening])
+    finally:
+        database.close()
+
+
+def public_queries(key: AnswerKey, share: float, seed: int) -> tuple[str, ...]:
+    """A seeded share of the queries, one at least."""
+    names = sorted(key.queries)
+    count = max(1, round(share * len(names)))
+    return tuple(names[row] for row in np.sort(np.random.default_rng(seed).permutation(len(names))[:count]))
+
+
+def digest_of(key: AnswerKey, public: tuple[str, ...] | None) -> str:
+    """One short word for the answers: scores to different ones do not belong on one leaderboard."""
+    told = json.dumps([key.queries, key.gallery, public], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def read_tokens(table: Path) -> dict[str, str]:
+    """The token of each group, from a CSV table of lines `group,token`. Raises InputError for another one."""
+    tokens: dict[str, str] = {}
+    with open(table, encoding="utf-8-sig", newline="") as file:
+        for number, row in enumerate(csv.reader(file), 1):
+            cells = [cell.strip() for cell in row]
+            if not cells or (number == 1 and cells == ["group", "token"]):
+                continue
+            if len(cells) != 2 or not all(cells) or cells[0] in tokens or not cells[1].isascii():
+                raise InputError(f"{table}, line {number} is not of the form group,token with a new group")
+            tokens[cells[0]] = cells[1]
+    return tokens
+
+
+# ---- serve ----------------------------------------------------------------------------------------
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; port 0 is any that is free. Raises RunError where there is none."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(2048)
+    except OSError as error:
+        raise RunError(
+            f"the server cannot listen on {host}:{port} ({(error.strerror or str(error)).lower()}): "
+            "give another --port, or --host"
+        ) from None
+    return listening
+
+
+def make_server(key: AnswerKey, database: Database, rules: Rules) -> uvicorn.Server:
+    """A server that is ready to run on a listening socket."""
+    import uvicorn
+
+    from retrieval.api import make_app
+
+    config = uvicorn.Config(
+        make_app(key, database, rules), log_config=None, access_log=False, server_header=False,
+        timeout_keep_alive=15, timeout_graceful_shutdown=LONGEST_END, backlog=2048,
+    )  # fmt: skip
+    return uvicorn.Server(config)
+
+
+@contextmanager
+def local_server(key: AnswerKey, database: Path) -> Iterator[str]:
+    """The same server on a free loopback port, in a thread, while a `with` lasts; its URL.
+
+    Raises RunError where it does not start.
+    """
+    from retrieval.api import Rules
+
+    kept = Database(database, digest_of(key, None))
+    listening = listen("127.0.0.1", 0)
+    server = make_server(key, kept, Rules())
+    thread = threading.Thread(target=server.run, args=[[listening]], daemon=True)
+    thread.start()
+    try:
+        deadline = time.monotonic() + LONGEST_START
+        while not server.started:
+            if time.monotonic() > deadline or not thread.is_alive():
+                raise RunError(
+                    "the local server does not start: give the URL of another one, or --custom_dataset"
+                )
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/retrieval/"
+    finally:
+        server.should_exit = True
+        thread.join(LONGEST_END)
+        kept.close()
+        listening.close()
+
+
+if __name__ == "__main__":
+    settings.run_script(main, Settings)

@@ -1,0 +1,21 @@
+// The leaderboard fetches itself every few seconds, and says so when the server is out of reach.
+"use strict";
+const SECONDS = 5;
+
+async function update() {
+  const state = document.getElementById("state");
+  try {
+    const answer = await fetch("/", { cache: "no-store" });
+    if (!answer.ok) throw new Error(answer.statusText);
+    const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+    for (const part of ["header", "main"]) {
+      const [now, next] = [document, page].map((at) => at.querySelector(part));
+      if (now.innerHTML !== next.innerHTML) now.replaceWith(next);
+    }
+    state.textContent = `as of ${new Date().toLocaleTimeString("en-GB")}`;
+  } catch {
+    state.textContent = "the server does not answer: these may be old";
+  }
+}
+setInterval(() => document.hidden || update(), 1000 * SECONDS);
+document.addEventListener("visibilitychange", () => document.hidden || update());
