@@ -27,8 +27,10 @@ from retrieval.settings import (
     PositiveInt,
     PositiveShare,
     Share,
+    Tracker,
     run_script,
 )
+from retrieval.tracking import check_tracker
 from supcon.variants import Loss, choices_of
 
 
@@ -48,6 +50,7 @@ class Settings(Form):
     seed: int = 0
     val_share: PositiveShare = 0.2  # of the images, to validate on
     device: Device = "auto"  # or "cpu", "cuda", "mps"
+    tracker: Tracker = "none"  # or "tensorboard", "wandb": follow the training there
 
     # What the network sees. None: what suits the images, and what the word was trained with.
     image_size: PositiveInt | None = None
@@ -80,6 +83,7 @@ class Settings(Form):
 
 def main(settings: Settings) -> None:
     started = time.perf_counter()
+    check_tracker(settings.tracker)
     # torch comes with these: a mistyped flag is answered without it
     from supcon.batches import find_and_split
     from supcon.checkpoints import open_folder
@@ -92,8 +96,9 @@ def main(settings: Settings) -> None:
     saved = open_folder(settings, split)  # what --resume goes on from
     start = load_start(settings, split.train)
     training = begin(settings, choices, split, start, saved, started)
-    fit(training)
-    choose(training)
+    with training.tracking:
+        fit(training)
+        choose(training)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ BEST, LAST, BEST_EPOCH = "fine_tuned_model.pth", "last.pth", "best.pth"
 HISTORY, CURVE = "history.jsonl", "loss.png"
 FILES = (BEST, LAST, BEST_EPOCH, HISTORY, CURVE)
 # What may differ when a training goes on: where and how long, not what is learned.
-FREE = {"resume", "overwrite", "device", "minutes", "save_dir", "train_dir", "micro_batch"}
+FREE = {"resume", "overwrite", "device", "minutes", "save_dir", "train_dir", "micro_batch", "tracker"}
 
 
 @dataclass

@@ -13,6 +13,7 @@ from torch import nn
 from retrieval.backbones import Backbone
 from retrieval.ledger import set_aside
 from retrieval.settings import Form, InputError
+from retrieval.tracking import Tracking, start_tracking
 from supcon.batches import Split, Squares, read_squares
 from supcon.checkpoints import FILES, Progress, check_room, digest, write_last
 from supcon.layers import freeze, parameter_groups, stages
@@ -46,6 +47,7 @@ class Training:
     progress: Progress = field(default_factory=Progress)
     micro_batch: int = 0
     bad_steps: int = 0
+    tracking: Tracking = field(default_factory=Tracking)
 
     @property
     def judged(self) -> Backbone:
@@ -67,7 +69,8 @@ def begin(
 ) -> Training:
     """Read the images, build the head and the optimiser, and put back what was saved, if anything was.
 
-    `started` is when the script did, by time.perf_counter: from then on its minutes count.
+    `started` is when the script did, by time.perf_counter: from then on its minutes count. Its tracking has
+    begun: `with training.tracking` ends it.
     """
     started = time.perf_counter() if started is None else started
     variant, (untuned, tuned, folded) = VARIANTS[settings.loss], start
@@ -102,6 +105,7 @@ def begin(
         _put_back(training, saved)
     else:
         set_aside(settings.save_dir, FILES)  # only now that this training can begin
+    training.tracking = _track(training, saved or {})
     return training
 
 
@@ -119,6 +123,14 @@ def _put_back(training: Training, saved: dict[str, Any]) -> None:
     training.progress = Progress(**saved["progress"])
 
 
+def _track(training: Training, saved: dict[str, Any]) -> Tracking:
+    """Begin to track this training, or go on at the step where what was saved ends."""
+    settings = training.settings
+    config = settings.model_dump(mode="json") | training.choices
+    name = f"{settings.model} {settings.loss}"
+    return start_tracking(settings.tracker, settings.save_dir, name, config, saved.get("tracked"))
+
+
 def _parts(training: Training) -> dict[str, Any]:
     """What changes from step to step, but for the progress; all else follows from that and the settings."""
     parts = {"tuned": training.tuned.network, "head": training.head, "optimizer": training.optimizer,
@@ -131,4 +143,5 @@ def save(training: Training) -> None:
     state = {name: part.state_dict() for name, part in _parts(training).items()}
     settings = training.settings.model_dump(mode="json")
     folder = training.settings.save_dir
-    write_last(folder, training.progress, settings=settings, images=training.files, **state)
+    write_last(folder, training.progress, settings=settings, images=training.files,
+               tracked=training.tracking.state, **state)  # fmt: skip

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from retrieval.figures import draw_curves
 from retrieval.fine_tuned import (
     ALONE,
     JOINED,
@@ -28,7 +29,6 @@ from retrieval.fine_tuned import (
     write_checkpoint,
     write_fine_tuned,
 )
-from retrieval.figures import draw_curves
 from retrieval.metrics import compare
 from retrieval.settings import RunError
 from retrieval.timm_zoo import hub_config
@@ -42,6 +42,7 @@ from supcon.validation import COLLAPSED, Candidate, best_of, candidates, is_bett
 
 SAVE_EVERY = 300  # seconds
 FIRST_STEPS = 3
+FOLLOWED = ("top_1", "top_3", "score", "mean_cosine")  # by a tracker
 SAME_SCORE = 5.0  # points: a GPU need not give the same bits twice
 
 log = logging.getLogger("retrieval.training")
@@ -140,13 +141,15 @@ def _one_step(training: Training, batches: list[np.ndarray], clock: _Clock) -> N
     started = time.perf_counter()
     done = progress.epoch * len(batches) + progress.step
     share = (done + 0.5) / (settings.epochs * len(batches))  # in the middle of the step: never a rate of 0
+    rate = share_of_rate(max(share, clock.share()), settings.warmup)
     for group in training.optimizer.param_groups:
-        group["lr"] = group["rate"] * share_of_rate(max(share, clock.share()), settings.warmup)
+        group["lr"] = group["rate"] * rate
     before = [p.detach().clone() for p in _learned(training)] if done < FIRST_STEPS else None
     seed = np.random.SeedSequence((settings.seed, progress.epoch, progress.step)).generate_state(1)[0]
     loss = step(training, batches[progress.step], int(seed))
     progress.losses.append(loss if math.isfinite(loss) else math.nan)
     progress.step += 1
+    training.tracking.log({"train/loss": loss, "train/learning_rate": settings.lr * rate}, done + 1)
     progress.spent += time.perf_counter() - started
     if before and not training.bad_steps and all(map(torch.equal, before, _learned(training))):
         raise RunError("a step has changed no weight of the network: its output does not depend on them")
@@ -164,6 +167,7 @@ def _look_before(training: Training) -> None:
     training.progress.untuned = figures
     views = min(training.settings.batch_size, len(training.squares.names)) * training.variant.views
     log.info("untuned: %s", sentence(figures))
+    training.tracking.log({"validation": _followed(figures)}, 0)
     log.info("a loss that stays at about %.2f has learned nothing", training.head.chance(views))
     save(training)
 
@@ -171,6 +175,10 @@ def _look_before(training: Training) -> None:
 def told(figures: dict[str, Any]) -> dict[str, Any]:
     """The figures without what each query earns."""
     return {name: value for name, value in figures.items() if name != "points"}
+
+
+def _followed(figures: dict[str, Any]) -> dict[str, float]:
+    return {name: figures[name] for name in FOLLOWED}
 
 
 def sentence(figures: dict[str, Any]) -> str:
@@ -202,6 +210,9 @@ def _end_epoch(training: Training, clock: _Clock) -> None:
     if figures["mean_cosine"] > COLLAPSED:
         log.warning("the embeddings have collapsed: two images have a cosine of %.3f in the mean; give a "
                     "smaller --lr", figures["mean_cosine"])  # fmt: skip
+    train = {"epoch": line["epoch"], "epoch_loss": loss, "skipped_steps": line["skipped_steps"],
+             "images_per_second": images / max(progress.spent, 1e-9)}  # fmt: skip
+    training.tracking.log({"train": train, "validation": _followed(figures)})
     progress.history.append(line)
     write_history(folder, progress)
     if kept:
@@ -281,6 +292,7 @@ def choose(training: Training) -> None:
     _check(training, chosen)
     progress.chosen, progress.kept = progress.epoch, chosen.metrics["score"]
     save(training)
+    training.tracking.log({"chosen": _followed(chosen.metrics)})
     draw_curves(progress.history, progress.untuned, folder / CURVE)
     _say_before_and_after(progress.untuned, chosen.metrics)
     log.info("wrote %s", folder / BEST)

@@ -37,13 +37,14 @@ def ledger(folder):
     ],
 )
 def test_the_form_is_read_before_the_slow_imports(script):
-    program = f"import sys, {script}; sys.exit(bool({{'torch', 'timm', 'sklearn', 'matplotlib', 'jinja2'}} & set(sys.modules)))"
+    slow = {"torch", "timm", "sklearn", "matplotlib", "jinja2", "accelerate"}
+    program = f"import sys, {script}; sys.exit(bool({slow} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
 
 
 COMMANDS = [["model_not_tuned.py"], ["fine_tuning.py"], ["model_fine_tuned.py"],
             ["get_images.py"], ["get_images.py", "sample"],
-            ["-m", "retrieval.submission"], ["-m", "retrieval.backbones"], ["-m", "retrieval.report"]]  # fmt: skip
+            *(["-m", f"retrieval.{room}"] for room in ("submission", "backbones", "report"))]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -198,6 +199,27 @@ def test_a_server_that_fails_loses_nothing(flat):
         ended = run(*again.replace(server.url, better.url).split(), cwd=flat)
     assert "the server's score: 698" in ended.stdout
     assert [line["outcome"]["word"] for line in ledger(flat / "results")] == ["failed", "scored"]
+
+
+def test_a_rehearsal_with_a_server_of_the_runs_own(few):
+    proxy = "http://127.0.0.1:9"  # where nobody listens: this machine itself needs none
+    flags = (*FOLDERS, "--server_url", "local", "--output_dir", "local", "--group_token", "secret-word")
+    ended = run("model_not_tuned.py", *flags, cwd=few, http_proxy=proxy)
+    assert ended.returncode == 0, ended.stderr
+    found = metrics(few / "local")
+    assert found["server_score"] == pytest.approx(found["score"])
+    assert f"the server's score: {found['score']:g} of 1000" in ended.stdout
+    reply = json.loads((few / "local" / "reply.txt").read_bytes())
+    assert set(reply) == {"groupname", "accuracy", "date", "scores"}
+    written = b"".join(path.read_bytes() for path in (few / "local").iterdir())
+    assert b"secret-word" not in written + ended.stdout.encode() + ended.stderr.encode()
+
+
+def test_a_rehearsal_without_labels_is_refused_before_the_work(flat):
+    ended = run("model_not_tuned.py", *FOLDERS, "--server_url", "local", cwd=flat)
+    assert ended.returncode == 2
+    assert "--server_url local scores by class folders" in ended.stderr
+    assert "loaded" not in ended.stdout
 
 
 def test_no_report_draws_nothing(flat):
