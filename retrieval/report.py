@@ -22,6 +22,7 @@ from pydantic_settings import CliPositionalArg
 from get_images import ImageFile, label_of
 from retrieval import figures, settings
 from retrieval.backbones import Trained
+from retrieval.comparison import compare_ledgers
 from retrieval.figures import Chart, Points
 from retrieval.ledger import Outcome, Run, write_whole
 from retrieval.metrics import CUTS, are_labelled, first_hits
@@ -47,8 +48,6 @@ class Settings(settings.Form):
 
 
 def main(form: Settings) -> None:
-    from retrieval.comparison import compare_ledgers
-
     log.info("wrote %s", compare_ledgers(form.folders))
 
 

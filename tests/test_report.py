@@ -13,7 +13,7 @@ from retrieval.backbones import Trained
 from retrieval.figures import RIGHT, WRONG, confusion, per_class
 from retrieval.ledger import Outcome, Run
 from retrieval.report import Found, Matches, places, write_report
-from retrieval.settings import Form, NewFolder
+from retrieval.settings import Form, GroupToken, NewFolder
 
 SAVED = Outcome("saved", "scored by the folder labels: nothing was sent")
 STRANGE = ["'\"><script>window.hacked=1<", "雪山", "🌋 {{ 7*7 }}", "a&amp;b $x^2"]
@@ -24,6 +24,7 @@ class Settings(Form):
     gallery_dir: NewFolder = Path("gallery")
     output_dir: NewFolder = Path("results")
     top_k: int = 3
+    group_token: GroupToken = GroupToken("")
 
 
 def drawn(found, folder, outcome=SAVED):
