@@ -7,7 +7,6 @@ import re
 import warnings
 from dataclasses import dataclass
 from html import escape
-from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +37,7 @@ class Chart:
     words: str
     svg: str
     png: bytes
+    inches: float  # its width
 
 
 def chart_of(figure: Figure, name: str, words: str) -> Chart:
@@ -57,7 +57,7 @@ def chart_of(figure: Figure, name: str, words: str) -> Chart:
         f'<svg viewBox="0 0 {width * 72:g} {height * 72:g}" style="max-width: {width * 100:g}px" '
         f'role="img" aria-label="{escape(words)}"'
     )
-    return Chart(name, words, re.sub(r"<svg[^>]*", lambda _: start, svg, count=1), png.getvalue())
+    return Chart(name, words, re.sub(r"<svg[^>]*", lambda _: start, svg, count=1), png.getvalue(), width)
 
 
 def _set_fonts(figure: Figure) -> None:
@@ -94,7 +94,8 @@ def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, l
 def per_class(figures: dict[str, dict[str, Any]]) -> Chart:
     """Top-1 of each class with its interval, the worst first; of many classes the worst."""
     worst = sorted(figures, key=lambda label: (figures[label]["top_1"], label))
-    shown = worst[:MOST_CLASSES]
+    failing = sum(figures[label]["top_1"] < 1 for label in worst)
+    shown = worst if len(worst) <= MOST_CLASSES else worst[: max(1, min(MOST_CLASSES, failing))]
     figure, (axes,) = new_figure(7, 1 + 0.3 * len(shown))
     shares = np.array([figures[label]["top_1"] for label in shown])
     low, high = np.array([figures[label]["top_1_interval"] for label in shown]).T
@@ -173,53 +174,41 @@ class Points:
 
 
 def embedding_map(
-    panels: list[Points], labels: list[str | None], is_query: np.ndarray
+    panels: list[Points], labels: list[str | None], is_query: np.ndarray, colours: dict[str, str]
 ) -> tuple[Chart, list[list[int]]]:
-    """t-SNE panels: a colour a class, ○ for the gallery and ▲ for the queries; and the rows behind each mark.
+    """t-SNE panels: a colour a label, ○ for the gallery and ▲ for the queries; and the rows behind each mark.
 
-    The marks of the SVG's groups `tsne-points-0`, `tsne-points-1` and so on are those rows, in order.
+    The marks of the SVG's groups `tsne-points-0`, `tsne-points-1` and so on are those rows, in order. A label
+    without a colour is grey.
     """
-    counts = {label: labels.count(label) for label in set(labels) if label is not None}
-    named = sorted(sorted(counts, key=lambda label: (-counts[label], label))[: len(COLOURS)])
-    colour_of = dict(zip(named, cycle(COLOURS), strict=False))
     figure, every = new_figure(6.2 * len(panels) + 1.3, 5.6, len(panels))
     behind: list[list[int]] = []
-    array = np.array([label if label in colour_of else None for label in labels], dtype=object)
+    array = np.array([label if label in colours else None for label in labels], dtype=object)
     for axes, panel in zip(every, panels, strict=True):
-        for label in [None, *named]:
+        for label in [None, *colours]:
             for side, marker in ((False, "o"), (True, "^")):
                 rows = np.flatnonzero((array == label) & (is_query == side))
-                if not len(rows):
-                    continue
-                colour = colour_of.get(label, OTHER)
-                marks = axes.scatter(
-                    *panel.places[rows].T, 16, colour, marker=marker, linewidths=0, alpha=0.85
-                )
-                marks.set_gid(f"points-{len(behind)}")
-                behind.append(rows.tolist())
+                if len(rows):
+                    looks = {"color": colours.get(label, OTHER), "marker": marker, "s": 24 if side else 16}
+                    marks = axes.scatter(*panel.places[rows].T, linewidths=0, alpha=0.85, **looks)
+                    marks.set_gid(f"points-{len(behind)}")
+                    behind.append(rows.tolist())
         axes.set_title(panel.title)
         axes.set_xticks([])
         axes.set_yticks([])
-    _legend(figure, named, colour_of, len(counts) > len(named) or None in labels)
+    _legend(figure, colours, others=None in array)
     words = f"t-SNE of {len(labels)} embeddings: {' and '.join(panel.title for panel in panels)}"
     return chart_of(figure, "tsne", words), behind
 
 
-def _legend(figure: Figure, named: list[str], colour_of: dict[str, str], others: bool) -> None:
+def _legend(figure: Figure, colours: dict[str, str], others: bool) -> None:
     from matplotlib.lines import Line2D
 
-    marks = [
-        Line2D([], [], marker="s", linestyle="", color=colour_of[label], label=_short(label))
-        for label in named
-    ]
-    marks += (
-        [Line2D([], [], marker="s", linestyle="", color=OTHER, label="others" if named else "all")]
-        if others
-        else []
-    )
-    marks += [Line2D([], [], marker="^", linestyle="", color=INK, label="query"),
-              Line2D([], [], marker="o", linestyle="", color=INK, label="gallery")]  # fmt: skip
-    figure.legend(handles=marks, loc="outside right upper", frameon=False, labelcolor=INK, fontsize=9)
+    marks = [("s", colour, _short(label)) for label, colour in colours.items()]
+    marks += [("s", OTHER, "others" if colours else "all")] if others else []
+    marks += [("^", INK, "query"), ("o", INK, "gallery")]
+    handles = [Line2D([], [], linestyle="", marker=m, color=colour, label=text) for m, colour, text in marks]
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, labelcolor=INK, fontsize=9)
 
 
 def _short(label: str) -> str:

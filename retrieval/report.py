@@ -74,7 +74,7 @@ def write_report(run: Run, found: Found, outcome: Outcome) -> Path:
     matches = Matches(found)
     draw_matches(found.ranking, found.queries, found.gallery, run.settings.top_k, run.folder / SHEET)
     shown = _sample(found)
-    tsne, behind = _map(found, shown)
+    tsne, behind = _map(found, matches, shown)
     charts = {chart.name: chart for chart in [*tsne, *_charts(found, matches)]}
     for chart in charts.values():
         write_whole(run.folder / f"{chart.name}.png", chart.png)
@@ -247,7 +247,7 @@ def _sample(found: Found, seed: int = 0) -> np.ndarray:
     return np.array(sorted(row for _, row in order[:POINTS]), dtype=int)
 
 
-def _map(found: Found, shown: np.ndarray) -> tuple[list[Chart], list[np.ndarray]]:
+def _map(found: Found, matches: Matches, shown: np.ndarray) -> tuple[list[Chart], list[np.ndarray]]:
     """The t-SNE map of these rows, beside that of the untuned network where the embeddings hold it.
 
     And which of the rows each group of its marks stands for. Nothing for a handful of images.
@@ -261,10 +261,24 @@ def _map(found: Found, shown: np.ndarray) -> tuple[list[Chart], list[np.ndarray]
         lengths = np.linalg.norm(untuned, axis=1, keepdims=True)
         panels.insert(0, ("before fine-tuning", untuned / np.maximum(lengths, 1e-12)))
     points = [Points(title, places(vectors)) for title, vectors in panels]
-    names = found.query_vectors.names + found.gallery_vectors.names
-    labels = [label_of(names[row]) if found.labelled else None for row in shown]
-    chart, behind = figures.embedding_map(points, labels, shown < len(found.queries))
+    labels, colours = _coloured(found, matches, shown)
+    chart, behind = figures.embedding_map(points, labels, shown < len(found.queries), colours)
     return [chart], behind
+
+
+def _coloured(found: Found, matches: Matches, shown: np.ndarray) -> tuple[list[str | None], dict[str, str]]:
+    """What these rows are coloured by, and its colours: classes or, of many, whether a query is right."""
+    if not found.labelled:
+        return [None] * len(shown), {}
+    names = found.query_vectors.names + found.gallery_vectors.names
+    labels = [label_of(names[row]) for row in shown]
+    classes = sorted({label for label in labels if label is not None})
+    if len(classes) <= len(figures.COLOURS):
+        return labels, dict(zip(classes, figures.COLOURS, strict=False))
+    verdicts = [*np.where(matches.first == 1, "first match right", "first match wrong").tolist(),
+                *[None] * len(found.gallery)]  # fmt: skip
+    colours = {"first match right": figures.RIGHT, "first match wrong": figures.WRONG}
+    return [verdicts[row] for row in shown], colours
 
 
 def places(vectors: np.ndarray, seed: int = 0) -> np.ndarray:

@@ -197,12 +197,27 @@ def test_a_tuned_network_that_holds_the_untuned_one_is_mapped_before_and_after(d
     assert sum(map(len, points)) == 2 * (len(digits.queries) + len(digits.gallery))
 
 
+def test_of_many_classes_the_map_shows_which_queries_are_right(sample, tmp_path, monkeypatch):
+    from retrieval import figures
+
+    found = found_of(sample / "test", 4, 12)
+    monkeypatch.setattr(figures, "COLOURS", figures.COLOURS[:9])  # fewer than the ten classes
+    page = drawn(found, tmp_path)
+    matches = Matches(found)
+    wrong = [row for row, first in enumerate(matches.first) if first != 1]
+    groups = data_of(page)["points"]
+    assert wrong in groups
+    assert "first match wrong" in page
+
+
 def test_of_many_classes_the_worst_are_shown(digits):
     figures = {f"class {n:03}": {"top_1": n / 100, "top_1_interval": [n / 100, n / 100]} for n in range(60)}
     chart = per_class(figures)
     assert "the worst 25 of 60 classes" in chart.svg
     assert "class 024" in chart.svg
     assert "class 025" not in chart.svg
+    few_fail = {f"class {n:03}": {"top_1": float(n > 2), "top_1_interval": [0, 1]} for n in range(60)}
+    assert "the worst 3 of 60 classes" in per_class(few_fail).svg
     queries = [f"c{n:02}" for n in range(60)]
     matches = [*queries[1:11], *queries[10:]]  # the first ten are taken for the next
     chart = confusion(queries, matches)
