@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,16 @@ from retrieval.page import render
 from retrieval.settings import InputError
 
 PAGE, TABLE = "comparison.html", "comparison.md"
-# Settings that make two runs on the same images different ones.
-MATTER = ("model_type", "weights", "crop", "image_size", "face_margin", "min_face_size", "top_k")
+# Settings that make two runs of a network on the same images different ones.
+MATTER = ("image_size", "crop", "face_margin", "min_face_size", "weights")
 CUTS = (1, 3, 5, 10)
 MOST_NAMES = 200  # in a list of the page
 ALPHA = 0.05
+NOTE = (
+    "In brackets: the 95 % interval. Told apart from the best query by query: top-1 by McNemar's exact test, "
+    "corrected by Holm for the rows of a table (5 %); the score by a paired bootstrap, whose interval, not "
+    "corrected, must not hold 0."
+)
 
 log = logging.getLogger("retrieval.comparison")
 
@@ -30,7 +37,7 @@ class RunLine:
     """A line of a ledger."""
 
     ledger: Path
-    time: str
+    time: datetime
     settings: dict[str, Any]
     metrics: dict[str, Any]
     seconds: float | None
@@ -44,18 +51,24 @@ class RunLine:
         return self.metrics.get("backbone") or self.settings.get("model_type") or "a fine-tuned network"
 
     @property
+    def name(self) -> str:
+        """The network's word and what was set otherwise than the word has it, of weights the path's end."""
+        told = {name: self.settings.get(name) for name in MATTER}
+        if told["weights"]:
+            told["weights"] = "/".join(Path(told["weights"]).parts[-2:])
+        given = [f"{name} {value}" for name, value in told.items() if value not in (None, "", "auto")]
+        return ", ".join([self.word, *given])
+
+    @property
     def tuned(self) -> str:
-        """Whether it is fine-tuned, and the end of its weights' path if they are not the word's own."""
-        tuned = "yes" if self.metrics.get("tuned", "model_type" not in self.settings) else "no"
-        weights = self.settings.get("weights")
-        return f"{tuned}, {'/'.join(Path(weights).parts[-2:])}" if weights else tuned
+        """Whether it is fine-tuned."""
+        return "yes" if self.metrics.get("tuned", "model_type" not in self.settings) else "no"
 
     @property
     def images(self) -> tuple:
         """What two runs must share to be compared."""
-        if "names" in self.metrics:
-            return (self.metrics["names"],)
-        return tuple(self.settings.get(name) for name in ("query_dir", "gallery_dir")), self.size
+        folders = self.settings.get("query_dir"), self.settings.get("gallery_dir")
+        return self.metrics.get("names") or folders, self.size
 
     @property
     def size(self) -> tuple[int, int]:
@@ -98,20 +111,23 @@ class Row:
 def compare_ledgers(folders: list[Path]) -> Path:
     """Say which runs are better than which, and write comparison.html and comparison.md; the page.
 
-    Reads every runs.jsonl in and below the folders. Raises InputError where there is none, or no run in it.
+    Reads every runs.jsonl in and below the folders, or that is given in the place of one. Raises InputError
+    where there is none, or no run in it.
     """
     groups = [_beside_the_best(runs) for runs in _grouped(read_ledgers(folders))]
     for rows in groups:
         log.info("%s", _title(rows))
         log.info("%s", _aligned(_cells(rows)))
-    markdown = "\n\n".join(f"**{_title(rows)}**\n\n{_markdown(_cells(rows))}" for rows in groups)
-    write_whole(folders[0] / TABLE, (markdown + "\n").encode("utf-8", "replace"))
-    shown = [
-        {"title": _title(rows), "cells": _cells(rows), "bars": _bars(rows), "rows": rows} for rows in groups
-    ]
-    write_whole(folders[0] / PAGE, render("comparison.html", title="Runs compared", groups=shown,
-                                          most=MOST_NAMES))  # fmt: skip
-    return folders[0] / PAGE
+    log.info("%s", NOTE)
+    out = folders[0].parent if folders[0].is_file() else folders[0]
+    markdown = [f"**{_escaped(_title(rows))}**\n\n{_markdown(_cells(rows))}" for rows in groups]
+    write_whole(out / TABLE, ("\n\n".join([*markdown, NOTE]) + "\n").encode("utf-8", "replace"))
+    shown = [{"title": _title(rows), "cells": _cells(rows), "bars": _bars(rows),
+              "rows": list(zip(_told_apart(rows), rows, strict=True)),
+              "runs": sum(row.run.count for row in rows)} for rows in groups]  # fmt: skip
+    write_whole(out / PAGE, render("comparison.html", title="Runs compared", groups=shown, most=MOST_NAMES,
+                                   note=NOTE))  # fmt: skip
+    return out / PAGE
 
 
 # ---- read -----------------------------------------------------------------------------------------
@@ -119,8 +135,7 @@ def compare_ledgers(folders: list[Path]) -> Path:
 
 def read_ledgers(folders: list[Path]) -> list[RunLine]:
     """The runs in every ledger in and below the folders, each ledger once. Raises InputError for none."""
-    ledgers = {ledger.resolve(): ledger for folder in folders for ledger in sorted(folder.rglob(LEDGER))
-               if EARLIER not in ledger.relative_to(folder).parts}  # fmt: skip
+    ledgers = {ledger.resolve(): ledger for folder in folders for ledger in _ledgers_in(folder)}
     where = ", ".join(map(str, folders))
     if not ledgers:
         raise InputError(f"there is no {LEDGER} in or below {where}: give the --output_dir of runs")
@@ -128,6 +143,14 @@ def read_ledgers(folders: list[Path]) -> list[RunLine]:
     if not runs:
         raise InputError(f"no {LEDGER} in or below {where} holds a run that embedded and ranked images")
     return runs
+
+
+def _ledgers_in(folder: Path) -> list[Path]:
+    if folder.is_file():
+        return [folder]
+    return [
+        ledger for ledger in sorted(folder.rglob(LEDGER)) if EARLIER not in ledger.relative_to(folder).parts
+    ]
 
 
 def _read_ledger(ledger: Path) -> list[RunLine]:
@@ -156,9 +179,14 @@ def _read_line(ledger: Path, told: dict[str, Any]) -> RunLine | None:
         first = tuple(int(rank) for rank in first)
         if len(first) != metrics["queries"]:
             raise ValueError("a rank for each query")
-    run = RunLine(ledger, told["time"], told["settings"], metrics, told.get("seconds", {}).get("total"),
+    time = datetime.fromisoformat(told["time"]).astimezone()
+    run = RunLine(ledger, time, told["settings"], metrics, told.get("seconds", {}).get("total"),
                   first, told["outcome"]["accuracy"])  # fmt: skip
-    _ = run.images, run.same, run.height + 0.0  # raises for what is none
+    _ = (
+        hash((run.images, run.same)),
+        run.height + sum(run.size),
+        _cells([Row(run)]),
+    )  # raises for what is none
     return run
 
 
@@ -174,8 +202,7 @@ def _grouped(runs: list[RunLine]) -> list[list[RunLine]]:
 
 
 def _newest(runs: list[RunLine]) -> RunLine:
-    last = runs[-1]
-    return RunLine(**{**vars(last), "count": len(runs)})
+    return replace(runs[-1], count=len(runs))
 
 
 # ---- compare --------------------------------------------------------------------------------------
@@ -205,7 +232,7 @@ def _names(run: RunLine) -> list[str]:
     """The names of the queries; their numbers where the file of the names is gone."""
     path = run.ledger.with_name(f"names-{run.metrics.get('names')}.json")
     try:
-        names = json.loads(path.read_bytes())["queries"]
+        names = list(json.loads(path.read_bytes())["queries"])
     except (OSError, ValueError, KeyError, TypeError):
         names = []
     count = run.metrics["queries"]
@@ -251,6 +278,14 @@ def _title(rows: list[Row]) -> str:
     return f"{newest.settings.get('query_dir', 'unknown images')}: {queries} queries × {gallery} images"
 
 
+def _told_apart(rows: list[Row]) -> list[str]:
+    """A name for each row: with its time where another has the same, as of a network trained again."""
+    names = [row.run.name for row in rows]
+    times = [f"{row.run.time:%Y-%m-%d %H:%M:%S}" for row in rows]
+    return [name if names.count(name) == 1 else f"{name}, {time}"
+            for name, time in zip(names, times, strict=True)]  # fmt: skip
+
+
 def _cells(rows: list[Row]) -> list[list[str]]:
     """The table: its heads, then a list a run."""
     heads = [
@@ -264,10 +299,11 @@ def _cells(rows: list[Row]) -> list[list[str]]:
     ]
     if any(row.run.server_score is not None for row in rows):
         heads.insert(-3, "server")
-    return [heads, *(_cells_of(row, "server" in heads) for row in rows)]
+    named = zip(_told_apart(rows), rows, strict=True)
+    return [heads, *(_cells_of(name, row, "server" in heads) for name, row in named)]
 
 
-def _cells_of(row: Row, with_server: bool) -> list[str]:
+def _cells_of(name: str, row: Row, with_server: bool) -> list[str]:
     run, metrics = row.run, row.run.metrics
     again = f" ({run.count} runs)" if run.count > 1 else ""
     shares = [_figure(metrics, f"top_{cut}", lambda share: f"{share:.3f}".removeprefix("0")) for cut in CUTS]
@@ -276,7 +312,7 @@ def _cells_of(row: Row, with_server: bool) -> list[str]:
         by, (low, high) = row.difference
         difference = f"{by:+.0f} [{low:+.0f}, {high:+.0f}]"
     server = [] if not with_server else ["–" if run.server_score is None else f"{run.server_score:g}"]
-    return [run.word + again, run.tuned, *shares,
+    return [name + again, run.tuned, *shares,
             _figure(metrics, "score", lambda score: f"{score:.0f}"), *server, difference, row.apart,
             "–" if run.seconds is None else f"{run.seconds:.0f}"]  # fmt: skip
 
@@ -296,16 +332,22 @@ def _aligned(cells: list[list[str]]) -> str:
 
 
 def _markdown(cells: list[list[str]]) -> str:
-    escaped = [[cell.replace("|", r"\|") for cell in line] for line in cells]
+    escaped = [[_escaped(cell).replace("|", r"\|") for cell in line] for line in cells]
     heads, *lines = [f"| {' | '.join(line)} |" for line in escaped]
     return "\n".join([heads, "|---" * len(cells[0]) + "|", *lines])
+
+
+def _escaped(text: str) -> str:
+    """For Markdown: on one line and without tags."""
+    return escape(" ".join(text.split()), quote=False)
 
 
 def _bars(rows: list[Row]) -> list[dict[str, Any]]:
     """Where the score of each run and its interval lie, in percent of the way from 0 to 1000."""
     bars = []
-    for run in (row.run for row in rows if "score" in row.run.metrics):
+    named = zip(_told_apart(rows), (row.run for row in rows), strict=True)
+    for name, run in ((name, run) for name, run in named if "score" in run.metrics):
         score, (low, high) = run.metrics["score"], run.metrics["score_interval"]
-        bars.append({"word": run.word, "score": f"{score:.1f}", "at": score / 10, "low": low / 10,
+        bars.append({"name": name, "score": f"{score:.1f}", "at": score / 10, "low": low / 10,
                      "width": (high - low) / 10})  # fmt: skip
     return bars

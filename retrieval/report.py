@@ -44,7 +44,7 @@ log = logging.getLogger("retrieval.report")
 class Settings(settings.Form):
     """Compare the runs in the ledgers of these folders."""
 
-    folders: CliPositionalArg[list[settings.Folder]]
+    folders: CliPositionalArg[list[settings.FileOrFolder]]
 
 
 def main(form: Settings) -> None:

@@ -74,7 +74,7 @@ WORDS = {
     "min_face_size": "the smallest face to look for, as a share of the photograph's longer side",
     "no_report": "draw no report.html and no pictures",
     "save_crops": "folder to write what the network sees of each image to",
-    "folders": "folders that hold a runs.jsonl, at any depth",
+    "folders": "folders that hold a runs.jsonl, at any depth, or such files",
     "words": "the words; all where none is given",
     "fetch": "download the weights of these words",
     "out": "folder to write to",

@@ -1,5 +1,6 @@
 import json
 import shutil
+from datetime import UTC, datetime
 
 import pytest
 from conftest import run
@@ -88,7 +89,10 @@ def test_the_same_run_again_is_one_row_and_a_changed_one_is_another(tmp_path):
         put(tmp_path, "word", FAIR)
     put(tmp_path, "word", POOR)
     rows = table(compare_ledgers([tmp_path]))[1:]
-    assert [row[0] for row in rows] == ["word (3 runs)", "word"]
+    assert [(row[0].startswith("word, 20"), row[0].endswith(" (3 runs)")) for row in rows] == [
+        (True, True),
+        (True, False),
+    ]
 
 
 def test_other_images_are_another_table_and_a_ledger_counts_once(tmp_path):
@@ -171,7 +175,7 @@ def test_names_are_text_in_the_page_and_cells_in_the_table(tmp_path):
     assert "<b>data" not in text
     assert "雪山" in text
     assert "🌋" in text
-    assert r"a\|b<script>" in page.with_name("comparison.md").read_text()
+    assert r"a\|b&lt;script&gt;" in page.with_name("comparison.md").read_text()
 
 
 def test_two_real_runs_from_the_command_line(few, tmp_path):
@@ -209,3 +213,162 @@ def test_the_page_fits_and_is_readable(browser, tmp_path, width):
         browser.open(page.as_uri(), width, scheme)
         assert browser.run(LOW_CONTRAST) == []
         assert browser.run("return document.documentElement.scrollWidth") <= width
+
+
+def change(folder, number=-1, **told):
+    """Write other settings, metrics or times into a line of a ledger."""
+    path = folder / "runs.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for part, value in told.items():
+        lines[number][part] = lines[number][part] | value if isinstance(value, dict) else value
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_runs_of_one_network_have_names_that_tell_them_apart(tmp_path):
+    for size, first in ((64, POOR), (96, GOOD)):
+        put(tmp_path, "word", first)
+        change(tmp_path, settings={"image_size": size, "weights": "runs/supcon_s0/model.pth", "crop": "auto"})
+    page = compare_ledgers([tmp_path])
+    names = [f"word, image_size {size}, weights supcon_s0/model.pth" for size in (96, 64)]
+    assert [row[0] for row in table(page)[1:]] == names
+    assert f"right by {names[0]} only: 10" in page.read_text()
+    assert f"right by {names[1]} only: 0" in page.read_text()
+    assert f"{names[0]} 1000.0, {names[1]} 400.0" in page.read_text()
+
+
+def test_a_network_trained_again_at_the_same_path_is_told_by_its_time(tmp_path):
+    for hour, first in ((10, POOR), (12, GOOD)):
+        put(tmp_path, "word", first)
+        change(tmp_path, time=f"2026-11-24T{hour}:00:00+00:00")
+    names = [row[0] for row in table(compare_ledgers([tmp_path]))[1:]]
+    moments = [datetime(2026, 11, 24, hour, tzinfo=UTC).astimezone() for hour in (12, 10)]
+    assert names == [f"word, {moment:%Y-%m-%d %H:%M:%S}" for moment in moments]
+
+
+def test_equal_ranks_by_other_settings_are_two_rows_and_top_k_is_none_of_them(tmp_path):
+    for size, top_k in ((64, 3), (64, 10), (96, 10)):
+        put(tmp_path, "word", GOOD)
+        change(tmp_path, settings={"image_size": size, "top_k": top_k})
+    names = {row[0] for row in table(compare_ledgers([tmp_path]))[1:]}
+    assert names == {"word, image_size 64 (2 runs)", "word, image_size 96"}
+
+
+def test_the_newest_run_stands_for_all_by_the_clock_and_not_by_the_letters(tmp_path):
+    """20:30 an hour east of Greenwich is before 20:00 in Greenwich."""
+    for folder, time, total in (
+        ("new", "2026-11-24T20:00:00+00:00", 7),
+        ("old", "2026-11-24T20:30:00+01:00", 9),
+    ):
+        put(tmp_path, "word", GOOD)
+        change(tmp_path, time=time, settings={"query_dir": folder}, seconds={"total": total})
+    page = compare_ledgers([tmp_path])
+    assert table(page)[1][-1] == "7"
+    assert "**new: 10 queries" in page.with_name("comparison.md").read_text()
+    assert "<caption>2 runs" in page.read_text()
+
+
+def test_several_rows_are_told_apart_by_the_corrected_p_only(tmp_path):
+    """6 against 0 is p = 0.031, which is told apart alone and not beside another such run."""
+    first = (2,) * 6 + (1,) * 4
+    put(tmp_path, "best", GOOD)
+    put(tmp_path, "one", first)
+    assert table(compare_ledgers([tmp_path]))[2][8] == "score and top-1"
+    put(tmp_path, "two", first)
+    rows = table(compare_ledgers([tmp_path]))[2:]
+    assert [row[8] for row in rows] == ["score", "score"]
+
+
+def test_the_tests_are_named_on_the_console_and_in_the_table(tmp_path, caplog):
+    caplog.set_level("INFO")
+    put(tmp_path, "word", GOOD)
+    told = compare_ledgers([tmp_path]).with_name("comparison.md").read_text()
+    for text in (told, caplog.text):
+        assert "95 %" in text
+        assert "McNemar" in text
+        assert "Holm" in text
+
+
+def test_of_many_names_the_page_shows_the_first_and_counts_the_rest(tmp_path):
+    names = [f"a/{number:03}.jpg" for number in range(203)]
+    put(tmp_path, "best", (1,) * 203, names)
+    put(tmp_path, "other", (2,) * 203, names)
+    page = compare_ledgers([tmp_path]).read_text()
+    assert "<code>a/199.jpg</code>" in page
+    assert "a/200.jpg" not in page
+    assert "and 3 more" in page
+
+
+def test_a_ledger_itself_is_compared_beside_its_folder(tmp_path):
+    put(tmp_path, "word", GOOD)
+    put(tmp_path / "deeper", "other", POOR)
+    page = compare_ledgers([tmp_path / "runs.jsonl"])
+    assert page == tmp_path / "comparison.html"
+    assert [row[0] for row in table(page)[1:]] == ["word"]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"time": None},
+        {"time": "yesterday"},
+        {"metrics": {"names": ["x"]}},
+        {"metrics": {"top_1_interval": None}},
+        {"metrics": {"score_interval": 3}},
+        {"metrics": {"backbone": ["x"]}},
+        {"metrics": {"gallery_images": "many"}},
+        {"settings": {"weights": 3}},
+        {"settings": {"query_dir": ["x"]}, "metrics": {"names": None}},
+        {"seconds": {"total": "long"}},
+        {"first": [1, 1]},
+    ],
+    ids=str,
+)
+def test_a_line_of_wrong_values_is_passed_over_too(tmp_path, caplog, broken):
+    put(tmp_path, "word", GOOD)
+    put(tmp_path, "broken", POOR)
+    change(tmp_path, **broken)
+    assert [row[0] for row in table(compare_ledgers([tmp_path]))[1:]] == ["word"]
+    assert "runs.jsonl, line 2 is no line of a ledger" in caplog.text
+
+
+def test_lines_that_disagree_on_the_size_of_the_same_images_are_not_paired(tmp_path):
+    put(tmp_path, "word", GOOD)
+    put(tmp_path, "other", POOR)
+    change(tmp_path, metrics={"queries": 9}, first=[1] * 9)
+    text = compare_ledgers([tmp_path]).with_name("comparison.md").read_text()
+    assert text.count("| network |") == 2
+
+
+@pytest.mark.parametrize("text", ["[", "[]", '{"queries": null}', '{"queries": ["a"]}'])
+def test_names_that_cannot_be_read_are_numbers(tmp_path, text):
+    put(tmp_path, "best", GOOD)
+    put(tmp_path, "other", POOR)
+    for path in tmp_path.glob("names-*"):
+        path.write_text(text)
+    assert "<code>query 10</code>" in compare_ledgers([tmp_path]).read_text()
+
+
+def test_the_table_to_paste_holds_no_tags_and_no_broken_lines(tmp_path):
+    put(tmp_path, "<img src=x>\nword", GOOD, query_dir="<b>\n# data")
+    page = compare_ledgers([tmp_path])
+    text = page.with_name("comparison.md").read_text()
+    assert "<" not in text
+    assert [row[0] for row in table(page)[1:]] == ["&lt;img src=x&gt; word"]
+    assert "**&lt;b&gt; # data: 10 queries" in text
+
+
+def test_a_score_that_differs_by_one_query_in_ten_is_not_told_apart(tmp_path):
+    put(tmp_path, "best", GOOD)
+    put(tmp_path, "other", (2,) + (1,) * 9)
+    assert table(compare_ledgers([tmp_path]))[2][7:9] == ["-60 [-180, +0]", "no"]
+
+
+def test_the_images_are_called_as_in_the_newest_run_even_if_it_is_not_the_best(tmp_path):
+    """A time without a zone is one of this machine's clock."""
+    for word, first, time in (
+        ("old", GOOD, "2026-11-20T20:00:00"),
+        ("new", POOR, "2026-11-24T20:00:00+00:00"),
+    ):
+        put(tmp_path, word, first, query_dir=word)
+        change(tmp_path, time=time)
+    assert "**new: 10 queries" in compare_ledgers([tmp_path]).with_name("comparison.md").read_text()
