@@ -276,7 +276,7 @@ def choose(training: Training) -> None:
     best = replace(training.tuned, network=training.judged.network)
     best.network.load_state_dict(kept["tuned"])
     found = candidates(training.validation, training.untuned, best)
-    chosen = best_of(found, progress.untuned)
+    chosen = best_of(found, progress.untuned, by_view=training.validation.views is not None)
     log.info("%d ways to embed compared in %.1f s: the best is %s", len(found),
              time.perf_counter() - started, chosen)  # fmt: skip
     network = best.network.state_dict()

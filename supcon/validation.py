@@ -155,14 +155,15 @@ def mixed(untuned: nn.Module, tuned: nn.Module, share: float) -> nn.Module:
     return network
 
 
-def best_of(found: list[Candidate], untuned: dict[str, Any]) -> Candidate:
+def best_of(found: list[Candidate], untuned: dict[str, Any], by_view: bool = False) -> Candidate:
     """Both networks joined with λ = USUAL, unless validation shows another way to be better.
 
     What is shown is a difference whose 95 % interval is above 0. Several hundred images cannot tell most of
     the ways apart, and the highest of nine scores is high by chance too. Where the result is not shown to be
-    better than the untuned network either, which had these figures, it is λ = CAREFUL, and NEAREST where that
-    one scores lower than the untuned network: as where nearly every query is right, and the test images are
-    harder.
+    better than the untuned network either, which had these figures, it is λ = CAREFUL; and NEAREST where that
+    one scores lower than the untuned network, as where nearly every query is right and the test images are
+    harder, or where validation is `by_view`: that an image is found from a view of itself says little of
+    another photograph of the same person.
     """
     joined = {candidate.weight: candidate for candidate in found if candidate.embedding == JOINED}
     best = max(found, key=lambda candidate: candidate.metrics["score"])
@@ -170,8 +171,8 @@ def best_of(found: list[Candidate], untuned: dict[str, Any]) -> Candidate:
         best = joined[USUAL]
     if is_better(best.metrics, untuned):
         return best
-    careful = joined[CAREFUL]
-    return careful if careful.metrics["score"] >= untuned["score"] else joined[NEAREST]
+    lower = joined[CAREFUL].metrics["score"] < untuned["score"]
+    return joined[NEAREST if lower or by_view else CAREFUL]
 
 
 def is_better(figures: dict[str, Any], others: dict[str, Any]) -> bool:

@@ -121,7 +121,7 @@ def test_whatever_embedding_is_chosen_the_checkpoint_has_the_score_of_the_choice
     run = begun(settings)
     training.fit(run)
     monkeypatch.setattr(
-        training, "best_of", lambda found, _: next(c for c in found if c.embedding == embedding)
+        training, "best_of", lambda found, *_, **__: next(c for c in found if c.embedding == embedding)
     )
     training.choose(run)
     recipe, _, _ = read_fine_tuned(settings.save_dir / "fine_tuned_model.pth")
@@ -145,6 +145,8 @@ def test_the_usual_way_to_embed_gives_way_to_what_is_shown_to_be_better():
     assert best_of([better, *others], untuned) is better
     assert best_of([nearest, careful, candidate(JOINED, 2.0, 61)], candidate("", 0, 59).metrics) is careful
     assert best_of([better, *others], candidate("", 0, 94).metrics) is nearest
+    shown = [nearest, careful, candidate(JOINED, 2.0, 61)]
+    assert best_of(shown, candidate("", 0, 59).metrics, by_view=True) is nearest
 
 
 def test_a_training_that_came_to_its_end_is_not_chosen_from_twice(tiny, tmp_path, caplog):
