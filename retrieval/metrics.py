@@ -92,7 +92,8 @@ def first_hits(ranking: dict[str, list[str]]) -> list[int]:
     >>> first_hits({"a/1": ["b/1", "a/2"], "b/2": ["a/2", "a/3"]})
     [2, 0]
     """
-    return [int(rank) if np.isfinite(rank) else 0 for rank in _first_hits(ranking)]
+    first = _first_hits(ranking)
+    return np.where(np.isfinite(first), first, 0).astype(int).tolist()
 
 
 def points_of(first: list[int]) -> list[int]:
@@ -120,7 +121,8 @@ def _first_hits(ranking: dict[str, list[str]]) -> np.ndarray:
 
 def _first_hit(query: str, names: list[str]) -> float:
     """The rank of the first right image, from 1; infinity where there is none."""
-    return next((rank for rank, name in enumerate(names, 1) if label_of(name) == label_of(query)), np.inf)
+    label = label_of(query)
+    return next((rank for rank, name in enumerate(names, 1) if label_of(name) == label), np.inf)
 
 
 def _figures(first: np.ndarray, top_k: int) -> dict:

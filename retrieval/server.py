@@ -9,30 +9,28 @@ gives the score. GET / is the leaderboard, /submissions/GROUP a group's history,
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import logging
+import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
 from get_images import find_query_and_gallery
 from retrieval import settings
 from retrieval.database import Database
-from retrieval.judging import AnswerKey, key_of_folders, key_of_table
+from retrieval.judging import AnswerKey, Rules, key_of_folders, key_of_table, read_pairs
 from retrieval.settings import InputError, RunError
 
 if TYPE_CHECKING:
     import uvicorn
-
-    from retrieval.api import Rules
 
 LONGEST_START, LONGEST_END = 10, 10  # seconds
 
@@ -58,23 +56,26 @@ class Settings(settings.Form):
 
 
 def main(form: Settings) -> None:
-    from retrieval.api import Rules
-
+    signal.signal(signal.SIGTERM, _end)  # as Ctrl-C, with what waits written
     images = find_query_and_gallery(form.query_dir, form.gallery_dir)
     key = key_of_table(form.answers, *images) if form.answers else key_of_folders(*images)
     public = public_queries(key, form.public_share, form.seed) if form.public_share else None
     tokens = read_tokens(form.tokens) if form.tokens else None
     rules = Rules(form.closes_at, public, form.hide_scores, tokens, form.per_minute, form.per_address)
-    database = Database(form.database, digest_of(key, public))
     listening = listen(form.host, form.port)
+    database = Database(form.database, digest_of(key, public))
     log.info("%d queries in %d gallery images of %d identities; %s holds %d submissions", len(key.queries),
              len(key.gallery), len(set(key.queries.values())), form.database, database.count())  # fmt: skip
-    log.info("POST to http://%s:%d/retrieval/, and see http://%s:%d/ in a browser; Ctrl-C ends",
-             form.host, form.port, form.host, form.port)  # fmt: skip
+    url = url_of(listening)
+    log.info("POST to %sretrieval/, and see %s in a browser; Ctrl-C ends", url, url)
     try:
         make_server(key, database, rules).run([listening])
     finally:
         database.close()
+
+
+def _end(*_: object) -> NoReturn:
+    raise SystemExit(0)
 
 
 def public_queries(key: AnswerKey, share: float, seed: int) -> tuple[str, ...]:
@@ -93,14 +94,12 @@ def digest_of(key: AnswerKey, public: tuple[str, ...] | None) -> str:
 def read_tokens(table: Path) -> dict[str, str]:
     """The token of each group, from a CSV table of lines `group,token`. Raises InputError for another one."""
     tokens: dict[str, str] = {}
-    with open(table, encoding="utf-8-sig", newline="") as file:
-        for number, row in enumerate(csv.reader(file), 1):
-            cells = [cell.strip() for cell in row]
-            if not cells or (number == 1 and cells == ["group", "token"]):
-                continue
-            if len(cells) != 2 or not all(cells) or cells[0] in tokens or not cells[1].isascii():
-                raise InputError(f"{table}, line {number} is not of the form group,token with a new group")
-            tokens[cells[0]] = cells[1]
+    for where, (group, token) in read_pairs(table, "group", "token"):
+        if group in tokens:
+            raise InputError(f"{where}: {group} has a token on an earlier line")
+        if not token.isascii() or not token.isprintable():  # no header could hold it
+            raise InputError(f"{where}: the token of {group} is not of ASCII letters, digits and signs")
+        tokens[group] = token
     return tokens
 
 
@@ -115,12 +114,19 @@ def listen(host: str, port: int) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
         listening.listen(2048)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: of no name that a machine can have
+        cause = (getattr(error, "strerror", None) or str(error)).lower()
         raise RunError(
-            f"the server cannot listen on {host}:{port} ({(error.strerror or str(error)).lower()}): "
-            "give another --port, or --host"
+            f"the server cannot listen on {host}:{port} ({cause}): give another --port, or --host"
         ) from None
     return listening
+
+
+def url_of(listening: socket.socket) -> str:
+    """Where a browser finds it: by this machine's name, if it listens at every address."""
+    host, port = listening.getsockname()[:2]
+    host = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
+    return f"http://{host}:{port}/"
 
 
 def make_server(key: AnswerKey, database: Database, rules: Rules) -> uvicorn.Server:
@@ -137,16 +143,15 @@ def make_server(key: AnswerKey, database: Database, rules: Rules) -> uvicorn.Ser
 
 
 @contextmanager
-def local_server(key: AnswerKey, database: Path) -> Iterator[str]:
+def local_server(key: AnswerKey, database: Path, rules: Rules | None = None) -> Iterator[str]:
     """The same server on a free loopback port, in a thread, while a `with` lasts; its URL.
 
     Raises RunError where it does not start.
     """
-    from retrieval.api import Rules
-
-    kept = Database(database, digest_of(key, None))
+    rules = rules or Rules()
+    kept = Database(database, digest_of(key, rules.public))
     listening = listen("127.0.0.1", 0)
-    server = make_server(key, kept, Rules())
+    server = make_server(key, kept, rules)
     thread = threading.Thread(target=server.run, args=[[listening]], daemon=True)
     thread.start()
     try:
@@ -157,7 +162,7 @@ def local_server(key: AnswerKey, database: Path) -> Iterator[str]:
                     "the local server does not start: give the URL of another one, or --custom_dataset"
                 )
             time.sleep(0.01)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}/retrieval/"
+        yield f"{url_of(listening)}retrieval/"
     finally:
         server.should_exit = True
         thread.join(LONGEST_END)
