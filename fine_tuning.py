@@ -27,6 +27,7 @@ from retrieval.settings import (
     PositiveInt,
     PositiveShare,
     Share,
+    Side,
     Tracker,
     run_script,
 )
@@ -53,7 +54,7 @@ class Settings(Form):
     tracker: Tracker = "none"  # or "tensorboard", "wandb": follow the training there
 
     # What the network sees. None: what suits the images, and what the word was trained with.
-    image_size: PositiveInt | None = None
+    image_size: Side | None = None
     crop: Crop = "auto"
     face_margin: Share | None = None
     min_face_size: PositiveShare | None = None

@@ -24,6 +24,7 @@ from retrieval.settings import (
     PositiveShare,
     ServerUrl,
     Share,
+    Side,
     Tracker,
     run_script,
 )
@@ -45,7 +46,7 @@ class Settings(Form):
     device: Device = "auto"  # or "cpu", "cuda", "mps"
     weights: File | None = None  # instead of the word's own
     crop: Crop = "auto"  # "face", "none", or what the word is for
-    image_size: PositiveInt | None = None  # this and the next two: None is what the word was trained with
+    image_size: Side | None = None  # this and the next two: None is what the word was trained with
     face_margin: Share | None = None
     min_face_size: PositiveShare | None = None
     save_crops: NewFolder | None = None  # to look at

@@ -79,7 +79,8 @@ class RunLine:
     def same(self) -> tuple:
         """What two runs share that are the same run again."""
         told = {name: self.settings.get(name) for name in MATTER}
-        return self.word, json.dumps(told), self.first, self.metrics.get("score"), self.server_score
+        server = self.server_score if self.first is None else None  # whether it was sent changes no ranking
+        return self.word, json.dumps(told), self.first, self.metrics.get("score"), server
 
     @property
     def height(self) -> float:

@@ -159,6 +159,7 @@ def similarities(first: np.ndarray, right: np.ndarray | None) -> Chart:
         axes.hist(values, bins, label=f"{name} ({len(values)})", edgecolor=colour, **looks)
     axes.set_xlabel("cosine similarity of the first match")
     axes.set_ylabel("queries")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set_title("how sure the first matches are")
     axes.legend(loc="upper left", frameon=False, labelcolor=INK)
     medians = ", ".join(f"{name} {np.median(values):.2f}" for name, values, _ in parts if len(values))
@@ -238,7 +239,7 @@ def curves(history: list[dict[str, Any]], untuned: dict[str, Any]) -> Chart:
         shares.fill_between([0, *epochs], low, high, color=colour, alpha=0.15, linewidth=0)
         shares.axhline(values[0], color=colour, linestyle=":", linewidth=1)
     shares.set_title("validation (0: untuned; shaded: 95 %)")
-    shares.legend(loc="lower right", frameon=False, labelcolor=INK)
+    shares.legend(loc="best", frameon=False, labelcolor=INK)
     for axes in (losses, shares):
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)

@@ -148,11 +148,22 @@ def load_fine_tuned(file: Path, device: str = "auto") -> Backbone:
     if recipe.embedding == JOINED:
         network = Joined(_network(recipe, untuned, file), network, recipe.weight, recipe.tuned_size)
     prepare = _prepare(recipe)
-    word = f"{recipe.word} fine-tuned with {recipe.loss} ({recipe.embedding})"
+    word = f"{recipe.word} fine-tuned with {recipe.loss} ({how(recipe.embedding, recipe.weight)})"
     backbone = place(Backbone(network, 0, prepare, recipe.mean, recipe.std, word, choose_device(device)))
     untuned_dimension = backbone.dimension // 2 if recipe.embedding == JOINED else 0  # both have as many
     trained = Trained(untuned_dimension, (recipe.metrics or {}).get("untuned", {}), recipe.history or [])
     return replace(backbone, trained=trained)
+
+
+def how(embedding: str, weight: float) -> str:
+    """A way to embed with an untuned and a tuned network, in words.
+
+    >>> how(JOINED, 2.0), how(MIXED, 0.5), how(ALONE, 1.0)
+    ('untuned + 2 × tuned', '0.5 of the tuned weights', 'tuned')
+    """
+    if embedding == ALONE:
+        return "tuned"
+    return f"untuned + {weight:g} × tuned" if embedding == JOINED else f"{weight:g} of the tuned weights"
 
 
 def load_tuned_alone(file: Path, word: str, device: str = "auto") -> tuple[Backbone, Recipe]:

@@ -133,7 +133,8 @@ def _figures(first: np.ndarray, top_k: int) -> dict:
         figures[name] = hits / len(first)
         figures[f"{name}_interval"] = wilson_interval(hits, len(first))
     figures["score"] = competition_score(*(int((first <= cut).sum()) for cut in POINTS), queries=len(first))
-    figures["score_interval"] = _mean_interval(_points(first))
+    points = _points(first)
+    figures["score_interval"] = _mean_interval(points) if len(set(points)) > 1 else _sum_of_intervals(first)
     return figures
 
 
@@ -161,6 +162,13 @@ def wilson_interval(hits: int, n: int, z: float = 1.959964) -> list[float]:
 def _points(first: np.ndarray) -> np.ndarray:
     """What each query earns, 0 to 1000, by the rank of its first right image."""
     return sum(value * (first <= cut) for cut, value in POINTS.items())
+
+
+def _sum_of_intervals(first: np.ndarray) -> list[float]:
+    """An interval of the score from those of its shares: where all queries earn the same, none is drawn."""
+    intervals = [wilson_interval(int((first <= cut).sum()), len(first)) for cut in POINTS]
+    return [sum(points * interval[side] for points, interval in zip(POINTS.values(), intervals, strict=True))
+            for side in (0, 1)]  # fmt: skip
 
 
 def _mean_interval(points: np.ndarray, samples: int = 10_000) -> list[float]:

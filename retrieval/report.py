@@ -95,6 +95,7 @@ def write_report(run: Run, found: Found, outcome: Outcome) -> Path:
         command=_command(run),
         time=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         tables=_tables(run),
+        left_out=_left_out(found),
     )
     write_whole(run.folder / PAGE, page)
     return run.folder / PAGE
@@ -134,6 +135,14 @@ def _tables(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
         ("settings", [(name, "–" if value is None else str(value)) for name, value in run.settings]),
         ("versions", list(versions().items())),
     ]
+
+
+def _left_out(found: Found) -> dict[str, list[str]]:
+    """The names of images that something was wrong with, under what it was."""
+    sides = {"queries": found.query_vectors, "gallery images": found.gallery_vectors}
+    told = {f"{side} that could not be embedded": vectors.unreadable for side, vectors in sides.items()}
+    told |= {f"{side} without a face": vectors.without_face for side, vectors in sides.items()}
+    return {what: names for what, names in told.items() if names}
 
 
 def versions() -> dict[str, str]:
@@ -179,6 +188,7 @@ class Matches:
             others = labels[self.rows] != labels[self.rows[:, :1]]
         others[:, 0], others[:, -1] = False, True
         self.margin = self.cosines[:, 0] - np.where(others, self.cosines, -np.inf).max(axis=1)
+        self.embedded = found.query_vectors.vectors.any(axis=1)
 
 
 def _cosines(found: Found, rows: np.ndarray, block: int = 256) -> np.ndarray:
@@ -211,6 +221,7 @@ def _data(found: Found, matches: Matches, points: list[list[int]]) -> dict[str, 
         "cosines": matches.cosines.round(3).tolist(),
         "first": matches.first.tolist(),
         "margin": matches.margin.round(4).tolist(),
+        "embedded": matches.embedded.tolist(),
         "random": np.random.default_rng(0).permutation(queries).tolist(),
         "points": points,
     }
@@ -220,8 +231,8 @@ def _data(found: Found, matches: Matches, points: list[list[int]]) -> dict[str, 
 
 
 def _charts(found: Found, matches: Matches) -> list[Chart]:
-    right = matches.first == 1 if found.labelled else None
-    charts = [figures.similarities(matches.cosines[:, 0], right)]
+    right = (matches.first == 1)[matches.embedded] if found.labelled else None
+    charts = [figures.similarities(matches.cosines[matches.embedded, 0], right)]
     if found.labelled:
         of_queries = [label_of(name) or "none" for name in found.ranking]
         of_matches = [label_of(found.gallery_vectors.names[row]) or "none" for row in matches.rows[:, 0]]

@@ -188,6 +188,7 @@ NewFile = Annotated[Path, BeforeValidator(_path), AfterValidator(_no_folder)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Moment = Annotated[datetime, AfterValidator(_with_zone)]
 PositiveInt = Annotated[int, Field(gt=0)]
+Side = Annotated[int, Field(ge=16)]  # pixels: networks halve it five times
 Share = Annotated[float, Field(ge=0, lt=1)]
 PositiveShare = Annotated[float, Field(gt=0, lt=1)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -305,6 +306,8 @@ def _flag_sentence(problem: str, form: type[Form]) -> str:
 def _value_sentence(problem: dict[str, Any], arguments: list[str]) -> str:
     """Where a wrong value stands, what it is, and what is wrong with it."""
     name = str(problem["loc"][0])
+    if problem["type"] == "missing":
+        return f"give --{name}: {WORDS.get(name.upper()) or WORDS[name]}"
     what = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
     if any(argument.partition("=")[0] == f"--{name}" for argument in arguments):
         where = f"--{name}"
@@ -362,7 +365,8 @@ def _choose(commands: dict[str, tuple], arguments: list[str]) -> tuple[str, list
     if {"-h", "--help"} & set(arguments):
         print(f"usage: {Path(sys.argv[0]).name} COMMAND [flags]\n\n{known}")
         raise SystemExit(0)
-    raise InputError(f"give one of these commands first:\n{known}")
+    hint = did_you_mean(arguments[0], commands) if arguments else ""
+    raise InputError(f"give one of these commands first{hint or ':'}\n{known}")
 
 
 def _log_to_console() -> None:

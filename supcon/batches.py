@@ -105,6 +105,11 @@ def find_labelled(folder: Path) -> list[ImageFile]:
             f"lay them out as {folder}/<class>/x.jpg (--loss nt_xent needs no classes)"
         )
     classes = {label_of(file.name) for file in files}
+    if classes == {"train", "test"}:
+        raise InputError(
+            f"{folder} holds train/ and test/, and what learns from the test images is not tested by them: "
+            f"give {folder / 'train'}"
+        )
     empty = [place.name for place in sorted(folder.iterdir()) if place.is_dir() and place.name not in classes]
     empty = [name for name in empty if not name.startswith(HIDDEN)]
     if empty:

@@ -56,6 +56,8 @@ def fit(training: Training) -> None:
     progress, settings = training.progress, training.settings
     if progress.untuned is None:
         _look_before(training)
+    else:
+        log.info("going on in epoch %d after %d steps", progress.epoch + 1, progress.step)
     clock = _Clock(training)
     with _stop_between_steps() as stopped:
         while progress.epoch < settings.epochs and not clock.over():
@@ -168,7 +170,9 @@ def _look_before(training: Training) -> None:
     views = min(training.settings.batch_size, len(training.squares.names)) * training.variant.views
     log.info("untuned: %s", sentence(figures))
     training.tracking.log({"validation": _followed(figures)}, 0)
-    log.info("a loss that stays at about %.2f has learned nothing", training.head.chance(views))
+    log.info(
+        "chance level of the loss: %.2f, where it stays if nothing is learned", training.head.chance(views)
+    )
     save(training)
 
 
@@ -204,9 +208,11 @@ def _end_epoch(training: Training, clock: _Clock) -> None:
             "skipped_steps": sum(map(math.isnan, progress.losses)), "images": images,
             "seconds": progress.spent} | told(figures)  # fmt: skip
     kept = not progress.highest or not is_better(progress.highest, figures)
+    lower = progress.highest and figures["score"] < progress.highest["score"]
+    word = "" if not kept else " · kept: not told apart from the best" if lower else " · kept"
     log.info("epoch %d of %d: loss %.3f · %s · %.0f images/s%s%s", line["epoch"], training.settings.epochs,
              loss, sentence(figures), images / max(progress.spent, 1e-9),
-             clock.left(), " · kept" if kept else "")  # fmt: skip
+             clock.left(), word)  # fmt: skip
     if figures["mean_cosine"] > COLLAPSED:
         log.warning("the embeddings have collapsed: two images have a cosine of %.3f in the mean; give a "
                     "smaller --lr", figures["mean_cosine"])  # fmt: skip
@@ -314,8 +320,9 @@ def _say_before_and_after(untuned: dict[str, Any], tuned: dict[str, Any]) -> Non
     log.info("before: %s", sentence(untuned))
     log.info("after:  %s", sentence(tuned))
     if low <= 0:
-        log.warning("NOT SHOWN TO BE BETTER THAN UNTUNED: %+.0f points [%+.0f, %+.0f] on %d validation "
-                    "images. Submit with model_not_tuned.py, or try more images or a smaller --lr",
+        log.warning("NOT SHOWN TO BE BETTER THAN UNTUNED: %+.0f points [%+.0f, %+.0f] of 1000 on %d "
+                    "validation images. The result stays near the untuned network, which model_not_tuned.py "
+                    "runs as it is; more images or a smaller --lr may show more",
                     gain, low, high, len(tuned["points"]))  # fmt: skip
 
 

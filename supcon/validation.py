@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from retrieval.backbones import Backbone
 from retrieval.embedding import embed_what_fits
-from retrieval.fine_tuned import ALONE, JOINED, MIXED, Shrunk, join
+from retrieval.fine_tuned import ALONE, JOINED, MIXED, Shrunk, how, join
 from retrieval.metrics import compare, figures_of
 from retrieval.ranking import Embeddings, rank
 from supcon.batches import Split, Squares, read_squares
@@ -116,13 +116,7 @@ class Candidate:
 
     def __str__(self) -> str:
         """In words."""
-        if self.embedding == ALONE:
-            return "tuned"
-        return (
-            f"untuned + {self.weight:g} × tuned"
-            if self.embedding == JOINED
-            else f"{self.weight:g} of the tuned weights"
-        )
+        return how(self.embedding, self.weight)
 
 
 def candidates(validation: Validation, untuned: Backbone, tuned: Backbone) -> list[Candidate]:

@@ -172,3 +172,10 @@ def test_batches_follow_from_the_seed():
     first, again, other = (by_class(labels, 16, 4, np.random.default_rng(seed)) for seed in (0, 0, 1))
     assert all(map(np.array_equal, first, again))
     assert not all(map(np.array_equal, first, other))
+
+
+def test_a_whole_data_set_is_no_training_folder(few, tmp_path):
+    for part in ("train", "test"):
+        shutil.copytree(few / "gallery", tmp_path / part)
+    with pytest.raises(InputError, match=r"holds train/ and test/, .*: give .*/train$"):
+        find_labelled(tmp_path)

@@ -2,7 +2,14 @@ import numpy as np
 import pytest
 
 from get_images import ImageFile
-from retrieval.metrics import are_labelled, competition_score, measure, require_labels, wilson_interval
+from retrieval.metrics import (
+    are_labelled,
+    competition_score,
+    figures_of,
+    measure,
+    require_labels,
+    wilson_interval,
+)
 from retrieval.ranking import Embeddings
 from retrieval.settings import InputError
 
@@ -21,6 +28,14 @@ def ranking_with_first_hits(*ranks):
             names[rank - 1] = "a/right.jpg"
         ranking[f"a/{number}.jpg"] = names
     return ranking, embeddings(*ranking), embeddings(*gallery)
+
+
+def test_where_all_queries_earn_the_same_the_score_is_not_certain():
+    ranking = {f"a/{number}": ["a/x"] for number in range(40)}
+    figures = figures_of(ranking)
+    low = 1000 * wilson_interval(40, 40)[0]
+    assert figures["score"] == 1000
+    assert figures["score_interval"] == pytest.approx([low, 1000])
 
 
 def test_a_published_reply_of_the_competitions_server():

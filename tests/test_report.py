@@ -154,7 +154,11 @@ def test_an_image_that_cannot_be_read_costs_its_picture_only(digits, tmp_path):
             shutil.copy(file.path, folder / part / file.name)
     found = found_of(folder)
     found.queries[3].path.write_bytes(b"")
-    data = data_of(drawn(found, tmp_path / "out"))
+    found.query_vectors.vectors[3] = 0  # as embed leaves it
+    page = drawn(found, tmp_path / "out")
+    assert "<summary>1 queries that could not be embedded</summary>" in page
+    data = data_of(page)
+    assert [row for row, embedded in enumerate(data["embedded"]) if not embedded] == [3]
     assert data["pictures"]["3"] == ""
     assert data["pictures"]["2"]
 

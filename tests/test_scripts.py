@@ -255,6 +255,7 @@ def test_a_page_that_cannot_be_drawn_costs_only_itself(few, monkeypatch, backbon
         ((*FOLDERS, "--output_dir", "texts/a.txt"), 2, "is not a folder but a file"),
         ((*FOLDERS, "--output_dir", "/proc/results"), 1, "give another --output_dir"),
         ((*FOLDERS, "--top", "3"), 2, "there is no flag --top"),
+        ((*FOLDERS, "--image_size", "5"), 2, "--image_size is '5': it should be greater than or equal to 16"),
     ],
 )  # fmt: skip
 def test_wrong_input_is_a_sentence_before_anything_slow(flat, flags, status, sentence):

@@ -44,6 +44,7 @@ function matchItem(query, rank) {
 }
 
 function verdict(query) {
+  if (!data.embedded[query]) return "it could not be embedded";
   if (!data.labelled) return `ahead of the next by ${data.margin[query].toFixed(3)}`;
   if (isRight(query)) return "✓ right at once";
   return data.first[query] ? `✗ the first right one is number ${data.first[query]}` : "✗ no right one found";
@@ -64,7 +65,7 @@ function queryItem(query) {
 
 const ORDERS = {
   worst: (a, b) => (data.first[b] || 1e9) - (data.first[a] || 1e9) || data.cosines[b][0] - data.cosines[a][0],
-  uncertain: (a, b) => data.margin[a] - data.margin[b],
+  uncertain: (a, b) => data.embedded[b] - data.embedded[a] || data.margin[a] - data.margin[b],
   random: (a, b) => data.random[a] - data.random[b],
   name: (a, b) => a - b,
 };
