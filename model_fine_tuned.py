@@ -13,6 +13,7 @@ from typing import ClassVar
 from retrieval.job import embed_both, find, rank_both, save, send, show
 from retrieval.ledger import Run
 from retrieval.settings import (
+    CACHE_DIR,
     Device,
     File,
     Folder,
@@ -42,6 +43,9 @@ class Settings(Form):
     batch_size: PositiveInt = 32
     device: Device = "auto"  # or "cpu", "cuda", "mps"
     save_crops: NewFolder | None = None  # to look at
+    cache_dir: NewFolder = CACHE_DIR  # of embeddings: a second run makes none again
+    no_cache: bool = False
+    verify_cache: bool = False  # True: read images whose size and time are what they were, too
     no_report: bool = False  # True: no report.html, no pictures
     tracker: Tracker = "none"  # or "tensorboard", "wandb"
 

@@ -12,6 +12,7 @@ from retrieval.backbones import ModelType, load_backbone
 from retrieval.job import embed_both, find, rank_both, save, send, show
 from retrieval.ledger import Run
 from retrieval.settings import (
+    CACHE_DIR,
     Crop,
     Device,
     File,
@@ -50,6 +51,9 @@ class Settings(Form):
     face_margin: Share | None = None
     min_face_size: PositiveShare | None = None
     save_crops: NewFolder | None = None  # to look at
+    cache_dir: NewFolder = CACHE_DIR  # of embeddings: a second run makes none again
+    no_cache: bool = False
+    verify_cache: bool = False  # True: read images whose size and time are what they were, too
     no_report: bool = False  # True: no report.html, no pictures
     tracker: Tracker = "none"  # or "tensorboard", "wandb"
 

@@ -59,6 +59,10 @@ class Joined(nn.Module):
         self.untuned, self.tuned = untuned, Shrunk(tuned, tuned_size)
         self.weight = weight
 
+    def extra_repr(self) -> str:
+        """What is no weight, and decides the embedding."""
+        return f"weight={self.weight}"
+
     def forward(self, pixels: Tensor) -> Tensor:
         """(images, 3, size, size) → (images, dimensions of both)."""
         return join(self.untuned(pixels), self.tuned(pixels), self.weight)
@@ -76,6 +80,10 @@ class Shrunk(nn.Module):
     def __init__(self, network: nn.Module, size: int) -> None:
         super().__init__()
         self.network, self.size = network, size
+
+    def extra_repr(self) -> str:
+        """What is no weight, and decides the embedding."""
+        return f"size={self.size}"
 
     def forward(self, pixels: Tensor) -> Tensor:
         """(images, 3, any, any) → what the network gives for (images, 3, size, size)."""

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from get_images import ImageFile, find_query_and_gallery
 from retrieval.backbones import Backbone
+from retrieval.cache import Cache
 from retrieval.embedding import embed
 from retrieval.judging import key_of_folders
 from retrieval.ledger import SUBMISSION, Outcome, Run, stop_if_failed
@@ -58,9 +59,11 @@ def find(run: Run) -> Images:
 def embed_both(run: Run, images: Images, backbone: Backbone) -> Vectors:
     """The unit vectors of both."""
     run.done("load", f"loaded {backbone.word} on {backbone.device}")
-    batch_size, crops = run.settings.batch_size, run.settings.save_crops
-    queries = embed(images.queries, backbone, batch_size, "queries", crops)
-    gallery = embed(images.gallery, backbone, batch_size, "gallery images", crops)
+    settings = run.settings
+    cache = None if settings.no_cache else Cache(settings.cache_dir, settings.verify_cache)
+    size, crops = settings.batch_size, settings.save_crops
+    queries = embed(images.queries, backbone, size, "queries", crops, cache)
+    gallery = embed(images.gallery, backbone, size, "gallery images", crops, cache)
     count = len(images.queries) + len(images.gallery)
     run.done("embed", f"embedded {count} images as {backbone.dimension}-d unit vectors")
     return Vectors(queries, gallery)

@@ -43,6 +43,10 @@ WORDS = {
     "SAVE_DIR": "folder for the checkpoints, the history and the curves of a training",
     "EPOCHS": "how often each image is learned from",
     "TRACKER": "what to follow the figures with: none, tensorboard or wandb, a package to install first",
+    "CACHE_DIR": "folder that keeps embeddings, so that a second run makes none again",
+    "no_cache": "make every embedding anew, and keep none",
+    "verify_cache": "read every image, also one whose size and time are what they were",
+    "older_than": "days: remove the embeddings that no run used for so long",
     "device": "where the network runs",
     "weights": "a file of weights in the place of the word's own",
     "resume": "go on with the training in the save folder",
@@ -95,6 +99,7 @@ WORDS = {
     "per_address": "submissions of a network address in a minute; a lecture hall shares one",
 }
 
+CACHE_DIR = Path("~/.cache/image-retrieval")
 LOCAL = "local"  # the URL of the evaluation server that a run starts by itself
 
 log = logging.getLogger("retrieval.settings")

@@ -80,6 +80,7 @@ def _no_settings_from_outside(monkeypatch, tmp_path_factory):
     """The environment and the .env of whoever runs the tests must not reach them."""
     for word in WORDS:
         monkeypatch.delenv(word.upper(), raising=False)
+    monkeypatch.setenv("CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
     yield
     rooms = logging.getLogger("retrieval")

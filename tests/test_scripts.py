@@ -34,6 +34,7 @@ def ledger(folder):
         "retrieval.submission",
         "retrieval.backbones",
         "retrieval.report",
+        "retrieval.embedding",
     ],
 )
 def test_the_form_is_read_before_the_slow_imports(script):
@@ -42,9 +43,10 @@ def test_the_form_is_read_before_the_slow_imports(script):
     subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
 
 
+ROOMS = ("submission", "backbones", "report", "embedding")  # that are scripts too
 COMMANDS = [["model_not_tuned.py"], ["fine_tuning.py"], ["model_fine_tuned.py"],
             ["get_images.py"], ["get_images.py", "sample"],
-            *(["-m", f"retrieval.{room}"] for room in ("submission", "backbones", "report"))]  # fmt: skip
+            *(["-m", f"retrieval.{room}"] for room in ROOMS)]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -220,6 +222,23 @@ def test_a_rehearsal_without_labels_is_refused_before_the_work(flat):
     assert ended.returncode == 2
     assert "--server_url local scores by class folders" in ended.stderr
     assert "loaded" not in ended.stdout
+
+
+def test_a_second_run_embeds_nothing_and_ranks_the_same(few, tmp_path):
+    flags = (*FOLDERS, "--custom_dataset", "--no_report", "--cache_dir", tmp_path / "kept")
+    told = []
+    for number, more in enumerate(((), (), ("--no_cache",), ("--verify_cache",))):
+        ended = run("model_not_tuned.py", *flags, *more, "--output_dir", tmp_path / str(number), cwd=few)
+        assert ended.returncode == 0, ended.stderr
+        told.append("24 of 24 gallery images are embedded already" in ended.stdout)
+    assert told == [False, True, False, True]
+    assert len({(tmp_path / str(number) / "submission.json").read_bytes() for number in range(4)}) == 1
+    ended = run("-m", "retrieval.embedding", "--cache_dir", tmp_path / "kept", cwd=tmp_path)
+    assert "efficientnet_lite0, 1280 numbers: 32 images, 0.2 MB, used " in ended.stdout
+    ended = run(
+        "-m", "retrieval.embedding", "--cache_dir", tmp_path / "kept", "--older_than", "0", cwd=tmp_path
+    )
+    assert "removed 32 vectors that nobody used for 0 days" in ended.stdout
 
 
 def test_no_report_draws_nothing(flat):

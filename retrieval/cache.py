@@ -1,0 +1,268 @@
+"""Images and what embeds them in; their vectors, where a run before has made them, out.
+
+    python -m retrieval.embedding --cache_dir DIR [--older_than DAYS]     # what it holds; removes the unused
+
+A SQLite file holds a vector by two digests: of the image's bytes, and of all that makes a vector of them.
+Whatever is wrong with the file costs the time to make the vectors again, and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sqlite3
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from get_images import ImageFile
+from retrieval.backbones import Backbone
+from retrieval.settings import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FILE = "embeddings.sqlite"
+VERSION = 1  # of the tables
+SCHEMA = f"""
+CREATE TABLE files (path BLOB PRIMARY KEY, size INTEGER, changed INTEGER, digest BLOB) WITHOUT ROWID;
+CREATE TABLE makers (maker BLOB PRIMARY KEY, what TEXT, used REAL) WITHOUT ROWID;
+CREATE TABLE vectors (
+    maker BLOB, digest BLOB, face INTEGER, vector BLOB, PRIMARY KEY (maker, digest)
+) WITHOUT ROWID;
+PRAGMA user_version = {VERSION};
+"""
+USED = """
+INSERT INTO makers VALUES (?, ?, ?) ON CONFLICT (maker) DO UPDATE SET used = excluded.used
+"""
+# The code and the packages that decide what a vector is.
+CODE = ("get_images.py", "retrieval/transforms.py", "retrieval/faces.py", "retrieval/dlib_network.py",
+        "retrieval/backbones.py", "retrieval/fine_tuned.py", "retrieval/folding.py")  # fmt: skip
+PACKAGES = ("torch", "torchvision", "timm", "facenet-pytorch", "dlib-bin", "pillow")
+AT_ONCE = 500  # values in a statement: SQLite takes 999 everywhere
+LATELY = 2.0  # seconds: a file that was just written may be written again within one tick of its clock
+
+log = logging.getLogger("retrieval.cache")
+
+
+class Known(NamedTuple):
+    """What is kept of an image."""
+
+    vector: np.ndarray  # float32 (dimension,), of unit length
+    face: bool | None  # whether it shows a face that was found; None: none was looked for
+
+
+@dataclass
+class Cache:
+    """The file in a folder, as far as it can be used. Nothing here raises but where the folder is a file."""
+
+    folder: Path
+    verify: bool = False  # read every image, also one whose size and time are what they were
+    connection: sqlite3.Connection | None = field(default=None, init=False)
+    makers: dict[int, bytes] = field(default_factory=dict, init=False)  # of a backbone, by its id
+
+    def __post_init__(self) -> None:
+        if self.folder.is_file():
+            raise InputError(f"--cache_dir {self.folder} is not a folder but a file: give another one")
+        self._excused(self._open)
+
+    # ---- what embed asks
+
+    def look_up(
+        self, files: list[ImageFile], backbone: Backbone
+    ) -> tuple[dict[str, bytes], dict[str, Known]]:
+        """The digests of the images that can be read, and what is kept of them."""
+        if self.connection is None:
+            return {}, {}
+        digests = self._excused(lambda: self._digests(files)) or {}
+        maker = self._maker(backbone)
+        found = self._excused(lambda: self._vectors(maker, list(digests.values()))) or {}
+        return digests, {name: found[digest] for name, digest in digests.items() if digest in found}
+
+    def keep(self, backbone: Backbone, known: dict[bytes, Known]) -> None:
+        """Keep what was made of the images with these digests."""
+        maker = self._maker(backbone)
+        rows = [(maker, digest, made.face, made.vector.tobytes()) for digest, made in known.items()]
+        self._excused(lambda: self.write("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?, ?)", rows))
+
+    def _maker(self, backbone: Backbone) -> bytes:
+        """The digest of what makes vectors, which is told to the file once."""
+        if id(backbone) not in self.makers:
+            maker = self.makers[id(backbone)] = maker_of(backbone)
+            what = f"{backbone.word}, {backbone.dimension} numbers"
+            self._excused(lambda: self.write(USED, [(maker, what, time.time())]))
+        return self.makers[id(backbone)]
+
+    def _digests(self, files: list[ImageFile]) -> dict[str, bytes]:
+        """The digest of each image: as it was, if its size and time are; else of its bytes."""
+        looks = {file.name: look for file in files if (look := _look(file.path))}
+        same = {} if self.verify else self._unchanged(looks)
+        others = [file for file in files if file.name in looks and file.name not in same]
+        with ThreadPoolExecutor() as pool:
+            digests = list(pool.map(_digest_of_file, others))
+        read = {file.name: digest for file, digest in zip(others, digests, strict=True) if digest}
+        now = time.time()
+        settled = [name for name in read if now - looks[name][2] / 1e9 > LATELY]
+        rows = [(*looks[name], read[name]) for name in settled]
+        self.write("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", rows)
+        return same | read
+
+    def _unchanged(self, looks: dict[str, tuple[bytes, int, int]]) -> dict[str, bytes]:
+        """The digests that are kept of files which look as they did."""
+        statement = "SELECT path, size, changed, digest FROM files WHERE path"
+        rows = self.rows_of(statement, [path for path, *_ in looks.values()])
+        kept = {(path, size, changed): digest for path, size, changed, digest in rows}
+        return {name: kept[look] for name, look in looks.items() if look in kept}
+
+    def _vectors(self, maker: bytes, digests: list[bytes]) -> dict[bytes, Known]:
+        found = self.rows_of(
+            "SELECT digest, face, vector FROM vectors WHERE maker = ? AND digest", digests, maker
+        )
+        return {digest: Known(np.frombuffer(vector, np.float32), None if face is None else bool(face))
+                for digest, face, vector in found}  # fmt: skip
+
+    # ---- the file
+
+    def _open(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.connection = sqlite3.connect(self.folder / FILE, timeout=30)
+        self.connection.execute("PRAGMA journal_mode = WAL")
+        self.connection.execute(
+            "PRAGMA synchronous = NORMAL"
+        )  # a crash may cost the last vectors, never the file
+        with self.connection:
+            self.connection.execute("BEGIN IMMEDIATE")  # of two runs, one makes the tables
+            (kept,) = self.connection.execute("PRAGMA user_version").fetchone()
+            (tables,) = self.connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+            if not tables:
+                for statement in SCHEMA.strip().split(";\n"):
+                    self.connection.execute(statement)
+            elif kept != VERSION:
+                raise sqlite3.DatabaseError("it has other tables")
+
+    def rows(self, statement: str, *values: object) -> list[tuple]:
+        return self.connection.execute(statement, values).fetchall()
+
+    def rows_of(self, statement: str, among: list, *values: object) -> list[tuple]:
+        """The rows of a statement that ends in a column which is to be among these, some at a time."""
+        found = []
+        for start in range(0, len(among), AT_ONCE):
+            part = among[start : start + AT_ONCE]
+            found += self.rows(f"{statement} IN ({', '.join('?' * len(part))})", *values, *part)
+        return found
+
+    def write(self, statement: str, rows: list[tuple]) -> None:
+        with self.connection:
+            self.connection.executemany(statement, rows)
+
+    def _excused(self, act: Callable[[], object]) -> object:
+        """What `act` gives. A file that is broken is set aside and made anew; one that fails is left."""
+        try:
+            return act() if self.connection or act == self._open else None
+        except (sqlite3.OperationalError, OSError) as error:  # locked, full, read-only
+            self._leave(f"cannot be used ({error}): this run goes on without it")
+        except sqlite3.Error as error:  # torn, or somebody else's
+            self._leave(f"is broken ({error}): it is set aside, and its vectors are made again")
+            self._set_aside()
+        return None
+
+    def _leave(self, why: str) -> None:
+        log.warning("the cache %s %s", self.folder / FILE, why)
+        if self.connection:
+            self.connection.close()
+        self.connection = None
+
+    def _set_aside(self) -> None:
+        """Rename the file, and begin another."""
+        broken = self.folder / f"{FILE}.broken-{time.strftime('%Y%m%d-%H%M%S')}"
+        try:
+            os.replace(self.folder / FILE, broken)
+            for more in ("-wal", "-shm"):
+                (self.folder / f"{FILE}{more}").unlink(missing_ok=True)
+            self._open()
+        except (OSError, sqlite3.Error) as error:
+            self._leave(f"cannot be made anew ({error}): this run goes on without it")
+
+
+def _look(path: Path) -> tuple[bytes, int, int] | None:
+    """The quick look at a file: where it is, its size, when it was changed (ns); None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return os.fsencode(os.path.realpath(path)), found.st_size, found.st_mtime_ns
+
+
+def _digest_of_file(file: ImageFile) -> bytes | None:
+    try:
+        with open(file.path, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").digest()
+    except OSError:
+        return None
+
+
+# ---- what makes a vector --------------------------------------------------------------------------
+
+
+def maker_of(backbone: Backbone) -> bytes:
+    """The digest of all that decides what vector an image gets: weights, transform, code, packages."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parent.parent
+    for part in CODE:
+        digest.update((root / part).read_bytes())
+    told = (
+        backbone.word,
+        backbone.prepare,
+        backbone.mean,
+        backbone.std,
+        backbone.device,
+        str(backbone.network),
+    )
+    digest.update(repr((told, [_version(package) for package in PACKAGES])).encode())
+    _add_weights(digest, backbone.network)
+    return digest.digest()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
+def _add_weights(digest: object, network: nn.Module) -> None:
+    import torch
+
+    for name, tensor in network.state_dict().items():
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy())
+
+
+# ---- what is there --------------------------------------------------------------------------------
+
+
+def contents(cache: Cache) -> list[tuple[str, int, int, float]]:
+    """Each network with vectors here: what it is, how many, their bytes, and when it was last used."""
+    return cache.rows(
+        "SELECT what, COUNT(digest), COALESCE(SUM(LENGTH(vector)), 0), used "
+        "FROM makers LEFT JOIN vectors USING (maker) GROUP BY maker ORDER BY used DESC"
+    )
+
+
+def prune(cache: Cache, days: float) -> int:
+    """Remove the vectors of networks that were not used for so many days; how many that were."""
+    old = [(maker,) for (maker,) in
+           cache.rows("SELECT maker FROM makers WHERE used < ?", time.time() - 86400 * days)]  # fmt: skip
+    before = cache.rows("SELECT COUNT(*) FROM vectors")[0][0]
+    cache.write("DELETE FROM vectors WHERE maker = ?", old)
+    cache.write("DELETE FROM makers WHERE maker = ?", old)
+    cache.connection.execute("VACUUM")  # gives the room back to the disk
+    return before - cache.rows("SELECT COUNT(*) FROM vectors")[0][0]

@@ -1,0 +1,236 @@
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from torch import nn
+
+from get_images import find_images
+from retrieval import cache as module
+from retrieval.backbones import Backbone
+from retrieval.cache import FILE, Cache, contents, maker_of, prune
+from retrieval.embedding import embed
+from retrieval.fine_tuned import Joined
+from retrieval.settings import InputError
+from retrieval.transforms import Transform
+
+
+class Corner(nn.Module):
+    """The channels of the first pixel, times a weight; it counts the images it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.seen = 0
+
+    def forward(self, images):
+        self.seen += len(images)
+        return images[:, :, 0, 0] * self.weight
+
+
+@pytest.fixture
+def backbone():
+    return Backbone(Corner(), 3, Transform(2, "bicubic"), (0, 0, 0), (1, 1, 1), "corner")
+
+
+@pytest.fixture
+def files(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in range(7):
+        paint(folder / f"{name}.png", name + 1)
+    return find_images(folder)
+
+
+def paint(path, level):
+    """An image of one colour, written long ago."""
+    Image.new("RGB", (3, 5), (level, 2 * level, 200)).save(path)
+    os.utime(path, (1e9, 1e9))
+
+
+def embedded(files, backbone, folder, **how):
+    """The vectors, and how many images the network saw for them."""
+    before = backbone.network.seen
+    vectors = embed(files, backbone, 3, cache=Cache(folder, **how)).vectors
+    return vectors, backbone.network.seen - before
+
+
+def test_a_second_run_embeds_nothing_and_gives_the_same_bits(files, backbone, tmp_path, caplog):
+    caplog.set_level("INFO")
+    first, seen = embedded(files, backbone, tmp_path / "cache")
+    assert seen == 7
+    second, seen = embedded(files[::-1], backbone, tmp_path / "cache")
+    assert seen == 0
+    assert np.array_equal(first, second[::-1])
+    assert np.array_equal(first, embed(files, backbone, 3).vectors)
+    assert "7 of 7 images are embedded already" in caplog.text
+
+
+def test_an_added_image_costs_one_and_a_copy_under_another_name_none(files, backbone, tmp_path):
+    embedded(files, backbone, tmp_path / "cache")
+    folder = files[0].path.parent
+    paint(folder / "new.png", 99)
+    (folder / "copy.png").write_bytes(files[2].path.read_bytes())
+    vectors, seen = embedded(find_images(folder), backbone, tmp_path / "cache")
+    assert seen == 1
+    names = [file.name for file in find_images(folder)]
+    assert np.array_equal(vectors[names.index("copy.png")], vectors[names.index("2.png")])
+
+
+def test_a_replaced_file_is_noticed_by_size_or_time_or_else_by_its_bytes_if_asked(files, backbone, tmp_path):
+    before, _ = embedded(files, backbone, tmp_path / "cache")
+    path = files[0].path
+    size = path.stat().st_size
+    paint(path, 50)
+    assert path.stat().st_size == size  # the same name, size and time
+    assert np.array_equal(embedded(files, backbone, tmp_path / "cache")[0], before)
+    verified, seen = embedded(files, backbone, tmp_path / "cache", verify=True)
+    assert seen == 1
+    assert not np.array_equal(verified[0], before[0])
+    paint(path, 60)
+    os.utime(path, (1e9, 1e9 + 5))
+    changed, seen = embedded(files, backbone, tmp_path / "cache")
+    assert seen == 1
+    assert not np.array_equal(changed[0], verified[0])
+
+
+def test_a_file_that_was_just_written_is_read_again(files, backbone, tmp_path):
+    paint(files[0].path, 70)
+    now = time.time()
+    os.utime(files[0].path, (now, now))
+    before, _ = embedded(files, backbone, tmp_path / "cache")
+    paint(files[0].path, 80)
+    os.utime(files[0].path, (now, now))  # within one tick of the clock
+    after, seen = embedded(files, backbone, tmp_path / "cache")
+    assert seen == 1
+    assert not np.array_equal(after[0], before[0])
+
+
+def test_whatever_decides_a_vector_makes_another_key(backbone, monkeypatch):
+    keys = [maker_of(backbone)]
+    assert maker_of(replace(backbone, network=Corner())) == keys[0]
+    keys += [maker_of(replace(backbone, **other)) for other in (
+        {"prepare": Transform(4, "bicubic")}, {"prepare": Transform(2, "bilinear")}, {"mean": (0.5, 0, 0)},
+        {"std": (2, 1, 1)}, {"word": "other"}, {"device": "cuda"}, {"network": nn.Sequential(Corner())},
+    )]  # fmt: skip
+    with torch.no_grad():
+        backbone.network.weight[1] = 1 + 1e-7
+    keys.append(maker_of(backbone))
+    keys += [maker_of(replace(backbone, network=Joined(Corner(), Corner(), weight, size)))
+             for weight, size in ((1.0, 2), (2.0, 2), (1.0, 4))]  # fmt: skip
+    monkeypatch.setattr(module, "version", lambda package: "another")
+    keys.append(maker_of(backbone))
+    monkeypatch.setattr(module, "CODE", ("get_images.py",))
+    keys.append(maker_of(backbone))
+    assert len(set(keys)) == len(keys)
+
+
+def test_faces_are_remembered_with_their_vectors(files, backbone, tmp_path):
+    class Half:
+        """Every image below a level has no face."""
+
+        size = 2
+
+        def __call__(self, image):
+            return Transform(2, "bicubic")(image)._replace(face=bool(image[0, 0, 0] > 3))
+
+        def __repr__(self):
+            return "half"
+
+    class Seeing(Backbone):
+        looks_for_faces = False
+
+    seeing = Seeing(backbone.network, 3, Half(), (0, 0, 0), (1, 1, 1), "seeing")
+    keep = Cache(tmp_path / "cache")
+    embed(files, seeing, 3, cache=keep)
+    _, known = Cache(tmp_path / "cache").look_up(files, seeing)
+    assert [known[file.name].face for file in files] == [False] * 3 + [True] * 4
+
+
+def test_unreadable_images_are_tried_again(files, backbone, tmp_path, caplog):
+    content = files[3].path.read_bytes()
+    files[3].path.write_bytes(b"")
+    vectors, seen = embedded(files, backbone, tmp_path / "cache")
+    assert seen == 6
+    assert not vectors[3].any()
+    files[3].path.write_bytes(content)
+    vectors, seen = embedded(files, backbone, tmp_path / "cache")
+    assert seen == 1
+    assert vectors[3].any()
+
+
+@pytest.mark.parametrize("content", [b"no database at all" * 100, b"SQLite format 3\0" + b"x" * 5000])
+def test_a_torn_or_foreign_file_is_set_aside_and_made_again(files, backbone, tmp_path, caplog, content):
+    folder = tmp_path / "cache"
+    before, _ = embedded(files, backbone, folder)
+    (folder / FILE).write_bytes(content)
+    for name in (f"{FILE}-wal", f"{FILE}-shm"):
+        (folder / name).unlink(missing_ok=True)
+    after, seen = embedded(files, backbone, folder)
+    assert np.array_equal(after, before)
+    assert seen == 7
+    assert "is broken" in caplog.text
+    (aside,) = folder.glob("*.broken-*")
+    assert aside.read_bytes() == content
+    assert embedded(files, backbone, folder)[1] == 0
+
+
+def test_the_tables_of_another_version_are_set_aside(files, backbone, tmp_path):
+    embedded(files, backbone, tmp_path / "cache")
+    with sqlite3.connect(tmp_path / "cache" / FILE) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    assert embedded(files, backbone, tmp_path / "cache")[1] == 7
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_itself(files, backbone, tmp_path, caplog):
+    vectors, seen = embedded(files, backbone, "/proc/cache" and tmp_path / "cache")
+    assert seen == 7
+    from pathlib import Path
+
+    again, seen = embedded(files, backbone, Path("/proc/no-cache"))
+    assert seen == 7
+    assert np.array_equal(again, vectors)
+    assert "this run goes on without it" in caplog.text
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is not a folder but a file"):
+        Cache(tmp_path / "file")
+
+
+def test_two_runs_at_once(files, tmp_path):
+    program = (
+        "import sys; from pathlib import Path; from test_cache import *\n"
+        "network = Backbone(Corner(), 3, Transform(2, 'bicubic'), (0, 0, 0), (1, 1, 1), 'corner')\n"
+        "files = find_images(sys.argv[1])\n"
+        "for number in range(20):\n"
+        "    with torch.no_grad(): network.network.weight[0] = 1 + number\n"
+        "    embed(files, replace(network), 1, cache=Cache(Path(sys.argv[2])))"
+    )
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = [sys.executable, "-c", program, files[0].path.parent, tmp_path / "cache"]
+    both = [subprocess.Popen(command, env=env, stderr=subprocess.PIPE) for _ in range(2)]
+    told = [process.communicate()[1].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0], told
+    assert "without it" not in told[0] + told[1]
+    with sqlite3.connect(tmp_path / "cache" / FILE) as connection:
+        assert connection.execute("SELECT COUNT(*) FROM vectors").fetchone() == (140,)
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+def test_what_it_holds_and_what_nobody_used(files, backbone, tmp_path):
+    cache = Cache(tmp_path / "cache")
+    embed(files, backbone, 3, cache=cache)
+    ((what, count, size, used),) = contents(cache)
+    assert (what, count, size) == ("corner, 3 numbers", 7, 7 * 12)
+    assert used == pytest.approx(time.time(), abs=60)
+    assert prune(cache, 1) == 0
+    assert prune(cache, 0) == 7
+    assert contents(cache) == []
+    assert embedded(files, backbone, tmp_path / "cache")[1] == 7
