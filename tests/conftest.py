@@ -271,6 +271,8 @@ class Browser:
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        self.driver.get("about:blank")  # which ends what a page before still asks its server for
+        self.errors()
         self.driver.get(str(address))
 
     def run(self, script, *arguments):

@@ -147,7 +147,7 @@ def test_one_image_a_class_is_warned_of(trainable):
         (("--resume",), 2, "checkpoints holds no last.pth to go on from"),
         (("--save_dir", "train/0/x.png"), 2, "is not a folder but a file"),
         (("--lr", "nan"), 2, "--lr is 'nan'"),
-        (("--image_size", "8", "--model", "dlib", "--crop", "none"), 2, "does not take images of 8 pixels"),
+        (("--image_size", "16", "--model", "dlib", "--crop", "none"), 2, "does not take images of 16 pixels"),
     ],
 )
 def test_wrong_input_is_a_sentence_before_anything_is_learned(trainable, flags, status, sentence):
