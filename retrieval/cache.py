@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,6 +24,7 @@ import numpy as np
 from get_images import ImageFile
 from retrieval.backbones import Backbone
 from retrieval.settings import InputError
+from retrieval.weights import version_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -66,12 +66,12 @@ class Cache:
     folder: Path
     verify: bool = False  # read every image, also one whose size and time are what they were
     connection: sqlite3.Connection | None = field(default=None, init=False)
-    makers: dict[int, bytes] = field(default_factory=dict, init=False)  # of a backbone, by its id
+    maker: tuple[Backbone, bytes] | None = field(default=None, init=False)  # the last, with its digest
 
     def __post_init__(self) -> None:
         if self.folder.is_file():
             raise InputError(f"--cache_dir {self.folder} is not a folder but a file: give another one")
-        self._excused(self._open)
+        self._attempt(self._open)
 
     # ---- what embed asks
 
@@ -88,17 +88,19 @@ class Cache:
 
     def keep(self, backbone: Backbone, known: dict[bytes, Known]) -> None:
         """Keep what was made of the images with these digests."""
+        if not known:
+            return
         maker = self._maker(backbone)
         rows = [(maker, digest, made.face, made.vector.tobytes()) for digest, made in known.items()]
         self._excused(lambda: self.write("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?, ?)", rows))
 
     def _maker(self, backbone: Backbone) -> bytes:
         """The digest of what makes vectors, which is told to the file once."""
-        if id(backbone) not in self.makers:
-            maker = self.makers[id(backbone)] = maker_of(backbone)
-            what = f"{backbone.word}, {backbone.dimension} numbers"
-            self._excused(lambda: self.write(USED, [(maker, what, time.time())]))
-        return self.makers[id(backbone)]
+        if self.maker is None or self.maker[0] is not backbone:
+            self.maker = backbone, maker_of(backbone)
+            told = self.maker[1], f"{backbone.word}, {backbone.dimension} numbers", time.time()
+            self._excused(lambda: self.write(USED, [told]))
+        return self.maker[1]
 
     def _digests(self, files: list[ImageFile]) -> dict[str, bytes]:
         """The digest of each image: as it was, if its size and time are; else of its bytes."""
@@ -134,9 +136,8 @@ class Cache:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.connection = sqlite3.connect(self.folder / FILE, timeout=30)
         self.connection.execute("PRAGMA journal_mode = WAL")
-        self.connection.execute(
-            "PRAGMA synchronous = NORMAL"
-        )  # a crash may cost the last vectors, never the file
+        # a crash may cost the last vectors, never the file
+        self.connection.execute("PRAGMA synchronous = NORMAL")
         with self.connection:
             self.connection.execute("BEGIN IMMEDIATE")  # of two runs, one makes the tables
             (kept,) = self.connection.execute("PRAGMA user_version").fetchone()
@@ -163,9 +164,13 @@ class Cache:
             self.connection.executemany(statement, rows)
 
     def _excused(self, act: Callable[[], object]) -> object:
+        """What `act` gives, as _attempt has it; None where the file was left."""
+        return self._attempt(act) if self.connection else None
+
+    def _attempt(self, act: Callable[[], object]) -> object:
         """What `act` gives. A file that is broken is set aside and made anew; one that fails is left."""
         try:
-            return act() if self.connection or act == self._open else None
+            return act()
         except (sqlite3.OperationalError, OSError) as error:  # locked, full, read-only
             self._leave(f"cannot be used ({error}): this run goes on without it")
         except sqlite3.Error as error:  # torn, or somebody else's
@@ -225,16 +230,9 @@ def maker_of(backbone: Backbone) -> bytes:
         backbone.device,
         str(backbone.network),
     )
-    digest.update(repr((told, [_version(package) for package in PACKAGES])).encode())
+    digest.update(repr((told, [version_of(package) for package in PACKAGES])).encode())
     _add_weights(digest, backbone.network)
     return digest.digest()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 def _add_weights(digest: object, network: nn.Module) -> None:

@@ -74,7 +74,9 @@ def embed(
 
     rows = {file.name: row for row, file in enumerate(files)}
     vectors = np.zeros((len(files), backbone.dimension), dtype=np.float32)
-    digests, known = cache.look_up(files, backbone) if cache and not save_crops else ({}, {})
+    if save_crops:
+        cache = None  # each image is to be prepared, so that it can be looked at
+    digests, known = cache.look_up(files, backbone) if cache else ({}, {})
     for name, made in known.items():
         vectors[rows[name]] = made.vector
     faces = {name: made.face for name, made in known.items()}

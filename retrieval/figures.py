@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from retrieval.ledger import write_whole
+from retrieval.thumbnails import RIGHT, UNKNOWN, WRONG
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 # All of about the same brightness: at least 3 : 1 on white and on a dark page (WCAG 2.2, 1.4.11).
 COLOURS = ("#0969da", "#1a7f37", "#cf222e", "#8250df", "#9a6700", "#bf3989", "#1b7c83", "#bc4c00", "#6e7781",
            "#6f7d00")  # fmt: skip
-RIGHT, WRONG, OTHER = "#1a7f37", "#cf222e", "#8c959f"
 INK = "#010203"  # what the page makes the colour of its text
 MOST_CLASSES = 25  # in a chart; more are the worst of them
 # For letters that matplotlib's own font lacks: the first of these that are installed.
@@ -190,7 +190,7 @@ def embedding_map(
             for side, marker in ((False, "o"), (True, "^")):
                 rows = np.flatnonzero((array == label) & (is_query == side))
                 if len(rows):
-                    looks = {"color": colours.get(label, OTHER), "marker": marker, "s": 24 if side else 16}
+                    looks = {"color": colours.get(label, UNKNOWN), "marker": marker, "s": 24 if side else 16}
                     marks = axes.scatter(*panel.places[rows].T, linewidths=0, alpha=0.85, **looks)
                     marks.set_gid(f"points-{len(behind)}")
                     behind.append(rows.tolist())
@@ -206,7 +206,7 @@ def _legend(figure: Figure, colours: dict[str, str], others: bool) -> None:
     from matplotlib.lines import Line2D
 
     marks = [("s", colour, _short(label)) for label, colour in colours.items()]
-    marks += [("s", OTHER, "others" if colours else "all")] if others else []
+    marks += [("s", UNKNOWN, "others" if colours else "all")] if others else []
     marks += [("^", INK, "query"), ("o", INK, "gallery")]
     handles = [Line2D([], [], linestyle="", marker=m, color=colour, label=text) for m, colour, text in marks]
     figure.legend(handles=handles, loc="outside right upper", frameon=False, labelcolor=INK, fontsize=9)

@@ -16,7 +16,7 @@ from retrieval.cache import Cache
 from retrieval.embedding import embed
 from retrieval.judging import key_of_folders
 from retrieval.ledger import SUBMISSION, Outcome, Run, stop_if_failed
-from retrieval.metrics import first_hits, measure, require_labels
+from retrieval.metrics import measure, require_labels
 from retrieval.ranking import Embeddings, rank
 from retrieval.report import Found, write_report
 from retrieval.sending import NOT_SENT, send_submission
@@ -104,7 +104,7 @@ def send(run: Run, found: Found) -> Outcome:
     else:
         outcome = send_submission(path, settings.server_url, token)
     run.done("send")
-    hits = {"first": first_hits(found.ranking)} if found.labelled else {}
+    hits = {"first": found.first} if found.labelled else {}
     run.conclude(found.metrics, outcome, **hits)
     return outcome
 

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from retrieval.metrics import CUTS, are_labelled, first_hits
 from retrieval.page import render
 from retrieval.ranking import Embeddings
 from retrieval.thumbnails import draw_matches, small_pictures
+from retrieval.weights import version_of
 
 PAGE, SHEET = "report.html", "similar_images.png"
 SHOWN = 10  # matches of a query
@@ -63,10 +64,20 @@ class Found:
     metrics: dict[str, Any]
     trained: Trained | None = None  # None: the network is not fine-tuned
 
-    @property
+    @cached_property
     def labelled(self) -> bool:
         """Whether it is known which matches are right."""
         return are_labelled(self.query_vectors.names, self.gallery_vectors.names)
+
+    @cached_property
+    def first(self) -> list[int]:
+        """The rank of each query's first right image; 0 where none is ranked, or none is known."""
+        return first_hits(self.ranking) if self.labelled else [0] * len(self.ranking)
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Of the queries, then of the gallery images."""
+        return self.query_vectors.names + self.gallery_vectors.names
 
 
 def write_report(run: Run, found: Found, outcome: Outcome) -> Path:
@@ -129,9 +140,10 @@ def _tiles(metrics: dict[str, Any]) -> list[dict[str, str]]:
 
 def _tables(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
     """Captions and rows of how the run was made."""
-    seconds = [(step, f"{spent:.1f}") for step, spent in run.rounded_seconds().items() if step != "total"]
+    seconds = run.rounded_seconds()
+    seconds["all but this page"] = seconds.pop("total")
     return [
-        ("seconds of each step", [*seconds, ("all but this page", f"{sum(run.seconds.values()):.1f}")]),
+        ("seconds of each step", [(step, f"{spent:.1f}") for step, spent in seconds.items()]),
         ("settings", [(name, "–" if value is None else str(value)) for name, value in run.settings]),
         ("versions", list(versions().items())),
     ]
@@ -148,11 +160,7 @@ def _left_out(found: Found) -> dict[str, list[str]]:
 def versions() -> dict[str, str]:
     """Of Python, of the packages that decide a result, and the commit of this code where git knows it."""
     found = {"python": platform.python_version(), "system": platform.platform(terse=True)}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    found |= {package: number for package in PACKAGES if (number := version_of(package))}
     return found | _commit(Path(__file__).parent.parent)
 
 
@@ -180,10 +188,9 @@ class Matches:
         self.rows = np.array([[row_of[name] for name in best[:SHOWN]] for best in found.ranking.values()])
         self.cosines = _cosines(found, self.rows)
         # (queries,): the rank of the first right match, 0 where none is known; the lead of the first match
-        self.first = np.zeros(len(self.rows), int)
+        self.first = np.array(found.first)
         others = np.ones_like(self.rows, bool)
         if found.labelled:
-            self.first[:] = first_hits(found.ranking)
             labels = np.array([label_of(name) or "" for name in found.gallery_vectors.names], dtype=object)
             others = labels[self.rows] != labels[self.rows[:, :1]]
         others[:, 0], others[:, -1] = False, True
@@ -212,7 +219,6 @@ def _data(found: Found, matches: Matches, points: list[list[int]]) -> dict[str, 
     class_of = {label: number for number, label in enumerate(classes)}
     return {
         "labelled": found.labelled,
-        "side": side,
         "classes": classes,
         "names": {row: images[row].name for row in used},
         "labels": {row: class_of[label_of(images[row].name) or ""] for row in used},
@@ -245,13 +251,12 @@ def _charts(found: Found, matches: Matches) -> list[Chart]:
 
 def _sample(found: Found, seed: int = 0) -> np.ndarray:
     """Up to POINTS rows of queries and gallery images together, of the classes in turn; no empty vectors."""
-    names = found.query_vectors.names + found.gallery_vectors.names
     usable = np.concatenate(
         [vectors.vectors.any(axis=1) for vectors in (found.query_vectors, found.gallery_vectors)]
     )
     of_class: dict[str | None, list[int]] = {}
     for row in np.random.default_rng(seed).permutation(np.flatnonzero(usable)).tolist():
-        of_class.setdefault(label_of(names[row]), []).append(row)
+        of_class.setdefault(label_of(found.names[row]), []).append(row)
     order = sorted(
         ((turn, row) for rows in of_class.values() for turn, row in enumerate(rows)), key=lambda x: x[0]
     )
@@ -281,8 +286,7 @@ def _coloured(found: Found, matches: Matches, shown: np.ndarray) -> tuple[list[s
     """What these rows are coloured by, and its colours: classes or, of many, whether a query is right."""
     if not found.labelled:
         return [None] * len(shown), {}
-    names = found.query_vectors.names + found.gallery_vectors.names
-    labels = [label_of(names[row]) for row in shown]
+    labels = [label_of(found.names[row]) for row in shown]
     classes = sorted({label for label in labels if label is not None})
     if len(classes) <= len(figures.COLOURS):
         return labels, dict(zip(classes, figures.COLOURS, strict=False))

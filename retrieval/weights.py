@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,14 @@ def require(package: str, module: str) -> None:
     """Raise InputError, with the line that installs it, unless `package` is here to import `module` from."""
     if find_spec(module) is None:
         raise InputError(f"the package {package} is not installed: run `pip install {package}`")
+
+
+def version_of(package: str) -> str:
+    """Of an installed package; nothing where it is not there."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -303,3 +304,22 @@ def browser():
     browser = Browser()
     yield browser
     browser.driver.quit()
+
+
+# ---- the server
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Queries and gallery images of four people."""
+    from hall import lay_out
+
+    return lay_out(tmp_path_factory.mktemp("hall"))
+
+
+@pytest.fixture
+def serve(folder, tmp_path):
+    """A server of these images, with rules of a test's own."""
+    from hall import served
+
+    return partial(served, folder, tmp_path / "c.sqlite")

@@ -125,7 +125,7 @@ def test_whatever_decides_a_vector_makes_another_key(backbone, monkeypatch):
     keys.append(maker_of(backbone))
     keys += [maker_of(replace(backbone, network=Joined(Corner(), Corner(), weight, size)))
              for weight, size in ((1.0, 2), (2.0, 2), (1.0, 4))]  # fmt: skip
-    monkeypatch.setattr(module, "version", lambda package: "another")
+    monkeypatch.setattr(module, "version_of", lambda package: "another")
     keys.append(maker_of(backbone))
     monkeypatch.setattr(module, "CODE", ("get_images.py",))
     keys.append(maker_of(backbone))

@@ -2,26 +2,15 @@
 
 import json
 import time
-from functools import partial
 from urllib.parse import quote
 
 import pytest
-from hall import body_of, images, lay_out, post, served
+from hall import body_of, images, post, served
 from test_report_page import LOW_CONTRAST, OVERLAPS
 
 SCRIPT = "<script>window.hacked = 1</script>"
 NAMES = [SCRIPT, "雪山队", "👩‍🚀👨‍👩‍👧 rockets", "Les Éléphants", "x" * 100, "\u202eright to left"]
 PAGES = ["", f"submissions/{quote(SCRIPT, safe='')}", "docs"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return lay_out(tmp_path_factory.mktemp("hall"))
-
-
-@pytest.fixture
-def serve(folder, tmp_path):
-    return partial(served, folder, tmp_path / "c.sqlite")
 
 
 @pytest.fixture(scope="module")

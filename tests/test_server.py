@@ -13,16 +13,11 @@ from urllib.parse import quote, urlsplit
 import pytest
 import requests
 from conftest import ROOT, run
-from hall import body_of, images, lay_out, post, process, raw
+from hall import body_of, images, post, process, raw
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 moderate = settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return lay_out(tmp_path_factory.mktemp("hall"))
 
 
 @pytest.fixture(scope="module")

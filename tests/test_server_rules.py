@@ -4,13 +4,12 @@ import os
 import re
 import socket
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from urllib.parse import urljoin, urlsplit
 
 import pytest
 import requests
 from conftest import ROOT
-from hall import body_of, key_of, lay_out, post, process, raw, served, table
+from hall import body_of, key_of, post, process, raw, table
 from test_database import limit
 
 from retrieval import api
@@ -30,16 +29,6 @@ STRANGE = [
     "'\"",
     "ü",
 ]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return lay_out(tmp_path_factory.mktemp("hall"))
-
-
-@pytest.fixture
-def serve(folder, tmp_path):
-    return partial(served, folder, tmp_path / "c.sqlite")
 
 
 def test_a_full_disk_is_said_and_the_submission_does_not_count(serve, monkeypatch):

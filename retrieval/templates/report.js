@@ -51,7 +51,7 @@ function verdict(query) {
 }
 
 function queryItem(query) {
-  const item = element("li", data.labelled ? (isRight(query) ? "found" : "missed") : "");
+  const item = element("li");
   const figure = element("figure", "query");
   const caption = element("figcaption");
   if (data.labelled) caption.append(element("strong", "caption", labelOf(query)));
