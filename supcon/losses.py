@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+AT_ONCE = 2**22  # pairs of views that are compared at once
+
 
 def supcon_loss(
     embeddings: Tensor,
@@ -32,16 +34,62 @@ def supcon_loss(
     >>> round(supcon_loss(points, torch.tensor([0, 0, 1]), temperature=1.0).item(), 4)
     0.5032
     """
+    if embeddings.dtype in (torch.float16, torch.bfloat16):
+        embeddings = embeddings.float()
     z = functional.normalize(embeddings)
-    keys, key_labels = z, labels
-    if memory is not None:
-        keys = torch.cat([z, functional.normalize(memory.detach())])
-        key_labels = torch.cat([labels, memory_labels])
-    similarity = z @ keys.T / temperature  # (views, views + entries)
-    itself = torch.eye(len(z), len(keys), dtype=torch.bool, device=z.device)
-    positive = (labels[:, None] == key_labels) & ~itself
-    others = similarity.masked_fill(itself, torch.finfo(similarity.dtype).min)
-    log_share = similarity - others.logsumexp(1, keepdim=True)
-    counts = positive.sum(1)
-    of_anchors = -(log_share * positive).sum(1) / counts.clamp(min=1)
-    return of_anchors.sum() / (counts > 0).sum().clamp(min=1)
+    memory = z[:0].detach() if memory is None else functional.normalize(memory.detach().to(z.dtype))
+    every = labels if memory_labels is None else torch.cat([labels, memory_labels])
+    # Σ_p z_i·z_p = z_i · (the sum of the class of i − z_i): only the denominator compares all pairs.
+    classes, of = torch.unique(every, return_inverse=True)
+    own = of[: len(z)]  # (views,) the row of each anchor's class
+    positives = torch.bincount(of, minlength=len(classes))[own] - 1  # |P(i)|
+    wide = (
+        z if z.device.type == "mps" else z.double()
+    )  # a sum of thousands wants the digits; MPS has not got them
+    sums = wide.new_zeros(len(classes), z.shape[1]).index_add(0, of, torch.cat([wide, memory.to(wide.dtype)]))
+    mean = ((wide * (sums[own] - wide)).sum(1) / (positives.clamp(min=1) * temperature)).to(z.dtype)
+    weights = (positives > 0).to(z.dtype)
+    weights = weights / weights.sum().clamp(min=1)
+    return _LogSums.apply(z, memory, weights, temperature) - weights @ mean
+
+
+class _LogSums(torch.autograd.Function):
+    """Σ_i w_i log Σ_{a ≠ i} exp(z_i·z_a / τ), over the views z and the memory beside them.
+
+    The gradient is made on the way forward, some rows at a time: the matrix of all pairs never exists, and
+    each of its exponentials is computed once. At 8192 views of 128 numbers that takes half the time of
+    autograd's way, and 16 MB instead of four times 268.
+    """
+
+    @staticmethod
+    def forward(
+        context: torch.autograd.function.FunctionCtx,
+        z: Tensor,
+        memory: Tensor,
+        weights: Tensor,
+        temperature: float,
+    ) -> Tensor:
+        keys = torch.cat([z, memory])
+        total, gradient = z.new_zeros(()), torch.zeros_like(z)
+        size = max(1, AT_ONCE // max(1, len(keys)))
+        for start in range(0, len(z), size):
+            rows = slice(start, start + size)
+            parts = z[rows] @ keys.T / temperature  # (rows, views + entries)
+            parts[:, rows].fill_diagonal_(torch.finfo(z.dtype).min)  # a view is not compared with itself
+            highest = parts.amax(1, keepdim=True)
+            below = parts.sub_(highest).exp_().sum(1, keepdim=True)
+            total += weights[rows] @ (highest + below.log()).squeeze(1)
+            parts *= weights[rows, None] / (below * temperature)
+            gradient[rows] += parts @ keys  # as an anchor
+            gradient.addmm_(parts[:, : len(z)].T, z[rows])  # as what an anchor is compared with
+        context.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        context: torch.autograd.function.FunctionCtx, scale: Tensor
+    ) -> tuple[Tensor, None, None, None]:
+        """The gradient in z alone."""
+        (gradient,) = context.saved_tensors
+        return gradient * scale, None, None, None

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from supcon import losses
 from supcon.losses import supcon_loss
 
 
@@ -97,3 +98,41 @@ def test_a_memory_is_more_to_compare_with_and_gets_no_gradient():
         terms = [torch.log(torch.exp(z[i] @ z[j] / 0.2) / below) for j in others if every[j] == every[i]]
         wanted.append(-sum(terms) / len(terms))
     torch.testing.assert_close(value, sum(wanted) / 8)
+
+
+def test_the_gradient_is_that_of_the_differences_with_and_without_a_memory_and_in_parts(monkeypatch):
+    random = torch.Generator().manual_seed(0)
+    z = torch.randn(9, 4, generator=random, dtype=torch.float64, requires_grad=True)
+    memory = torch.randn(5, 4, generator=random, dtype=torch.float64)
+    labels, more = torch.tensor([7, 7, -3, 0, 0, 0, 10**12, -3, 5]), torch.tensor([5, 7, 1, 1, 0])
+    for at_once in (losses.AT_ONCE, 30, 1):  # all rows, two or three, one at a time
+        monkeypatch.setattr(losses, "AT_ONCE", at_once)
+        torch.autograd.gradcheck(lambda z: supcon_loss(z, labels, 0.2), z)
+        torch.autograd.gradcheck(lambda z: supcon_loss(z, labels, 0.2, memory, more), z)
+
+
+@pytest.mark.parametrize(("dtype", "close"), [("float32", 1e-5), ("float16", 2e-3), ("bfloat16", 2e-2)])
+def test_few_digits_and_a_low_temperature_give_what_many_digits_give(dtype, close):
+    """Two large classes, each nearly one point: the sum of a class is a thousand times its members."""
+    random = torch.Generator().manual_seed(0)
+    labels = torch.arange(2).repeat(1000)
+    embeddings = torch.eye(2, 8)[labels] + 0.1 * torch.randn(2000, 8, generator=random)
+    embeddings = embeddings.to(getattr(torch, dtype))
+    value, gradient = value_and_gradient(supcon_loss, embeddings, labels, 0.05)
+    wanted, direction = value_and_gradient(supcon_loss, embeddings.double(), labels, 0.05)
+    torch.testing.assert_close(value.double(), wanted, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        gradient.double(), direction, rtol=0, atol=close * direction.abs().max().item()
+    )
+    alike = torch.ones(2000, 8, dtype=getattr(torch, dtype))
+    value, gradient = value_and_gradient(supcon_loss, alike, labels, 0.01)
+    assert value.item() == pytest.approx(math.log(1999), rel=1e-4)
+    assert gradient.abs().max() < 1e-4
+
+
+def test_the_matrix_of_all_pairs_is_never_made():
+    """The plain way has several of 4096 × 4096 numbers, 67 MB each; no tensor of ours comes near one."""
+    embeddings = torch.randn(4096, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        supcon_loss(embeddings, torch.arange(64).repeat(64)).backward()
+    assert max(event.self_cpu_memory_usage for event in profile.events()) < 4096 * 4096 * 4 / 2
