@@ -5,11 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
-BLOCK_BYTES = 2**27  # 128 MiB of similarities at a time
-LAST = -2.0  # below every cosine
+# What rank() holds at a time, whatever the sizes are.
+TILE = 2**23  # similarities, float32: 32 MiB
+CHUNK_BYTES = 2**26  # of gallery vectors: 64 MiB
+BEST_BYTES = 2**26  # of the best found so far; at most so many queries share a pass over the gallery
+PAIRS = 2**19  # pairs of a query and an image that float64 decides between
+PIECE = 2**18  # numbers of a float64 product: they stay in the processor's cache
+IMAGES = 8192  # rows of a chunk, unless many names are kept
+COMBS = 256  # of a row of similarities; more where many names are kept
+
+LAST = -2.0  # below every cosine: of a gallery image that could not be read
+NONE = -3.0  # below that: a place that no image holds yet
 
 log = logging.getLogger("retrieval.ranking")
 
@@ -19,7 +29,8 @@ class Embeddings:
     """Unit vectors with their names: row i of `vectors` (images, dimension), float32, belongs to names[i].
 
     An image that could not be embedded has a row of zeros. `without_face` are the names of those in which a
-    face was looked for and not found; None if none was looked for.
+    face was looked for and not found; None if none was looked for. The vectors may be a numpy.memmap, a file
+    larger than the memory: it is read in chunks.
     """
 
     names: list[str]
@@ -29,7 +40,7 @@ class Embeddings:
     @property
     def unreadable(self) -> list[str]:
         """The names whose rows are zeros."""
-        return [self.names[row] for row in np.flatnonzero(~self.vectors.any(axis=1))]
+        return [self.names[row] for row in zero_rows(self.vectors)]
 
 
 def rank(queries: Embeddings, gallery: Embeddings, keep: int = 10) -> dict[str, list[str]]:
@@ -38,52 +49,207 @@ def rank(queries: Embeddings, gallery: Embeddings, keep: int = 10) -> dict[str, 
     Exact: cosines are compared in float64, and equal ones keep the gallery's order. Gallery images that
     could not be read come last; a query that could not be read gets the gallery in its order.
 
-    Memory beyond the vectors and the result: about twice BLOCK_BYTES (256 MiB), or two rows of the
-    similarity matrix where one is longer than that, for any number of queries and images.
+    Memory beyond the vectors and the result: at most 256 MiB for any number of queries and gallery images,
+    as long as `keep` is below 100 000. A gallery in a file (numpy.memmap) is read once for every
+    BEST_BYTES / (16 · keep) queries, which are 400 000 where ten names are kept.
     """
     keep = min(keep, len(gallery.names))
-    if queries.unreadable:
-        log.warning("%d queries without an embedding get the gallery in its order", len(queries.unreadable))
+    if not keep:
+        return {name: [] for name in queries.names}
+    missing = zero_rows(queries.vectors)
+    if len(missing):
+        log.warning("%d queries without an embedding get the gallery in its order", len(missing))
+    in_order = _in_order(gallery.vectors, keep) if len(missing) else None
+    missing = set(missing.tolist())
     ranking = {}
-    for name, best in zip(queries.names, _best_rows(queries.vectors, gallery.vectors, keep), strict=True):
-        ranking[name] = [gallery.names[row] for row in best]
+    for row, best in enumerate(_best_rows(queries.vectors, gallery.vectors, keep)):
+        best = in_order if row in missing else best
+        ranking[queries.names[row]] = [gallery.names[image] for image in best]
     return ranking
 
 
+# ---- chunks ---------------------------------------------------------------------------------------
+
+
+def chunks(vectors: np.ndarray, rows: int) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the first row of each chunk of so many rows, and the chunk: of a file a copy in memory."""
+    for start in range(0, len(vectors), rows):
+        chunk = vectors[start : start + rows]
+        yield start, np.array(chunk) if isinstance(chunk, np.memmap) else chunk
+
+
+def rows_of_chunk(vectors: np.ndarray) -> int:
+    """How many rows of these vectors fit into CHUNK_BYTES."""
+    return max(1, CHUNK_BYTES // (4 * vectors.shape[1]))
+
+
+def zero_rows(vectors: np.ndarray) -> np.ndarray:
+    """The rows that are all zeros, ascending, int64; one chunk in memory at a time."""
+    return np.concatenate(
+        [np.empty(0, np.int64)]
+        + [start + _zero_rows(chunk) for start, chunk in chunks(vectors, rows_of_chunk(vectors))]
+    )
+
+
+def _zero_rows(chunk: np.ndarray) -> np.ndarray:
+    suspects = np.flatnonzero(chunk[:, 0] == 0)  # few: so the rest is not looked at
+    return suspects[~chunk[suspects].any(axis=1)]
+
+
+def _in_order(gallery: np.ndarray, keep: int) -> np.ndarray:
+    """The first `keep` rows of the gallery, those of zeros last."""
+    zeros = zero_rows(gallery)
+    readable = np.setdiff1d(np.arange(min(len(gallery), keep + len(zeros))), zeros, assume_unique=True)
+    return np.concatenate([readable, zeros])[:keep]
+
+
+# ---- the best so far ------------------------------------------------------------------------------
+
+
+class _Best(NamedTuple):
+    """Of each query the best gallery images so far, (queries, keep): falling cosines, float64; their rows."""
+
+    cosines: np.ndarray
+    rows: np.ndarray
+
+
+class _Chunk(NamedTuple):
+    """Some rows of the gallery."""
+
+    vectors: np.ndarray
+    start: int  # the first row
+    unreadable: np.ndarray  # rows of the chunk
+    whole: bool  # it is all of the gallery
+
+
 def _best_rows(queries: np.ndarray, gallery: np.ndarray, keep: int) -> Iterator[np.ndarray]:
-    """Yield for each query the rows of its `keep` nearest gallery vectors, block by block of queries."""
-    unreadable = ~gallery.any(axis=1)
-    block = max(1, BLOCK_BYTES // (4 * len(gallery)))
-    for start in range(0, len(queries), block):
-        yield from _best_in_block(queries[start : start + block], gallery, unreadable, keep)
+    """Yield for each query the rows of its `keep` nearest gallery vectors, best first."""
+    images = min(max(IMAGES, 4 * keep), rows_of_chunk(gallery), len(gallery))
+    tile = max(1, TILE // images)
+    block = max(1, BEST_BYTES // (16 * keep))
+    for first in range(0, len(queries), block):
+        part = np.asarray(queries[first : first + block])
+        best = _Best(np.full((len(part), keep), NONE), np.zeros((len(part), keep), dtype=np.int64))
+        for start, vectors in chunks(gallery, images):
+            chunk = _Chunk(vectors, start, _zero_rows(vectors), len(vectors) == len(gallery))
+            for i in range(0, len(part), tile):
+                _look_at(part[i : i + tile], chunk, _Best(*(array[i : i + tile] for array in best)))
+        yield from best.rows
 
 
-def _best_in_block(
-    queries: np.ndarray, gallery: np.ndarray, unreadable: np.ndarray, keep: int
-) -> list[np.ndarray]:
-    """A float32 product finds the candidates, float64 decides between them.
+def _look_at(queries: np.ndarray, chunk: _Chunk, best: _Best) -> None:
+    """Put what is better in a chunk of the gallery among the best of each query, in place.
 
-    For unit vectors of dimension d the float32 sum, in whatever order, is within γ = d·u/(1 − d·u) of the
-    cosine, u = 2⁻²⁴ (Higham, Accuracy and Stability of Numerical Algorithms, 2002, §3.1): whatever is among
-    the best lies no more than 2γ below the keep-th best float32 value.
+    A float32 product finds the candidates, float64 decides between them. For unit vectors of dimension d the
+    float32 sum, in whatever order, is within γ = d·u/(1 − d·u) of the cosine, u = 2⁻²⁴ (Higham, Accuracy and
+    Stability of Numerical Algorithms, 2002, §3.1). So no image whose float32 value lies more than γ below
+    the keep-th best cosine so far, or more than 2γ below the keep-th best float32 value, is among the best.
     """
-    images, dimension = gallery.shape
-    gamma = dimension * 2.0**-24 / (1 - dimension * 2.0**-24)
-    similarity = queries @ gallery.T  # (block, gallery)
-    similarity[:, unreadable] = LAST
-    floor = np.partition(similarity, images - keep, axis=1)[:, images - keep]
-    floor -= np.float32(2.01 * gamma)  # a little more than 2γ, for lengths that are 1 within rounding
-    best = []
-    for query, row, least in zip(queries, similarity, floor, strict=True):
-        candidates = np.flatnonzero(row >= least)  # in gallery order
-        cosines = _cosines(query, gallery, candidates)
-        cosines[unreadable[candidates]] = LAST
-        best.append(candidates[np.argsort(-cosines, kind="stable")[:keep]])
-    return best
+    d = chunk.vectors.shape[1] + 4  # a little more, for lengths that are 1 within rounding
+    gamma = d * 2.0**-24 / (1 - d * 2.0**-24)
+    keep = best.rows.shape[1]
+    similarity = queries @ chunk.vectors.T  # (queries, images of the chunk)
+    similarity[:, chunk.unreadable] = LAST
+    peaks, floor = _peaks_and_floor(similarity, best.cosines[:, -1], gamma, keep)
+    if np.count_nonzero(peaks >= floor[:, None]) > 8 * keep * len(queries):  # near ties everywhere
+        similarity[:, _surplus(chunk.vectors, keep)] = NONE
+        peaks, floor = _peaks_and_floor(similarity, best.cosines[:, -1], gamma, keep)
+    for owners, columns, values in _candidates(similarity, peaks, floor):
+        cosines = values.astype(np.float64)
+        unsure = _within(2 * gamma, owners, values) if chunk.whole else slice(None)
+        cosines[unsure] = _cosines(queries, owners[unsure], chunk.vectors, columns[unsure])
+        cosines[np.isin(columns, chunk.unreadable)] = LAST
+        _merge(best, owners, cosines, chunk.start + columns)
 
 
-def _cosines(query: np.ndarray, gallery: np.ndarray, rows: np.ndarray, chunk: int = 4096) -> np.ndarray:
-    """float64 cosines of one query with some gallery rows; equal vectors give equal numbers, bit for bit."""
-    query = query.astype(np.float64)
-    chunks = np.split(rows, range(chunk, len(rows), chunk))
-    return np.concatenate([(gallery[part] * query).sum(axis=1) for part in chunks])
+def _peaks_and_floor(
+    similarity: np.ndarray, worst: np.ndarray, gamma: float, keep: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The peaks (queries, combs), and the value below which no image is among a query's best.
+
+    `worst` is the keep-th best cosine so far. Each peak is another image, so that the keep-th best value is
+    at least the keep-th best peak.
+    """
+    peaks = _peaks(similarity, 16 * keep)
+    floor = (worst - gamma).astype(np.float32)
+    crowded = np.flatnonzero(np.count_nonzero(peaks >= floor[:, None], axis=1) >= keep)
+    if len(crowded):
+        place = peaks.shape[1] - keep
+        least = np.partition(peaks[crowded], place, axis=1)[:, place]
+        floor[crowded] = np.maximum(floor[crowded], least - np.float32(2 * gamma))
+    return peaks, floor
+
+
+def _surplus(vectors: np.ndarray, keep: int) -> np.ndarray:
+    """The rows that have `keep` equals before them, and are among no query's best."""
+    as_bytes = np.ascontiguousarray(vectors).view(np.dtype((np.void, 4 * vectors.shape[1]))).ravel()
+    order = np.argsort(as_bytes, kind="stable")
+    equal = as_bytes[order[keep:]] == as_bytes[order[:-keep]]  # as many places on in the sorted rows
+    return order[keep:][equal]
+
+
+def _within(distance: float, owners: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Which of some queries' values lie within a distance of another one of the same query."""
+    order = np.lexsort((values, owners))
+    near = (np.diff(owners[order]) == 0) & (np.diff(values[order]) <= distance)
+    close = np.zeros(len(values), dtype=bool)
+    close[order[1:][near]] = close[order[:-1][near]] = True
+    return close
+
+
+def _peaks(similarity: np.ndarray, wanted: int) -> np.ndarray:
+    """The highest value of each comb (queries, combs): comb j is the columns j, j + combs, j + 2 combs, …"""
+    queries, images = similarity.shape
+    combs = min(images, max(COMBS, wanted))
+    even = images // combs * combs
+    peaks = similarity[:, :even].reshape(queries, -1, combs).max(axis=1)
+    rest = similarity[:, even:]
+    np.maximum(peaks[:, : rest.shape[1]], rest, out=peaks[:, : rest.shape[1]])
+    return peaks
+
+
+def _candidates(
+    similarity: np.ndarray, peaks: np.ndarray, floor: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield (queries, columns, values) of all values that reach their query's floor, some queries at a time.
+
+    Only the combs whose peak reaches it are looked at. Queries ascend.
+    """
+    images, combs = similarity.shape[1], peaks.shape[1]
+    teeth = np.arange(0, images, combs)
+    reached = peaks >= floor[:, None]
+    ends = np.cumsum(np.count_nonzero(reached, axis=1)) * len(teeth)
+    first = 0
+    while first < len(ends) and ends[-1]:
+        seen = ends[first - 1] if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, seen + PAIRS, side="right")))
+        owners, comb = np.nonzero(reached[first:last])
+        owners, columns = (owners + first)[:, None], comb[:, None] + teeth
+        values = similarity[owners, np.minimum(columns, images - 1)]
+        which, tooth = np.nonzero((values >= floor[owners]) & (columns < images))
+        if len(which):
+            yield owners[which, 0], columns[which, tooth], values[which, tooth]
+        first = last
+
+
+def _cosines(queries: np.ndarray, owners: np.ndarray, gallery: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """float64 cosines of pairs of rows; equal vectors give equal numbers, bit for bit."""
+    cosines = np.empty(len(rows))
+    step = max(1, PIECE // gallery.shape[1])
+    for i in range(0, len(rows), step):
+        part = slice(i, i + step)
+        cosines[part] = (gallery[rows[part]] * queries[owners[part]].astype(np.float64)).sum(axis=1)
+    return cosines
+
+
+def _merge(best: _Best, owners: np.ndarray, cosines: np.ndarray, rows: np.ndarray) -> None:
+    """Put pairs of queries, ascending, and gallery rows among the best, in place."""
+    keep = best.rows.shape[1]
+    touched, counts = np.unique(owners, return_counts=True)
+    owners = np.concatenate([np.repeat(touched, keep), owners])
+    cosines = np.concatenate([best.cosines[touched].ravel(), cosines])
+    rows = np.concatenate([best.rows[touched].ravel(), rows])
+    order = np.lexsort((rows, -cosines, owners))
+    starts = np.cumsum(counts + keep) - (counts + keep)
+    order = order[starts[:, None] + np.arange(keep)]
+    best.cosines[touched], best.rows[touched] = cosines[order], rows[order]

@@ -2,6 +2,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from retrieval import ranking
 from retrieval.ranking import Embeddings, rank
@@ -27,19 +29,54 @@ def naive(queries, gallery, keep):
     return result
 
 
+def by_sorting(queries, gallery, keep):
+    """The definition, with the gallery's zeros last and the gallery's order for a query of zeros."""
+    readable = gallery.vectors.any(axis=1)
+    result = {}
+    for name, query in zip(queries.names, queries.vectors.astype(np.float64), strict=True):
+        cosines = (gallery.vectors * query).sum(axis=1)
+        best = np.lexsort((-cosines, ~readable))[:keep]
+        result[name] = [gallery.names[row] for row in best]
+    return result
+
+
 def test_by_hand():
     queries = embeddings([[1, 0], [0, 1]], "q")
     gallery = embeddings([[0, 5], [1, 1], [3, 0], [-1, 0]], "g")
     assert rank(queries, gallery, 3) == {"q0": ["g2", "g1", "g0"], "q1": ["g0", "g1", "g2"]}
 
 
-def test_the_same_as_the_definition_whatever_the_blocks(monkeypatch):
+def test_the_same_as_the_definition_whatever_the_chunks(monkeypatch):
     random = np.random.default_rng(0)
     queries, gallery = (embeddings(random.normal(size=(n, 64)), p) for n, p in ((40, "q"), (300, "g")))
     expected = naive(queries, gallery, 10)
-    for block_bytes in (1, 300 * 4 * 7, 2**27):
-        monkeypatch.setattr(ranking, "BLOCK_BYTES", block_bytes)
+    for images, tile, best_bytes in ((1, 1, 1), (7, 70, 16 * 10 * 9), (64, 640, 2**26), (300, 2**23, 2**26)):
+        monkeypatch.setattr(ranking, "IMAGES", images)
+        monkeypatch.setattr(ranking, "TILE", tile)
+        monkeypatch.setattr(ranking, "BEST_BYTES", best_bytes)
         assert rank(queries, gallery, 10) == expected
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_the_same_as_the_definition_for_awkward_vectors_and_sizes(data):
+    """Copies, zeros of both signs, near ties, more kept than there is, chunks and tiles of any size."""
+    random = np.random.default_rng(data.draw(st.integers(0, 2**32), label="seed"))
+    dimension = data.draw(st.sampled_from([1, 2, 3, 17, 130]))
+    kinds = unit(random.normal(size=(data.draw(st.integers(1, 40)), dimension)))
+    kinds[random.random(len(kinds)) < data.draw(st.sampled_from([0, 0.3]))] *= -0.0
+    noise = data.draw(st.sampled_from([0, 1e-8, 1e-6, 1e-3]))
+    sides = []
+    for most, prefix in ((12, "q"), (120, "g")):
+        vectors = kinds[random.integers(len(kinds), size=data.draw(st.integers(1, most)))]
+        readable = vectors.any(axis=1, keepdims=True)
+        sides.append(embeddings(vectors + noise * random.normal(size=vectors.shape) * readable, prefix))
+    keep = data.draw(st.integers(1, 130))
+    sizes = {"IMAGES": 64, "TILE": 900, "CHUNK_BYTES": 9999, "BEST_BYTES": 999, "PAIRS": 64, "PIECE": 99}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, most in (sizes | {"COMBS": 300}).items():
+            patch.setattr(ranking, name, data.draw(st.sampled_from([1, 7, most, 2**20]), label=name))
+        assert rank(*sides, keep) == by_sorting(*sides, keep)
 
 
 @pytest.mark.parametrize("dimension", [3, 64, 1280])
@@ -111,13 +148,51 @@ def test_a_query_tied_with_a_whole_gallery_takes_little_memory():
     assert peak < 10 * 2**20  # in one piece, float64 products would take 20 MB
 
 
-def test_memory_stays_within_the_stated_bound(monkeypatch):
-    monkeypatch.setattr(ranking, "BLOCK_BYTES", 2**20)
-    random = np.random.default_rng(3)
-    queries, gallery = (embeddings(random.normal(size=(n, 8)), p) for n, p in ((3000, "q"), (4000, "g")))
+def peak_of(queries, gallery, keep):
+    """The most bytes that rank() held at a time beyond its result; and the result."""
     tracemalloc.start()
-    result = rank(queries, gallery, 10)
+    result = rank(queries, gallery, keep)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    lists = sum(names.__sizeof__() for names in result.values()) + result.__sizeof__()
-    assert peak - lists < 2.5 * 2**20  # the whole similarity matrix would be 48 MB
+    return peak - sum(names.__sizeof__() for names in result.values()) - result.__sizeof__(), result
+
+
+SMALL = {"TILE": 2**16, "CHUNK_BYTES": 2**17, "BEST_BYTES": 2**17, "PAIRS": 2**12, "PIECE": 2**12}
+
+
+def test_memory_grows_neither_with_the_queries_nor_with_the_gallery(monkeypatch, tmp_path):
+    """The stated bound a two-hundredth in size; the gallery is a file that is mapped."""
+    for name, size in (SMALL | {"IMAGES": 128}).items():
+        monkeypatch.setattr(ranking, name, size)
+    random = np.random.default_rng(3)
+    peaks = []
+    for count, asked in ((2_000, 1_000), (20_000, 3_000)):
+        unit(random.normal(size=(count, 16))).tofile(tmp_path / "vectors")
+        vectors = np.memmap(tmp_path / "vectors", np.float32, "r", shape=(count, 16))
+        gallery = Embeddings(list(map(str, range(count))), vectors)
+        queries = embeddings(random.normal(size=(asked, 16)), "q")
+        peak, result = peak_of(queries, gallery, 10)
+        peaks.append(peak)
+        few = Embeddings(queries.names[:5], queries.vectors[:5])
+        assert {name: result[name] for name in few.names} == by_sorting(few, gallery, 10)
+        assert gallery.unreadable == []
+    assert max(peaks) < 1.5 * 2**20  # the similarities would take 240 MB
+    assert peaks[1] < 1.2 * peaks[0]
+
+
+@pytest.mark.parametrize("kinds", [1, 20])
+def test_many_copies_are_ranked_within_the_bound(monkeypatch, kinds):
+    for name, size in (SMALL | {"IMAGES": 512}).items():
+        monkeypatch.setattr(ranking, name, size)
+    random = np.random.default_rng(4)
+    vectors = unit(random.normal(size=(kinds, 16)))
+    gallery = embeddings(vectors[random.integers(kinds, size=20_000)], "g")
+    queries = embeddings(vectors[random.integers(kinds, size=300)], "q")
+    peak, result = peak_of(queries, gallery, 10)
+    assert peak < 2**20
+    few = Embeddings(queries.names[:20], queries.vectors[:20])
+    assert {name: result[name] for name in few.names} == by_sorting(few, gallery, 10)
+
+
+def test_nothing_to_rank():
+    assert rank(embeddings([[1, 0]], "q"), Embeddings([], np.empty((0, 2), np.float32)), 10) == {"q0": []}
