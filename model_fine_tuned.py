@@ -22,6 +22,7 @@ from retrieval.settings import (
     GroupToken,
     NewFolder,
     PositiveInt,
+    Search,
     ServerUrl,
     Tracker,
     run_script,
@@ -47,6 +48,7 @@ class Settings(Form):
     no_cache: bool = False
     verify_cache: bool = False  # True: read images whose size and time are what they were, too
     no_report: bool = False  # True: no report.html, no pictures
+    search: Search = "exact"  # or by FAISS "flat", "ivf", "hnsw"
     tracker: Tracker = "none"  # or "tensorboard", "wandb"
 
     refused: ClassVar = dict.fromkeys(

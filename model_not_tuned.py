@@ -23,6 +23,7 @@ from retrieval.settings import (
     NewFolder,
     PositiveInt,
     PositiveShare,
+    Search,
     ServerUrl,
     Share,
     Side,
@@ -55,6 +56,7 @@ class Settings(Form):
     no_cache: bool = False
     verify_cache: bool = False  # True: read images whose size and time are what they were, too
     no_report: bool = False  # True: no report.html, no pictures
+    search: Search = "exact"  # or by FAISS "flat", "ivf", "hnsw"
     tracker: Tracker = "none"  # or "tensorboard", "wandb"
 
 

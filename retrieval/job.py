@@ -17,7 +17,8 @@ from retrieval.embedding import embed
 from retrieval.judging import key_of_folders
 from retrieval.ledger import SUBMISSION, Outcome, Run, stop_if_failed
 from retrieval.metrics import measure, require_labels
-from retrieval.ranking import Embeddings, rank
+from retrieval.neighbours import check_search, rank_by
+from retrieval.ranking import Embeddings
 from retrieval.report import Found, write_report
 from retrieval.sending import NOT_SENT, send_submission
 from retrieval.server import local_server
@@ -46,6 +47,7 @@ def find(run: Run) -> Images:
     """The images of both folders. Raises InputError if they, or the output folder, cannot serve."""
     settings = run.settings
     check_tracker(settings.tracker)
+    check_search(settings.search)
     images = Images(*find_query_and_gallery(settings.query_dir, settings.gallery_dir))
     if settings.custom_dataset:
         require_labels(*images)
@@ -71,7 +73,8 @@ def embed_both(run: Run, images: Images, backbone: Backbone) -> Vectors:
 
 def rank_both(run: Run, vectors: Vectors) -> dict[str, list[str]]:
     """The gallery for each query, best first, as far as it is looked at."""
-    ranking = rank(*vectors, keep=max(run.settings.top_k, NAMES_PER_QUERY))
+    keep = max(run.settings.top_k, NAMES_PER_QUERY)
+    ranking, run.search = rank_by(run.settings.search, *vectors, keep)
     run.done("rank", f"ranked {len(vectors.gallery.names)} gallery images for each of {len(ranking)} queries")
     return ranking
 
@@ -82,7 +85,7 @@ def save(
     """Write submission.json and all else but the outcome; what was found, with its figures."""
     metrics = {"backbone": backbone.word, "tuned": backbone.trained is not None}
     metrics |= {"names": run.write_names(vectors.queries.names, vectors.gallery.names)}
-    metrics |= measure(ranking, *vectors, run.settings.top_k)
+    metrics |= measure(ranking, *vectors, run.settings.top_k) | run.search
     path = save_submission(make_submission(ranking, *images, run.settings.group_name), run.folder)
     run.write_metrics(metrics)
     run.write_without_face(*vectors)

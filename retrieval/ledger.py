@@ -49,6 +49,7 @@ class Run:
 
     settings: Form
     seconds: dict[str, float] = field(default_factory=dict)
+    search: dict[str, float] = field(default_factory=dict)  # what the search found, unless it is exact
     started: float = field(default_factory=time.perf_counter)
 
     @property

@@ -47,6 +47,7 @@ WORDS = {
     "no_cache": "make every embedding anew, and keep none",
     "verify_cache": "read every image, also one whose size and time are what they were",
     "older_than": "days: remove the embeddings that no run used for so long",
+    "search": "how the gallery is searched: exact, or by FAISS, if installed: flat, ivf or hnsw",
     "device": "where the network runs",
     "weights": "a file of weights in the place of the word's own",
     "resume": "go on with the training in the save folder",
@@ -203,6 +204,7 @@ GroupName = Annotated[str, AfterValidator(_not_blank)]
 GroupToken = SecretStr  # no file and no page shows it
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Crop = Literal["auto", "none", "face"]
+Search = Literal["exact", "flat", "ivf", "hnsw"]
 Freeze = Literal["bn", "stem", "all_but_last", "backbone"]
 Augmentation = Literal["gentle", "plain", "strong"]
 Tracker = Literal["none", "tensorboard", "wandb"]

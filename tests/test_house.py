@@ -13,6 +13,7 @@ SCRIPTS = {"model_not_tuned", "fine_tuning", "model_fine_tuned"}
 BELOW = {
     "retrieval.settings": set(),
     "retrieval.ranking": set(),
+    "retrieval.neighbours": {"retrieval.settings", "retrieval.ranking"},
     "retrieval.metrics": {"retrieval.settings", "retrieval.ranking"},
     "retrieval": set(),
     "retrieval.ledger": {"retrieval.settings", "retrieval.ranking"},
@@ -101,6 +102,7 @@ BELOW = {
         "retrieval.embedding",
         "retrieval.ledger",
         "retrieval.metrics",
+        "retrieval.neighbours",
         "retrieval.ranking",
         "retrieval.report",
         "retrieval.sending",

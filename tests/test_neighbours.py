@@ -1,0 +1,150 @@
+"""retrieval/neighbours.py, with the real FAISS."""
+
+import json
+import sys
+from importlib.machinery import PathFinder
+
+import numpy as np
+import pytest
+from conftest import run
+from test_ranking import embeddings, unit
+
+from retrieval import neighbours
+from retrieval.neighbours import cells_for, check_search, rank_by
+from retrieval.ranking import Embeddings, rank
+from retrieval.settings import InputError
+
+
+@pytest.fixture(scope="module")
+def clustered():
+    """200 queries and 4000 gallery images around 50 centres, as embeddings of classes are."""
+    random = np.random.default_rng(0)
+    centres = unit(random.normal(size=(50, 32)))
+    sides = []
+    for count, prefix in ((200, "q"), (4000, "g")):
+        noise = 0.1 * random.normal(size=(count, 32))
+        sides.append(embeddings(centres[random.integers(50, size=count)] + noise, prefix))
+    return sides
+
+
+def test_exact_is_the_ranking_and_has_no_figures(clustered):
+    assert rank_by("exact", *clustered) == (rank(*clustered), {})
+
+
+def test_flat_finds_what_exact_finds(clustered, caplog):
+    caplog.set_level("INFO", "retrieval")
+    ranking, figures = rank_by("flat", *clustered)
+    assert ranking == rank(*clustered)
+    assert figures["search_recall"] == 1
+    assert set(figures) == {"search_recall", "index_seconds", "search_seconds"}
+    assert caplog.messages[0].startswith(
+        "--search flat finds 1.0000 of the 10 nearest images; the index took"
+    )
+
+
+def test_of_copies_flat_may_take_others_which_are_no_worse():
+    random = np.random.default_rng(1)
+    gallery = embeddings(np.repeat(random.normal(size=(40, 16)), 50, axis=0), "g")
+    queries = embeddings(random.normal(size=(30, 16)), "q")
+    ranking, figures = rank_by("flat", queries, gallery)
+    kind = {name: row // 50 for row, name in enumerate(gallery.names)}
+    for query, names in rank(queries, gallery).items():
+        assert len(set(ranking[query])) == 10
+        assert [kind[name] for name in ranking[query]] == [kind[name] for name in names]
+    assert figures["search_recall"] == 1
+
+
+@pytest.mark.parametrize("search", ["ivf", "hnsw"])
+def test_the_others_find_nearly_all_twice_the_same_and_count_it_rightly(clustered, search):
+    ranking, figures = rank_by(search, *clustered)
+    exact = rank(*clustered)
+    found = np.mean([len(set(ranking[query]) & set(exact[query])) / 10 for query in exact])
+    assert figures["search_recall"] == pytest.approx(found, abs=1e-4)  # all queries are in the sample
+    assert found > 0.95
+    if search == "ivf":
+        assert rank_by(search, *clustered)[0] == ranking
+
+
+def test_a_search_that_finds_less_says_so(monkeypatch):
+    monkeypatch.setattr(neighbours, "PROBED", 1)
+    random = np.random.default_rng(4)
+    sides = [
+        embeddings(random.normal(size=(count, 32)), prefix) for count, prefix in ((300, "q"), (4000, "g"))
+    ]
+    assert 0.1 < rank_by("ivf", *sides)[1]["search_recall"] < 0.9
+
+
+@pytest.mark.parametrize("search", ["flat", "ivf", "hnsw"])
+@pytest.mark.parametrize("count", [4, 30, 700])
+def test_unreadable_images_come_last_and_every_query_gets_its_names(search, count):
+    random = np.random.default_rng(2)
+    vectors = random.normal(size=(count, 8))
+    vectors[::3] = 0
+    gallery = embeddings(vectors, "g")
+    queries = embeddings(np.vstack([np.zeros((1, 8)), random.normal(size=(20, 8))]), "q")
+    ranking, figures = rank_by(search, queries, gallery, 10)
+    exact = rank(queries, gallery, 10)
+    assert list(ranking) == queries.names
+    assert ranking["q0"] == exact["q0"]
+    unreadable = gallery.unreadable
+    for query, names in ranking.items():
+        assert len(names) == len(set(names)) == len(exact[query])
+        assert [name in unreadable for name in names] == [name in unreadable for name in exact[query]]
+    assert figures["search_recall"] > 0.9
+
+
+def test_a_gallery_of_which_nothing_could_be_read_keeps_its_order():
+    gallery = embeddings(np.zeros((3, 2)), "g")
+    assert rank_by("ivf", embeddings([[1, 0]], "q"), gallery)[0] == {"q0": ["g0", "g1", "g2"]}
+
+
+def test_what_the_cells_do_not_hold_is_ranked_exactly(clustered, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(neighbours, "PROBED", 1)
+    ranking, _ = rank_by("ivf", *clustered, keep=1000)
+    assert {len(set(names)) for names in ranking.values()} == {1000}
+    assert "queries that the index could not answer in full were ranked exactly" in caplog.text
+
+
+def test_too_few_images_for_many_cells_are_said(caplog):
+    caplog.set_level("INFO")
+    gallery = embeddings(np.random.default_rng(3).normal(size=(100, 4)), "g")
+    ranking, _ = rank_by("ivf", gallery, gallery)
+    assert all(names[0] == query for query, names in ranking.items())
+    assert "--search ivf makes 2 cells: 100 images are too few for more" in caplog.text
+    assert [cells_for(n) for n in (1, 39, 5000, 1_000_000)] == [1, 1, 128, 4000]
+
+
+def test_the_gallery_may_be_a_mapped_file(clustered, tmp_path):
+    queries, gallery = clustered
+    gallery.vectors.tofile(tmp_path / "vectors")
+    mapped = np.memmap(tmp_path / "vectors", np.float32, "r", shape=gallery.vectors.shape)
+    assert rank_by("flat", queries, Embeddings(gallery.names, mapped))[0] == rank(queries, gallery)
+
+
+# ---- where FAISS is missing
+
+
+def test_a_missing_package_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(PathFinder, "find_spec", lambda *_: None)
+    monkeypatch.delitem(sys.modules, "faiss", raising=False)
+    check_search("exact")
+    for search in ("flat", "ivf", "hnsw"):
+        with pytest.raises(InputError, match=f"--search {search} needs .* run `pip install faiss-cpu`"):
+            check_search(search)
+
+
+def test_a_folder_of_that_name_is_not_the_package(tmp_path, monkeypatch):
+    (tmp_path / "faiss").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "faiss", raising=False)
+    with pytest.raises(InputError, match="pip install faiss-cpu"):
+        check_search("flat")
+
+
+def test_a_run_says_what_its_search_found_and_keeps_it(few, tmp_path):
+    ended = run("model_not_tuned.py", "--query_dir", few / "query", "--gallery_dir", few / "gallery",
+                "--search", "hnsw", "--no_report", cwd=tmp_path)  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert "--search hnsw finds " in ended.stdout
+    assert json.loads((tmp_path / "results" / "metrics.json").read_text())["search_recall"] == 1
