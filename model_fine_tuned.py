@@ -15,6 +15,7 @@ from retrieval.ledger import Run
 from retrieval.settings import (
     CACHE_DIR,
     Device,
+    EngineWord,
     File,
     Folder,
     Form,
@@ -43,6 +44,7 @@ class Settings(Form):
     output_dir: NewFolder = Path("results")
     batch_size: PositiveInt = 32
     device: Device = "auto"  # or "cpu", "cuda", "mps"
+    engine: EngineWord = "auto"  # or "torch", "onnx"
     save_crops: NewFolder | None = None  # to look at
     cache_dir: NewFolder = CACHE_DIR  # of embeddings: a second run makes none again
     no_cache: bool = False
@@ -58,11 +60,11 @@ class Settings(Form):
 
 
 def main(settings: Settings) -> None:
-    from retrieval.fine_tuned import load_fine_tuned  # torch comes with it
+    from retrieval.fine_tuned import find_fine_tuned  # torch comes with it
 
     run = Run(settings)  # its clock, its files, its line in the ledger
     images = find(run)
-    backbone = load_fine_tuned(settings.weights, settings.device)
+    backbone = find_fine_tuned(settings.weights, settings.device)
     vectors = embed_both(run, images, backbone)
     ranking = rank_both(run, vectors)
     found = save(run, images, vectors, ranking, backbone)  # all is on the disk before anything is sent

@@ -8,13 +8,14 @@ Edit the settings below, or give them as flags, in the environment or in .env (t
 
 from pathlib import Path
 
-from retrieval.backbones import ModelType, load_backbone
+from retrieval.backbones import ModelType, find_backbone
 from retrieval.job import embed_both, find, rank_both, save, send, show
 from retrieval.ledger import Run
 from retrieval.settings import (
     CACHE_DIR,
     Crop,
     Device,
+    EngineWord,
     File,
     Folder,
     Form,
@@ -46,6 +47,7 @@ class Settings(Form):
     output_dir: NewFolder = Path("results")
     batch_size: PositiveInt = 32
     device: Device = "auto"  # or "cpu", "cuda", "mps"
+    engine: EngineWord = "auto"  # or "torch", "onnx"
     weights: File | None = None  # instead of the word's own
     crop: Crop = "auto"  # "face", "none", or what the word is for
     image_size: Side | None = None  # this and the next two: None is what the word was trained with
@@ -63,7 +65,7 @@ class Settings(Form):
 def main(settings: Settings) -> None:
     run = Run(settings)  # its clock, its files, its line in the ledger
     images = find(run)
-    backbone = load_backbone(settings.model_type, settings.device, settings.weights, settings.crop,
+    backbone = find_backbone(settings.model_type, settings.device, settings.weights, settings.crop,
                              settings.image_size, settings.face_margin, settings.min_face_size)  # fmt: skip
     vectors = embed_both(run, images, backbone)
     ranking = rank_both(run, vectors)

@@ -7,8 +7,11 @@ python -m retrieval.backbones --fetch simclr facenet    # download theirs ahead 
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import logging
+import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,12 +22,19 @@ from retrieval import settings
 from retrieval.faces import DETECTORS, FaceCrop
 from retrieval.model_zoo import ALIASES, FACES, PRETRAINED, ModelType, Pretrained, known_word
 from retrieval.settings import InputError, RunError
-from retrieval.timm_zoo import find_timm
+from retrieval.timm_zoo import find_timm, hub_config
 from retrieval.transforms import Transform
-from retrieval.weights import require
+from retrieval.weights import require, version_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+# The code and the packages that decide what vector an image gets.
+CODE = ("get_images.py", *(f"retrieval/{room}.py" for room in (
+    "transforms", "faces", "dlib_network", "backbones", "engines", "model_zoo", "timm_zoo", "weights",
+    "fine_tuned", "folding")))  # fmt: skip
+PACKAGES = ("torch", "torchvision", "timm", "onnxruntime", "facenet-pytorch", "dlib-bin", "pillow")
+ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # Linux's files of NVIDIA's, AMD's, Windows' GPUs
 
 log = logging.getLogger("retrieval.backbones")
 
@@ -33,7 +43,7 @@ log = logging.getLogger("retrieval.backbones")
 class Trained:
     """What a fine-tuned network knows of its training."""
 
-    untuned_dimension: int  # so many first numbers of its embedding are the untuned network's
+    joined: bool  # whether the first half of its embedding is the untuned network's
     untuned: dict[str, Any]  # the untuned network's figures on validation
     history: list[dict[str, Any]]  # the loss and the figures of each epoch
 
@@ -70,7 +80,24 @@ class Backbone:
         return self.network((pixels - mean).div_(std)).float()
 
 
-def load_backbone(
+@dataclass(frozen=True)
+class Unloaded:
+    """A backbone whose network is not loaded: what was embedded before needs none."""
+
+    word: str
+    prepare: Transform | FaceCrop
+    device: str
+    digest: bytes  # of all that decides what vector an image gets
+    load: Callable[[], Backbone]
+    trained: Trained | None = None
+
+    @property
+    def looks_for_faces(self) -> bool:
+        """Whether it sees the face in an image instead of the image."""
+        return isinstance(self.prepare, FaceCrop)
+
+
+def find_backbone(
     word: str,
     device: str = "auto",
     weights: Path | None = None,
@@ -78,24 +105,45 @@ def load_backbone(
     image_size: int | None = None,
     face_margin: float | None = None,
     min_face_size: float | None = None,
-) -> Backbone:
-    """The pretrained backbone that `word` names, in inference mode on `device`.
+) -> Unloaded:
+    """The pretrained backbone that `word` names, its weights downloaded if need be, not loaded.
 
     `weights` takes the place of its own file. `crop` is face, none, or auto: what the word is for. The other
     three take the place of what the word was trained with: the side in pixels of the square it sees, the
     share of it around a face's box, and the smallest face as a share of the photograph's longer side.
 
-    Raises InputError for an unknown word, a device that is not there, or weights that do not fit; RunError if
-    the weights cannot be downloaded, or the device has no room for the network.
+    Raises InputError for an unknown word or a device that is not there, RunError if the weights cannot be
+    downloaded. Its `load` raises InputError for weights that do not fit, RunError if the device has no room.
     """
     device = choose_device(device)
     row = find_word(word)
     prepare = _choose_prepare(row, crop, image_size, face_margin, min_face_size)
-    network = row.network(weights or row.weights.fetch())
-    backbone = place(Backbone(network, row.dimension or 0, prepare, row.mean, row.std, word, device))
-    if row.dimension not in (None, backbone.dimension):
-        raise InputError(f"{word} gives {backbone.dimension} numbers an image instead of {row.dimension}")
-    return backbone
+    file = weights or row.weights.fetch()
+
+    def load() -> Backbone:
+        network = row.network(file)
+        backbone = place(Backbone(network, row.dimension or 0, prepare, row.mean, row.std, word, device))
+        if row.dimension not in (None, backbone.dimension):
+            raise InputError(f"{word} gives {backbone.dimension} numbers an image instead of {row.dimension}")
+        return backbone
+
+    told = word, prepare, row.mean, row.std, hub_config(word)
+    return Unloaded(word, prepare, device, digest_of(file, device, told), load)
+
+
+def load_backbone(word: str, device: str = "auto", *others: Any, **more: Any) -> Backbone:
+    """What find_backbone finds, in inference mode on its device. Raises as both."""
+    return find_backbone(word, device, *others, **more).load()
+
+
+def digest_of(file: Path | None, *told: object) -> bytes:
+    """The digest of what decides a vector: a file of weights, what is told, our code, and the packages."""
+    digest = hashlib.sha256(repr((told, [version_of(package) for package in PACKAGES])).encode())
+    root = Path(__file__).parent.parent
+    for part in ([file] if file else []) + [root / code for code in CODE]:
+        with open(part, "rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.digest()
 
 
 def place(backbone: Backbone) -> Backbone:
@@ -176,6 +224,8 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 def choose_device(name: str) -> str:
     """`auto` becomes cuda, mps or cpu, the first that is there. Raises InputError for one that is not."""
+    if name == "cpu" or (name == "auto" and _no_accelerator()):
+        return "cpu"
     import torch
 
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -184,6 +234,11 @@ def choose_device(name: str) -> str:
     if not there[name]:
         raise InputError(f"--device {name}: torch finds no such device on this machine; use auto or cpu")
     return name
+
+
+def _no_accelerator() -> bool:
+    """Whether the system shows that there is none, so that torch, which takes a second, need not be asked."""
+    return sys.platform == "linux" and not any(map(os.path.exists, ACCELERATORS))
 
 
 def _keep_freed_memory() -> None:

@@ -2,8 +2,9 @@
 
     python -m retrieval.embedding --cache_dir DIR [--older_than DAYS]     # what it holds; removes the unused
 
-A SQLite file holds a vector by two digests: of the image's bytes, and of all that makes a vector of them.
-Whatever is wrong with the file costs the time to make the vectors again, and nothing else.
+A SQLite file holds a vector by two digests: of the image's bytes, and of all that makes a vector of them. It
+holds the crop of a face likewise, for all networks that see the same crop. Whatever is wrong with the file
+costs the time to make the vectors again, and nothing else.
 """
 
 from __future__ import annotations
@@ -13,43 +14,43 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from get_images import ImageFile
-from retrieval.backbones import Backbone
 from retrieval.settings import InputError
-from retrieval.weights import version_of
-
-if TYPE_CHECKING:
-    from torch import nn
+from retrieval.transforms import Square
 
 FILE = "embeddings.sqlite"
-VERSION = 1  # of the tables
+VERSION = 2  # of the tables
 SCHEMA = f"""
 CREATE TABLE files (path BLOB PRIMARY KEY, size INTEGER, changed INTEGER, digest BLOB) WITHOUT ROWID;
 CREATE TABLE makers (maker BLOB PRIMARY KEY, what TEXT, used REAL) WITHOUT ROWID;
 CREATE TABLE vectors (
     maker BLOB, digest BLOB, face INTEGER, vector BLOB, PRIMARY KEY (maker, digest)
 ) WITHOUT ROWID;
+CREATE TABLE crops (maker BLOB, digest BLOB, face INTEGER, pixels BLOB, PRIMARY KEY (maker, digest));
 PRAGMA user_version = {VERSION};
 """
 USED = """
 INSERT INTO makers VALUES (?, ?, ?) ON CONFLICT (maker) DO UPDATE SET used = excluded.used
 """
-# The code and the packages that decide what a vector is.
-CODE = ("get_images.py", "retrieval/transforms.py", "retrieval/faces.py", "retrieval/dlib_network.py",
-        "retrieval/backbones.py", "retrieval/fine_tuned.py", "retrieval/folding.py")  # fmt: skip
-PACKAGES = ("torch", "torchvision", "timm", "facenet-pytorch", "dlib-bin", "pillow")
 AT_ONCE = 500  # values in a statement: SQLite takes 999 everywhere
 LATELY = 2.0  # seconds: a file that was just written may be written again within one tick of its clock
 
 log = logging.getLogger("retrieval.cache")
+
+
+class Maker(NamedTuple):
+    """What makes vectors, or crops, of images."""
+
+    key: bytes  # the digest of all that decides them
+    what: str
 
 
 class Known(NamedTuple):
@@ -66,41 +67,63 @@ class Cache:
     folder: Path
     verify: bool = False  # read every image, also one whose size and time are what they were
     connection: sqlite3.Connection | None = field(default=None, init=False)
-    maker: tuple[Backbone, bytes] | None = field(default=None, init=False)  # the last, with its digest
 
     def __post_init__(self) -> None:
         if self.folder.is_file():
             raise InputError(f"--cache_dir {self.folder} is not a folder but a file: give another one")
         self._attempt(self._open)
 
-    # ---- what embed asks
+    # ---- what embedding asks
 
-    def look_up(
-        self, files: list[ImageFile], backbone: Backbone
-    ) -> tuple[dict[str, bytes], dict[str, Known]]:
-        """The digests of the images that can be read, and what is kept of them."""
-        if self.connection is None:
-            return {}, {}
-        digests = self._excused(lambda: self._digests(files)) or {}
-        maker = self._maker(backbone)
-        found = self._excused(lambda: self._vectors(maker, list(digests.values()))) or {}
-        return digests, {name: found[digest] for name, digest in digests.items() if digest in found}
+    def digests(self, files: list[ImageFile]) -> dict[str, bytes]:
+        """The digest of each image that can be read, by its name; of none where there is no cache."""
+        return self._excused(lambda: self._digests(files)) or {}
 
-    def keep(self, backbone: Backbone, known: dict[bytes, Known]) -> None:
+    def vectors(self, maker: Maker, digests: Collection[bytes]) -> dict[bytes, Known]:
+        """What is kept of the images with these digests."""
+        self._used(maker)
+        rows = self._excused(lambda: self._kept("vectors", "vector", maker, list(digests))) or []
+        return {
+            digest: Known(np.frombuffer(vector, np.float32), _face(face)) for digest, face, vector in rows
+        }
+
+    def keep_vectors(self, maker: Maker, known: dict[bytes, Known]) -> None:
         """Keep what was made of the images with these digests."""
-        if not known:
-            return
-        maker = self._maker(backbone)
-        rows = [(maker, digest, made.face, made.vector.tobytes()) for digest, made in known.items()]
-        self._excused(lambda: self.write("INSERT OR REPLACE INTO vectors VALUES (?, ?, ?, ?)", rows))
+        self._keep("vectors", [(maker.key, digest, made.face, made.vector.tobytes())
+                               for digest, made in known.items()])  # fmt: skip
 
-    def _maker(self, backbone: Backbone) -> bytes:
-        """The digest of what makes vectors, which is told to the file once."""
-        if self.maker is None or self.maker[0] is not backbone:
-            self.maker = backbone, maker_of(backbone)
-            told = self.maker[1], f"{backbone.word}, {backbone.dimension} numbers", time.time()
-            self._excused(lambda: self.write(USED, [told]))
-        return self.maker[1]
+    def crops(self, maker: Maker, digests: Collection[bytes]) -> set[bytes]:
+        """Of which of these images the crop is kept."""
+        self._used(maker)
+        return {digest for digest, *_ in
+                self._excused(lambda: self._kept("crops", "0", maker, list(digests))) or []}  # fmt: skip
+
+    def crop(self, maker: Maker, digest: bytes, size: int) -> Square | None:
+        """The crop of an image, uint8 (3, size, size)."""
+        rows = self._excused(lambda: self._kept("crops", "pixels", maker, [digest]))
+        if not rows:
+            return None
+        ((_, face, pixels),) = rows
+        import torch
+
+        return Square(torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(3, size, size), _face(face))
+
+    def keep_crops(self, maker: Maker, crops: dict[bytes, Square]) -> None:
+        """Keep the crops of the images with these digests."""
+        self._keep("crops", [(maker.key, digest, crop.face, crop.pixels.numpy().tobytes())
+                             for digest, crop in crops.items()])  # fmt: skip
+
+    def _used(self, maker: Maker) -> None:
+        self._excused(lambda: self.write(USED, [(*maker, time.time())]))
+
+    def _keep(self, table: str, rows: list[tuple]) -> None:
+        if rows:
+            self._excused(lambda: self.write(f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?, ?)", rows))
+
+    def _kept(self, table: str, column: str, maker: Maker, digests: list[bytes]) -> list[tuple]:
+        return self.rows_of(
+            f"SELECT digest, face, {column} FROM {table} WHERE maker = ? AND digest", digests, maker.key
+        )
 
     def _digests(self, files: list[ImageFile]) -> dict[str, bytes]:
         """The digest of each image: as it was, if its size and time are; else of its bytes."""
@@ -122,13 +145,6 @@ class Cache:
         rows = self.rows_of(statement, [path for path, *_ in looks.values()])
         kept = {(path, size, changed): digest for path, size, changed, digest in rows}
         return {name: kept[look] for name, look in looks.items() if look in kept}
-
-    def _vectors(self, maker: bytes, digests: list[bytes]) -> dict[bytes, Known]:
-        found = self.rows_of(
-            "SELECT digest, face, vector FROM vectors WHERE maker = ? AND digest", digests, maker
-        )
-        return {digest: Known(np.frombuffer(vector, np.float32), None if face is None else bool(face))
-                for digest, face, vector in found}  # fmt: skip
 
     # ---- the file
 
@@ -196,6 +212,10 @@ class Cache:
             self._leave(f"cannot be made anew ({error}): this run goes on without it")
 
 
+def _face(kept: int | None) -> bool | None:
+    return None if kept is None else bool(kept)
+
+
 def _look(path: Path) -> tuple[bytes, int, int] | None:
     """The quick look at a file: where it is, its size, when it was changed (ns); None where there is none."""
     try:
@@ -213,54 +233,24 @@ def _digest_of_file(file: ImageFile) -> bytes | None:
         return None
 
 
-# ---- what makes a vector --------------------------------------------------------------------------
-
-
-def maker_of(backbone: Backbone) -> bytes:
-    """The digest of all that decides what vector an image gets: weights, transform, code, packages."""
-    digest = hashlib.sha256()
-    root = Path(__file__).parent.parent
-    for part in CODE:
-        digest.update((root / part).read_bytes())
-    told = (
-        backbone.word,
-        backbone.prepare,
-        backbone.mean,
-        backbone.std,
-        backbone.device,
-        str(backbone.network),
-    )
-    digest.update(repr((told, [version_of(package) for package in PACKAGES])).encode())
-    _add_weights(digest, backbone.network)
-    return digest.digest()
-
-
-def _add_weights(digest: object, network: nn.Module) -> None:
-    import torch
-
-    for name, tensor in network.state_dict().items():
-        plain = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {plain.dtype} {tuple(plain.shape)}".encode())
-        digest.update(plain.reshape(-1).view(torch.uint8).numpy())
-
-
 # ---- what is there --------------------------------------------------------------------------------
 
 
 def contents(cache: Cache) -> list[tuple[str, int, int, float]]:
-    """Each network with vectors here: what it is, how many, their bytes, and when it was last used."""
+    """Each maker with something here: what it is, how many images, their bytes, and when it was last used."""
     return cache.rows(
-        "SELECT what, COUNT(digest), COALESCE(SUM(LENGTH(vector)), 0), used "
-        "FROM makers LEFT JOIN vectors USING (maker) GROUP BY maker ORDER BY used DESC"
+        "SELECT what, COUNT(digest), SUM(bytes), used FROM makers JOIN ("
+        "SELECT maker, digest, LENGTH(vector) AS bytes FROM vectors UNION ALL "
+        "SELECT maker, digest, LENGTH(pixels) FROM crops) USING (maker) GROUP BY maker ORDER BY used DESC"
     )
 
 
 def prune(cache: Cache, days: float) -> int:
-    """Remove the vectors of networks that were not used for so many days; how many that were."""
+    """Remove what was made of images by what was not used for so many days; of how many that was."""
+    before = sum(count for _, count, *_ in contents(cache))
     old = [(maker,) for (maker,) in
            cache.rows("SELECT maker FROM makers WHERE used < ?", time.time() - 86400 * days)]  # fmt: skip
-    before = cache.rows("SELECT COUNT(*) FROM vectors")[0][0]
-    cache.write("DELETE FROM vectors WHERE maker = ?", old)
-    cache.write("DELETE FROM makers WHERE maker = ?", old)
+    for table in ("vectors", "crops", "makers"):
+        cache.write(f"DELETE FROM {table} WHERE maker = ?", old)
     cache.connection.execute("VACUUM")  # gives the room back to the disk
-    return before - cache.rows("SELECT COUNT(*) FROM vectors")[0][0]
+    return before - sum(count for _, count, *_ in contents(cache))

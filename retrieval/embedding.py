@@ -7,25 +7,33 @@ python -m retrieval.embedding --cache_dir DIR --older_than 30     # remove what 
 from __future__ import annotations
 
 import logging
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
 from datetime import datetime
-from itertools import compress
+from itertools import chain, compress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
 from get_images import ImageFile
 from retrieval import settings
-from retrieval.backbones import Backbone, out_of_memory
-from retrieval.cache import Cache, Known, contents, prune
+from retrieval.backbones import digest_of
+from retrieval.cache import Cache, Known, Maker, contents, prune
+from retrieval.engines import ONNX_BATCH, Engine
 from retrieval.ranking import Embeddings
-from retrieval.readers import read_batches
+from retrieval.readers import Batch, Read, in_batches, read_ahead
 from retrieval.settings import InputError, RunError
+from retrieval.space import zeros
 from retrieval.thumbnails import write_png
+from retrieval.transforms import Square
 
-if TYPE_CHECKING:
-    from torch import Tensor
+PART = 2**14  # images of which all that is not their vectors is in memory at once
+AHEAD_BYTES = 2**26  # of squares that are read ahead
+KEEP_AT_ONCE = 64  # images that the cache takes at once
 
 log = logging.getLogger("retrieval.embedding")
 
@@ -43,7 +51,9 @@ def main(form: Settings) -> None:
         raise RunError(f"{form.cache_dir} cannot be read: give another --cache_dir")
     if form.older_than is not None:
         log.info(
-            "removed %d vectors that nobody used for %g days", prune(cache, form.older_than), form.older_than
+            "removed what was kept of %d images and nobody used for %g days",
+            prune(cache, form.older_than),
+            form.older_than,
         )
     for what, count, size, used in contents(cache):
         when = datetime.fromtimestamp(used).strftime("%Y-%m-%d %H:%M")
@@ -53,64 +63,178 @@ def main(form: Settings) -> None:
     )
 
 
+@dataclass
+class Made:
+    """What became of some images, by their names."""
+
+    vectors: dict[str, np.ndarray] = field(default_factory=dict)  # float32 (dimension,), of unit length
+    faces: dict[str, bool | None] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)  # and why
+    unsaved: list[str] = field(default_factory=list)  # crops, and why
+    kept: int = 0  # how many of the vectors the cache held
+
+
 def embed(
     files: list[ImageFile],
-    backbone: Backbone,
-    batch_size: int,
+    engine: Engine,
     kind: str = "images",
     save_crops: Path | None = None,
     cache: Cache | None = None,
 ) -> Embeddings:
-    """Embed the files in their order: `Embeddings` with float32 unit vectors (images, backbone.dimension).
+    """Embed the files in their order: `Embeddings` with float32 unit vectors (images, dimension).
 
     Shows a progress bar. A file that cannot be embedded is named in a warning and keeps a row of zeros.
     It is said how many images have no face, if the backbone looks for one. What the network sees of each
-    image is written below the folder `save_crops`, if one is given, as PNG under its name. Vectors that the
-    cache holds are taken from there, unless crops are to be written, and others go into it. A batch that does
-    not fit into the GPU's memory is halved, and said. Raises InputError if not one image could be embedded,
-    RunError if a single one does not fit, or a process that looks for faces was killed.
+    image is written below the folder `save_crops`, if one is given, as PNG under its name. Vectors and crops
+    that the cache holds are taken from there, unless crops are to be written, and others go into it. A batch
+    that does not fit into the GPU's memory is halved, and said. Raises InputError if not one image could be
+    embedded, RunError if a single one does not fit, or a process that looks for faces was killed.
     """
-    import torch
+    folder = save_crops / kind.replace(" ", "_") if save_crops else None
+    with tqdm(total=len(files), desc=kind, unit="image") as bar:
+        parts = (make(files[start : start + PART], engine, folder, cache, bar)
+                 for start in range(0, len(files), PART))  # fmt: skip
+        return gather(files, parts, engine, kind)
 
+
+def gather(files: list[ImageFile], parts: Iterable[Made], engine: Engine, kind: str) -> Embeddings:
+    """The embeddings of the files from what became of one part of them after the other; warns as embed."""
     rows = {file.name: row for row, file in enumerate(files)}
-    vectors = np.zeros((len(files), backbone.dimension), dtype=np.float32)
-    if save_crops:
-        cache = None  # each image is to be prepared, so that it can be looked at
-    digests, known = cache.look_up(files, backbone) if cache else ({}, {})
-    for name, made in known.items():
-        vectors[rows[name]] = made.vector
-    faces = {name: made.face for name, made in known.items()}
-    unreadable: dict[str, str] = {}
-    unsaved: list[str] = []
-    fits = batch_size
-    rest = [file for file in files if file.name not in known]
-    with torch.inference_mode(), tqdm(total=len(files), initial=len(known), desc=kind, unit="image") as bar:
-        for batch in read_batches(rest, backbone.prepare, batch_size, backbone.looks_for_faces):
-            unreadable |= batch.unreadable
-            faces |= {name: image.face for name, image in zip(batch.names, batch.images, strict=True)}
-            if save_crops:
-                folder = save_crops / kind.replace(" ", "_")
-                unsaved += [_save(image.pixels, folder / f"{name}.png")
-                            for name, image in zip(batch.names, batch.images, strict=True)]  # fmt: skip
-            if batch.images:
-                pixels = torch.stack([image.pixels for image in batch.images])
-                features, fits = embed_what_fits(backbone, pixels, fits)
-                lengths = features.norm(dim=1, keepdim=True)
-                usable = (lengths.isfinite() & (lengths > 0)).squeeze(1)
-                vectors[[rows[name] for name in batch.names]] = (features / lengths).where(usable[:, None], 0)
-                unreadable |= dict.fromkeys(
-                    compress(batch.names, ~usable), "the network gave no usable numbers"
-                )
-                if cache:
-                    made = [name for name in compress(batch.names, usable) if name in digests]
-                    keep = {digests[name]: Known(vectors[rows[name]], faces[name]) for name in made}
-                    cache.keep(backbone, keep)
+    whole, vectors = Made(), None
+    for part in parts:
+        if vectors is None and part.vectors:
+            vectors = zeros((len(files), len(next(iter(part.vectors.values())))), np.float32, "vectors")
+        for name, vector in part.vectors.items():
+            vectors[rows[name]] = vector
+        whole.faces |= part.faces
+        whole.unreadable |= part.unreadable
+        whole.unsaved += part.unsaved
+        whole.kept += part.kept
+    without_face = [file.name for file in files if whole.faces.get(file.name) is False]
+    if whole.kept:
+        log.info("%d of %d %s were embedded before", whole.kept, len(files), kind)
+    _warn(files, kind, whole.unreadable, without_face, whole.unsaved)
+    return Embeddings(list(rows), vectors, without_face if engine.backbone.looks_for_faces else None)
+
+
+def make(
+    files: list[ImageFile], engine: Engine, save_crops: Path | None, cache: Cache | None, bar: tqdm
+) -> Made:
+    """Embed some files, or take from the cache what it holds of them."""
+    made = Made()
+    store = _Store(engine, None if save_crops else cache, files)  # crops are to be looked at: each is made
+    for file in files:
+        if (known := store.known.get(store.digests.get(file.name))) is not None:
+            made.vectors[file.name], made.faces[file.name] = known
+    made.kept = len(made.vectors)
+    bar.update(made.kept)
+    rest = [file for file in files if file.name not in made.vectors]
+    if not rest:  # torch, which takes a second, is not needed
+        return made
+    try:
+        for batch, features in _run(rest, engine, store):
+            _add(made, batch, features)
+            made.unsaved += _save_crops(batch, save_crops) if save_crops else []
+            store.keep(made, batch)
             bar.update(len(batch.names) + len(batch.unreadable))
-    without_face = [file.name for file in files if faces.get(file.name) is False]
-    if known:
-        log.info("%d of %d %s are embedded already: %s", len(known), len(files), kind, cache.folder)
-    _warn(files, kind, unreadable, without_face, [reason for reason in unsaved if reason])
-    return Embeddings(list(rows), vectors, without_face if backbone.looks_for_faces else None)
+    finally:
+        store.flush()
+    return made
+
+
+def _run(rest: list[ImageFile], engine: Engine, store: _Store) -> Iterator[tuple[Batch, np.ndarray | None]]:
+    """Yield batches with what the network gives for them: reading runs ahead, and so does the network."""
+    backbone = engine.backbone
+    ahead = max(2 * engine.size * engine.threads, AHEAD_BYTES // (3 * backbone.prepare.size**2))
+    with closing(
+        read_ahead(
+            rest, backbone.prepare, ahead, backbone.looks_for_faces, backbone.prepare.enough, store.crop
+        )
+    ) as reading:
+        first = _first(reading)
+        if any(read.square is not None for read in first):  # reading goes on while this loads
+            engine.settle(next(in_batches(first, ONNX_BATCH)).pixels())
+        with ThreadPoolExecutor(engine.threads) as pool:
+            running: deque[tuple[Batch, Future | None]] = deque()
+            for batch in in_batches(chain(first, reading), engine.size):
+                engine.seconds["decode"] += batch.seconds
+                running.append((batch, pool.submit(engine.embed, batch.pixels()) if batch.images else None))
+                if len(running) > 2 * engine.threads:
+                    yield _result(*running.popleft())
+            while running:
+                yield _result(*running.popleft())
+
+
+def _first(reading: Iterator[Read]) -> list[Read]:
+    """As far as the first images that can be read, at most as many as a batch of ONNX Runtime has."""
+    first: list[Read] = []
+    for read in reading:
+        first.append(read)
+        if sum(read.square is not None for read in first) == ONNX_BATCH:
+            break
+    return first
+
+
+def _result(batch: Batch, future: Future | None) -> tuple[Batch, np.ndarray | None]:
+    return batch, future.result() if future else None
+
+
+def _add(made: Made, batch: Batch, features: np.ndarray | None) -> None:
+    """Add what became of a batch: unit vectors (images, dimension) of its features."""
+    made.unreadable |= batch.unreadable
+    made.faces |= {name: image.face for name, image in zip(batch.names, batch.images, strict=True)}
+    if features is None:
+        return
+    with np.errstate(all="ignore"):
+        lengths = np.linalg.norm(features, axis=1, keepdims=True)
+        vectors = features / lengths
+    usable = (np.isfinite(lengths) & (lengths > 0))[:, 0]
+    made.vectors |= dict(zip(compress(batch.names, usable), vectors[usable], strict=True))
+    made.unreadable |= dict.fromkeys(compress(batch.names, ~usable), "the network gave no usable numbers")
+
+
+class _Store:
+    """What the cache holds of some files, and takes of them, some at a time."""
+
+    def __init__(self, engine: Engine, cache: Cache | None, files: list[ImageFile]) -> None:
+        backbone = engine.backbone
+        self.engine, self.cache = engine, cache
+        self.digests = cache.digests(files) if cache else {}
+        self.known = cache.vectors(self._maker(), self.digests.values()) if cache else {}
+        self.crops: set[bytes] = set()
+        self.cropper = Maker(digest_of(None, backbone.prepare), f"crops for {backbone.prepare.size} pixels")
+        if cache and backbone.looks_for_faces:
+            self.crops = cache.crops(self.cropper, set(self.digests.values()) - set(self.known))
+        self.new: dict[bytes, Known] = {}
+        self.new_crops: dict[bytes, Square] = {}
+
+    def _maker(self) -> Maker:
+        return Maker(self.engine.key, self.engine.what)
+
+    def crop(self, file: ImageFile) -> Square | None:
+        """What the cache holds of a file's crop."""
+        digest = self.digests.get(file.name)
+        if digest not in self.crops:
+            return None
+        return self.cache.crop(self.cropper, digest, self.engine.backbone.prepare.size)
+
+    def keep(self, made: Made, batch: Batch) -> None:
+        """Keep what was made of a batch, if its bytes are known."""
+        for name, image in zip(batch.names, batch.images, strict=True):
+            digest = self.digests.get(name)
+            if digest and name in made.vectors:
+                self.new[digest] = Known(made.vectors[name], image.face)
+                if self.engine.backbone.looks_for_faces and digest not in self.crops:
+                    self.new_crops[digest] = image
+        if len(self.new) >= KEEP_AT_ONCE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is not written yet."""
+        if self.cache:
+            self.cache.keep_vectors(self._maker(), self.new)
+            self.cache.keep_crops(self.cropper, self.new_crops)
+        self.new, self.new_crops = {}, {}
 
 
 def _warn(
@@ -129,32 +253,16 @@ def _warn(
                     len(without_face), len(files), kind, without_face[0])  # fmt: skip
 
 
-def _save(pixels: Tensor, path: Path) -> str:
-    """Write a crop; why it could not be written, or nothing: a full disk costs the crops only."""
-    try:
-        write_png(pixels, path)
-    except OSError as error:
-        return f"{path} ({error.strerror or error})"
-    return ""
-
-
-def embed_what_fits(backbone: Backbone, images: Tensor, fits: int) -> tuple[Tensor, int]:
-    """(images, 3, size, size) → (images, dimension) on the CPU, in parts that fit; and their size."""
-    import torch
-
-    while True:
+def _save_crops(batch: Batch, folder: Path) -> list[str]:
+    """Write the crops of a batch; which could not be written, and why: a full disk costs the crops only."""
+    unsaved = []
+    for name, image in zip(batch.names, batch.images, strict=True):
+        path = folder / f"{name}.png"
         try:
-            return torch.cat([backbone.embed(part) for part in images.split(fits)]).cpu(), fits
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-            if fits == 1:
-                raise RunError(
-                    f"not one image fits into the memory of {backbone.device}: use --device cpu"
-                ) from None
-        fits = max(1, min(fits, len(images)) // 2)
-        log.warning("the batch does not fit into the memory of %s: trying %d at once", backbone.device, fits)
-        torch.accelerator.empty_cache()
+            write_png(image.pixels, path)
+        except OSError as error:
+            unsaved.append(f"{path} ({error.strerror or error})")
+    return unsaved
 
 
 if __name__ == "__main__":

@@ -45,6 +45,11 @@ class FaceCrop:
         crop = detector.cut(photo, centre_box(shape) if face is None else face, self.size, self.margin)
         return Square(torch.from_numpy(crop).permute(2, 0, 1).contiguous(), face=face is not None)
 
+    @property
+    def enough(self) -> None:
+        """None: the smallest face is cut out of every pixel there is."""
+        return None
+
     def of_size(self, size: int) -> FaceCrop:
         """The same crop for another size of square."""
         return replace(self, size=size)

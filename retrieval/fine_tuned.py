@@ -5,8 +5,9 @@ The file is a dict of a recipe, plain values that say how, and of weights: nothi
 
 from __future__ import annotations
 
+import functools
 import io
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from retrieval.backbones import Backbone, Trained, choose_device, find_word, place
+from retrieval.backbones import (
+    Backbone,
+    Trained,
+    Unloaded,
+    choose_device,
+    digest_of,
+    find_word,
+    place,
+)
 from retrieval.faces import FaceCrop
 from retrieval.folding import fold_batch_norms
 from retrieval.ledger import write_whole
@@ -88,9 +97,19 @@ class Shrunk(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """(images, 3, any, any) → what the network gives for (images, 3, size, size)."""
         if pixels.shape[-1] != self.size:
-            pixels = functional.interpolate(pixels, [self.size, self.size], mode="bilinear", antialias=True)
-            pixels = pixels.contiguous(memory_format=torch.channels_last)
+            shrink = _shrinking(int(pixels.shape[-1]), self.size).to(pixels)
+            pixels = (shrink @ pixels @ shrink.T).contiguous(memory_format=torch.channels_last)
         return self.network(pixels)
+
+
+@functools.cache
+def _shrinking(side: int, size: int) -> Tensor:
+    """The matrix (size, side) of the antialiased bilinear resizing of a column.
+
+    interpolate is linear in each direction; as a matrix every engine knows it.
+    """
+    unit = torch.eye(side)[None, None]
+    return functional.interpolate(unit, [size, side], mode="bilinear", antialias=True)[0, 0]
 
 
 class Mapped(nn.Module):
@@ -146,21 +165,29 @@ def read_fine_tuned(file: Path) -> tuple[Recipe, dict[str, Tensor], dict[str, Te
     return Recipe(**content["recipe"]), content["network"], content.get("untuned")
 
 
-def load_fine_tuned(file: Path, device: str = "auto") -> Backbone:
-    """The backbone of a checkpoint: it prepares, embeds and joins as the checkpoint's recipe says.
+def find_fine_tuned(file: Path, device: str = "auto") -> Unloaded:
+    """The backbone of a checkpoint, not loaded: it prepares, embeds and joins as the recipe in it says.
 
-    Raises InputError for a file that is none of ours; otherwise as load_backbone.
+    Raises InputError for a file that is none of ours; otherwise as find_backbone.
     """
     recipe, tuned, untuned = read_fine_tuned(file)
-    network = _network(recipe, tuned, file)
-    if recipe.embedding == JOINED:
-        network = Joined(_network(recipe, untuned, file), network, recipe.weight, recipe.tuned_size)
-    prepare = _prepare(recipe)
+    prepare, device = _prepare(recipe), choose_device(device)
     word = f"{recipe.word} fine-tuned with {recipe.loss} ({how(recipe.embedding, recipe.weight)})"
-    backbone = place(Backbone(network, 0, prepare, recipe.mean, recipe.std, word, choose_device(device)))
-    untuned_dimension = backbone.dimension // 2 if recipe.embedding == JOINED else 0  # both have as many
-    trained = Trained(untuned_dimension, (recipe.metrics or {}).get("untuned", {}), recipe.history or [])
-    return replace(backbone, trained=trained)
+    trained = Trained(recipe.embedding == JOINED, (recipe.metrics or {}).get("untuned", {}),
+                      recipe.history or [])  # fmt: skip
+
+    def load() -> Backbone:
+        network = _network(recipe, tuned, file)
+        if recipe.embedding == JOINED:
+            network = Joined(_network(recipe, untuned, file), network, recipe.weight, recipe.tuned_size)
+        return place(Backbone(network, 0, prepare, recipe.mean, recipe.std, word, device, trained))
+
+    return Unloaded(word, prepare, device, digest_of(file, device), load, trained)
+
+
+def load_fine_tuned(file: Path, device: str = "auto") -> Backbone:
+    """What find_fine_tuned finds, in inference mode on its device. Raises as both."""
+    return find_fine_tuned(file, device).load()
 
 
 def how(embedding: str, weight: float) -> str:

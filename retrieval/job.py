@@ -11,18 +11,21 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from get_images import ImageFile, find_query_and_gallery
-from retrieval.backbones import Backbone
+from retrieval.backbones import Unloaded
 from retrieval.cache import Cache
 from retrieval.embedding import embed
+from retrieval.engines import Engine, choose_engine
 from retrieval.judging import key_of_folders
 from retrieval.ledger import SUBMISSION, Outcome, Run, stop_if_failed
 from retrieval.metrics import measure, require_labels
 from retrieval.neighbours import check_search, rank_by
+from retrieval.processes import cores, end_with_the_others, is_first, several
 from retrieval.ranking import Embeddings
 from retrieval.report import Found, write_report
 from retrieval.sending import NOT_SENT, send_submission
 from retrieval.server import local_server
 from retrieval.settings import LOCAL
+from retrieval.shards import embed_together, remove_shards, settle_together
 from retrieval.submission import NAMES_PER_QUERY, make_submission, save_submission
 from retrieval.tracking import check_tracker, track_run
 
@@ -46,6 +49,7 @@ class Vectors(NamedTuple):
 def find(run: Run) -> Images:
     """The images of both folders. Raises InputError if they, or the output folder, cannot serve."""
     settings = run.settings
+    end_with_the_others()
     check_tracker(settings.tracker)
     check_search(settings.search)
     images = Images(*find_query_and_gallery(settings.query_dir, settings.gallery_dir))
@@ -53,22 +57,37 @@ def find(run: Run) -> Images:
         require_labels(*images)
     elif settings.server_url == LOCAL:
         require_labels(*images, "--server_url local", "the URL of a server")
-    run.check_output_dir(*images)
+    if is_first():
+        run.check_output_dir(*images)
     run.done("find", f"found {len(images.queries)} query and {len(images.gallery)} gallery images")
     return images
 
 
-def embed_both(run: Run, images: Images, backbone: Backbone) -> Vectors:
-    """The unit vectors of both."""
-    run.done("load", f"loaded {backbone.word} on {backbone.device}")
+def embed_both(run: Run, images: Images, backbone: Unloaded) -> Vectors:
+    """The unit vectors of both. Of several processes the first gets them, and the others end here."""
     settings = run.settings
-    cache = None if settings.no_cache else Cache(settings.cache_dir, settings.verify_cache)
-    size, crops = settings.batch_size, settings.save_crops
-    queries = embed(images.queries, backbone, size, "queries", crops, cache)
-    gallery = embed(images.gallery, backbone, size, "gallery images", crops, cache)
     count = len(images.queries) + len(images.gallery)
-    run.done("embed", f"embedded {count} images as {backbone.dimension}-d unit vectors")
-    return Vectors(queries, gallery)
+    cache = None if settings.no_cache else Cache(settings.cache_dir, settings.verify_cache)
+    engine = choose_engine(backbone, settings.engine, count, settings.batch_size, settings.cache_dir)
+    if several():
+        settle_together(engine, images.queries)
+    vectors = [_embed(run, files, engine, kind, cache)
+               for files, kind in zip(images, ("queries", "gallery images"), strict=True)]  # fmt: skip
+    if not is_first():
+        raise SystemExit(0)
+    run.inside = engine.seconds | {"cores": cores()}
+    dimension = vectors[0].vectors.shape[1]
+    run.done(
+        "embed", f"embedded {count} images as {dimension}-d unit vectors ({engine.what}, {backbone.device})"
+    )
+    return Vectors(*vectors)
+
+
+def _embed(run: Run, files: list[ImageFile], engine: Engine, kind: str, cache: Cache | None) -> Embeddings:
+    crops = run.settings.save_crops
+    if several():
+        return embed_together(files, engine, kind, run.folder, crops, cache)
+    return embed(files, engine, kind, crops, cache)
 
 
 def rank_both(run: Run, vectors: Vectors) -> dict[str, list[str]]:
@@ -80,7 +99,7 @@ def rank_both(run: Run, vectors: Vectors) -> dict[str, list[str]]:
 
 
 def save(
-    run: Run, images: Images, vectors: Vectors, ranking: dict[str, list[str]], backbone: Backbone
+    run: Run, images: Images, vectors: Vectors, ranking: dict[str, list[str]], backbone: Unloaded
 ) -> Found:
     """Write submission.json and all else but the outcome; what was found, with its figures."""
     metrics = {"backbone": backbone.word, "tuned": backbone.trained is not None}
@@ -89,6 +108,7 @@ def save(
     path = save_submission(make_submission(ranking, *images, run.settings.group_name), run.folder)
     run.write_metrics(metrics)
     run.write_without_face(*vectors)
+    remove_shards(run.folder)
     run.done("save", f"saved {path}, and metrics.json beside it,")
     return Found(*images, *vectors, ranking, metrics, backbone.trained)
 
@@ -120,6 +140,7 @@ def show(run: Run, found: Found, outcome: Outcome) -> None:
             run.write_metrics(found.metrics)
         except OSError as error:  # a disk that is full now costs the pictures only
             log.warning("the page could not be drawn: %s", error)
+    log.info("%s", run.where_the_seconds_went())
     seconds = run.rounded_seconds()
     track_run(run.settings.tracker, run.folder, found.metrics["backbone"], run.settings,
               found.metrics | {"seconds": seconds})  # fmt: skip

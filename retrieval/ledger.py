@@ -49,6 +49,7 @@ class Run:
 
     settings: Form
     seconds: dict[str, float] = field(default_factory=dict)
+    inside: dict[str, float] = field(default_factory=dict)  # the engine's seconds while it embeds; its cores
     search: dict[str, float] = field(default_factory=dict)  # what the search found, unless it is exact
     started: float = field(default_factory=time.perf_counter)
 
@@ -94,10 +95,21 @@ class Run:
             log.info("%s in %.1f s", what, self.seconds[step])
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
-        """metrics.json: the figures, and the seconds of the steps so far."""
-        write_whole(
-            self.folder / "metrics.json", as_json(metrics | {"seconds": self.rounded_seconds()}, indent=2)
-        )
+        """metrics.json: the figures, the seconds of the steps so far, and those of what embedding did."""
+        spent = {"seconds": self.rounded_seconds()}
+        if self.inside:
+            spent["embedding_seconds"] = {name: round(seconds, 3) for name, seconds in self.inside.items()}
+        write_whole(self.folder / "metrics.json", as_json(metrics | spent, indent=2))
+
+    def where_the_seconds_went(self) -> str:
+        """The steps in a line; decoding and the network run at once, on several cores."""
+        steps = [f"{name} {spent:.1f}" for name, spent in self.seconds.items()]
+        if self.inside:
+            at = list(self.seconds).index("embed")
+            inside = self.inside
+            steps[at] += (f" (load {inside['load']:.1f}, decode {inside['decode']:.1f} and network "
+                          f"{inside['network']:.1f} on {inside['cores']} cores)")  # fmt: skip
+        return f"seconds: {', '.join(steps)}; total {sum(self.seconds.values()):.1f}"
 
     def rounded_seconds(self) -> dict[str, float]:
         """Of each step, and `total`."""

@@ -7,21 +7,32 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from get_images import ImageFile, UnreadableImageError, read_image
+from retrieval.processes import cores
 from retrieval.settings import RunError
 from retrieval.transforms import Square
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class Read(NamedTuple):
+    """What became of an image file: its square, or why it could not be read; and the seconds it took."""
+
+    file: ImageFile
+    square: Square | None
+    reason: str = ""
+    seconds: float = 0.0  # of a processor
 
 
 @dataclass
@@ -31,74 +42,125 @@ class Batch:
     names: list[str] = field(default_factory=list)
     images: list[Square] = field(default_factory=list)
     unreadable: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0  # that reading them took, of a processor
+
+    def add(self, read: Read) -> None:
+        self.seconds += read.seconds
+        if read.square is None:
+            self.unreadable[read.file.name] = read.reason
+        else:
+            self.names.append(read.file.name)
+            self.images.append(read.square)
+
+    def pixels(self) -> Tensor:
+        """uint8 (images, 3, size, size)"""
+        import torch
+
+        return torch.stack([image.pixels for image in self.images])
 
 
-def read_batches(
-    files: list[ImageFile], prepare: Callable[[Tensor], Square], batch_size: int, processes: bool = False
-) -> Iterator[Batch]:
-    """Yield the files in their order as batches of `batch_size` prepared images; the last may be smaller.
+def read_ahead(
+    files: list[ImageFile],
+    prepare: Callable[[Tensor], Square],
+    ahead: int,
+    processes: bool = False,
+    enough: int | None = None,
+    kept: Callable[[ImageFile], Square | None] = lambda file: None,
+) -> Iterator[Read]:
+    """Yield the files in their order, read and prepared up to `ahead` images before the caller asks for them.
 
-    Readers, one a core, read and prepare up to two batches ahead of the caller: threads, since decoding and
-    resizing release Python's lock; or processes for a `prepare` that does not, which must then be picklable.
-    `prepare` turns pixels (3, height, width) into what the network sees. Raises RunError where a process was
-    killed.
+    The readers, one a core, are threads, since decoding and resizing release Python's lock; or processes for
+    a `prepare` that does not, which must then be picklable. `prepare` turns pixels (3, height, width) into
+    what the network sees; `enough` is what read_image takes. A file that is `kept` is not read. Raises
+    RunError where a process was killed.
     """
-    import torch
-
     pool: Executor = _reader_processes() if processes else _reader_threads()
-    read = functools.partial(_read_in_process if processes else _read, prepare)
+    read = functools.partial(_read_in_process if processes else _read, prepare, enough)
     remaining = iter(files)
-    ahead: deque[tuple[ImageFile, Future]] = deque()
+    coming: deque[tuple[ImageFile, Future | Square]] = deque()
+
+    def start(count: int) -> None:
+        coming.extend((file, kept(file) or pool.submit(read, file.path)) for file in islice(remaining, count))
+
     try:
-        ahead.extend((file, pool.submit(read, file.path)) for file in islice(remaining, 2 * batch_size))
-        batch = Batch()
-        while ahead:
-            file, future = ahead.popleft()
-            result = future.result()
-            ahead.extend((file, pool.submit(read, file.path)) for file in islice(remaining, 1))
-            if isinstance(result, UnreadableImageError):
-                batch.unreadable[file.name] = str(result)
-            else:
-                batch.names.append(file.name)
-                batch.images.append(result._replace(pixels=torch.as_tensor(result.pixels)))
-            if len(batch.images) == batch_size or not ahead:
-                yield batch
-                batch = Batch()
+        start(ahead)
+        while coming:
+            file, future = coming.popleft()
+            yield Read(file, future) if isinstance(future, Square) else _finished(file, future)
+            start(1)
     except BrokenProcessPool:
-        ahead.clear()  # the pool ends them itself, and does not bear that they are cancelled too
+        coming.clear()  # the pool ends them itself, and does not bear that they are cancelled too
         _reader_processes.cache_clear()
         raise RunError(
             "a process that looks for faces has ended: killed for want of memory (then free some), or "
             'started by a script of your own without `if __name__ == "__main__":`'
         ) from None
     finally:
-        for _, future in ahead:
-            future.cancel()
+        for _, future in coming:
+            if isinstance(future, Future):
+                future.cancel()
         if not processes:
             pool.shutdown()
+
+
+def _finished(file: ImageFile, future: Future) -> Read:
+    import torch
+
+    result, seconds = future.result()
+    if isinstance(result, UnreadableImageError):
+        return Read(file, None, str(result), seconds)
+    return Read(file, result._replace(pixels=torch.as_tensor(result.pixels)), "", seconds)
+
+
+def in_batches(images: Iterable[Read], batch_size: int) -> Iterator[Batch]:
+    """Yield batches of `batch_size` images that could be read; the last may be smaller."""
+    batch = Batch()
+    for read in images:
+        batch.add(read)
+        if len(batch.images) == batch_size:
+            yield batch
+            batch = Batch()
+    if batch.images or batch.unreadable:
+        yield batch
+
+
+def read_batches(
+    files: list[ImageFile], prepare: Callable[[Tensor], Square], batch_size: int, processes: bool = False
+) -> Iterator[Batch]:
+    """Yield the files as batches of `batch_size` prepared images, two batches ahead, by read_ahead."""
+    return in_batches(read_ahead(files, prepare, 2 * batch_size, processes), batch_size)
 
 
 # ---- the readers ----------------------------------------------------------------------------------
 
 
-def _read(prepare: Callable[[Tensor], Square], path: Path) -> Square | UnreadableImageError:
+def _read(
+    prepare: Callable[[Tensor], Square], enough: int | None, path: Path
+) -> tuple[Square | UnreadableImageError, float]:
+    """The square, or what was wrong; and the seconds of a processor."""
+    start = time.thread_time()
     try:
-        return prepare(read_image(path))
+        result = prepare(read_image(path, enough))
     except UnreadableImageError as error:
-        return error
+        result = error
+    return result, time.thread_time() - start
 
 
-def _read_in_process(prepare: Callable[[Tensor], Square], path: Path) -> Square | UnreadableImageError:
+def _read_in_process(
+    prepare: Callable[[Tensor], Square], enough: int | None, path: Path
+) -> tuple[Square | UnreadableImageError, float]:
     """As _read, with pixels that travel as plain bytes: shared memory is scarce in containers."""
-    result = _read(prepare, path)
-    return result._replace(pixels=result.pixels.numpy()) if isinstance(result, Square) else result
+    result, seconds = _read(prepare, enough, path)
+    if isinstance(result, Square):
+        result = result._replace(pixels=result.pixels.numpy())
+    return result, seconds
 
 
 def _reader_threads() -> ThreadPoolExecutor:
     import torch
 
     # One torch thread a worker: the workers are the parallelism, and the network keeps its own threads.
-    return ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,))
+    return ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,))
 
 
 @functools.cache
@@ -112,7 +174,7 @@ def _reader_processes() -> ProcessPoolExecutor:
         context.set_forkserver_preload(["torchvision.io"])  # imported once for all of them
     else:
         context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(mp_context=context, initializer=_start_reader)
+    pool = ProcessPoolExecutor(cores(), mp_context=context, initializer=_start_reader)
     try:
         _start_without_ctrl_c(pool)
     except KeyboardInterrupt:
@@ -132,7 +194,7 @@ def _start_without_ctrl_c(pool: ProcessPoolExecutor) -> None:
     handler = signal.signal(signal.SIGINT, lambda *_: came.append(True)) if in_main else None
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}) if os.name == "posix" else None
     try:
-        for _ in range(os.cpu_count()):
+        for _ in range(cores()):
             pool.submit(os.getpid)  # each task that finds no process waiting starts one
     finally:
         if mask is not None:

@@ -272,8 +272,8 @@ def _map(found: Found, matches: Matches, shown: np.ndarray) -> tuple[list[Chart]
         return [], []
     every = np.concatenate([found.query_vectors.vectors, found.gallery_vectors.vectors])
     panels = [("after fine-tuning" if found.trained else "embeddings", every[shown])]
-    if found.trained and found.trained.untuned_dimension:
-        untuned = every[shown, : found.trained.untuned_dimension]
+    if found.trained and found.trained.joined:
+        untuned = every[shown, : every.shape[1] // 2]  # both have as many numbers
         lengths = np.linalg.norm(untuned, axis=1, keepdims=True)
         panels.insert(0, ("before fine-tuning", untuned / np.maximum(lengths, 1e-12)))
     points = [Points(title, places(vectors)) for title, vectors in panels]

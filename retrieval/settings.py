@@ -22,83 +22,7 @@ from dotenv.parser import parse_stream
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, InitSettingsSource, SettingsConfigDict, SettingsError
 
-# Every word that a form may use, and what it means. Those in capitals are also names in the environment
-# and in .env; the others are flags only, since systems set words like DEVICE for purposes of their own.
-WORDS = {
-    "MODEL_TYPE": "the network and its weights, by a word",
-    "CROP": "cut the face out before the network: face, none, or auto, what the network is for",
-    "QUERY_DIR": "folder of query images",
-    "GALLERY_DIR": "folder of gallery images to search for each query",
-    "TOP_K": "the k of the top_k figure and of the picture (a submission always holds ten names a query)",
-    "CUSTOM_DATASET": "score against the folder labels, and send nothing",
-    "SERVER_URL": "where to POST the submission, such as http://10.0.0.7:3001/retrieval/, or local: a server "
-    "of the run's own, with the folder labels as its answers",
-    "GROUP_NAME": "your group's name on the server",
-    "GROUP_TOKEN": "your group's token, where the server asks for one",
-    "OUTPUT_DIR": "folder for submission.json, metrics.json and the other files of a run",
-    "BATCH_SIZE": "images that go through the network at once, or that it learns from at once",
-    "LOSS": "what to learn by: ce, supcon, nt_xent, arcface, cosface, proxy_anchor, triplet or ce+supcon",
-    "MODEL": "the network to fine-tune and its weights, by a word",
-    "TRAIN_DIR": "folder of images to learn from, with a folder a class",
-    "SAVE_DIR": "folder for the checkpoints, the history and the curves of a training",
-    "EPOCHS": "how often each image is learned from",
-    "TRACKER": "what to follow the figures with: none, tensorboard or wandb, a package to install first",
-    "CACHE_DIR": "folder that keeps embeddings, so that a second run makes none again",
-    "no_cache": "make every embedding anew, and keep none",
-    "verify_cache": "read every image, also one whose size and time are what they were",
-    "older_than": "days: remove the embeddings that no run used for so long",
-    "search": "how the gallery is searched: exact, or by FAISS, if installed: flat, ivf or hnsw",
-    "device": "where the network runs",
-    "weights": "a file of weights in the place of the word's own",
-    "resume": "go on with the training in the save folder",
-    "overwrite": "move the training in the save folder to earlier/ and begin anew",
-    "minutes": "end in so many minutes with the best so far",
-    "seed": "of all that is random",
-    "val_share": "share of the images, or of the classes where there are many, to validate on",
-    "freeze": "what does not learn: bn (the statistics of batch normalisations, which never do), stem (the "
-    "first two fifths too), all_but_last (all stages but the last), backbone (all but a linear map on it)",
-    "lr": "learning rate of the last stage at its highest",
-    "layer_decay": "what the learning rate is multiplied with for each eighth of the depth towards the input",
-    "head_lr": "learning rate of what lies on the network while it learns",
-    "weight_decay": "AdamW's decay of the weights",
-    "warmup": "share of the training in which the learning rates rise",
-    "clip": "longest gradient, in all weights together; unset: as long as it is",
-    "ema": "keep a moving average of the weights, with this share of the old at each step",
-    "micro_batch": "views in memory at once, with the gradients of the whole batch",
-    "augmentation": "how much the views of an image differ: gentle, plain or strong",
-    "label_smoothing": "share of a label that goes to all classes",
-    "dropout": "share of the features that the classifier does not see",
-    "temperature": "of the contrastive loss",
-    "images_per_class": "the K of batches of P classes with K images each",
-    "memory": "embeddings of earlier batches to compare a batch with",
-    "supcon_weight": "what the contrastive loss counts beside cross-entropy",
-    "scale": "of the cosines in a margin loss",
-    "margin": "of a margin loss: radians (arcface), cosine (cosface, proxy_anchor), distance (triplet)",
-    "image_size": "side in pixels of the square that the network sees, in the place of the network's own",
-    "face_margin": "share of the crop's side around the face's box, in the place of the network's own",
-    "min_face_size": "the smallest face to look for, as a share of the photograph's longer side",
-    "no_report": "draw no report.html and no pictures",
-    "save_crops": "folder to write what the network sees of each image to",
-    "folders": "folders that hold a runs.jsonl, at any depth, or such files",
-    "words": "the words; all where none is given",
-    "fetch": "download the weights of these words",
-    "out": "folder to write to",
-    "archive": "a zip or tar archive, or the folder that it was unpacked to",
-    "source": "a folder, or an archive, with a folder a class",
-    "train": "share of each class to learn from; of the rest 40 % are queries and 60 % gallery",
-    "keep_duplicates": "keep images that are on two sides",
-    "submission": "a saved submission.json",
-    "answers": "a CSV table of lines name,identity, in the place of class folders",
-    "port": "where to listen",
-    "host": "the address to listen at: 127.0.0.1 is this machine only, 0.0.0.0 whoever reaches it",
-    "database": "the SQLite file that keeps the submissions",
-    "closes_at": "when the competition ends, such as '2026-06-01 16:00', by this machine's clock",
-    "public_share": "share of the queries that alone count until the competition closes",
-    "hide_scores": "answer with the accuracy only: which identities were right leaks the answers",
-    "tokens": "a CSV table of lines group,token: who may submit",
-    "per_minute": "submissions of a group in a minute",
-    "per_address": "submissions of a network address in a minute; a lecture hall shares one",
-}
+from retrieval.words import WORDS
 
 CACHE_DIR = Path("~/.cache/image-retrieval")
 LOCAL = "local"  # the URL of the evaluation server that a run starts by itself
@@ -202,6 +126,7 @@ PositiveAmount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 ServerUrl = Annotated[str, AfterValidator(_server_url)]
 GroupName = Annotated[str, AfterValidator(_not_blank)]
 GroupToken = SecretStr  # no file and no page shows it
+EngineWord = Literal["auto", "torch", "onnx"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Crop = Literal["auto", "none", "face"]
 Search = Literal["exact", "flat", "ivf", "hnsw"]
@@ -234,9 +159,7 @@ class Form(BaseSettings):
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         for name, setting in cls.model_fields.items():
             if name.upper() not in WORDS and name not in WORDS:
-                raise TypeError(
-                    f"the setting {name} needs a meaning: add it to WORDS in retrieval/settings.py"
-                )
+                raise TypeError(f"the setting {name} needs a meaning: add it to WORDS in retrieval/words.py")
             setting.description = WORDS.get(name.upper()) or WORDS[name]
 
     @classmethod
@@ -388,12 +311,14 @@ def _log_to_console() -> None:
     warned.addFilter(lambda record: setattr(record, "kind", record.levelname.lower()) or True)
     warned.setFormatter(logging.Formatter("%(kind)s: %(message)s"))
     rooms = logging.getLogger("retrieval")
-    rooms.setLevel(logging.INFO)
+    # Of several processes the first one speaks; the others end with a sentence, if with an error.
+    rooms.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     rooms.handlers = [told, warned]
 
 
 def _stop(error: BaseException | str, status: int) -> None:
     if isinstance(error, OSError) and error.strerror:
         error = f"{error.filename or 'the system'}: {error.strerror.lower()}"
-    print(f"error: {error}", file=sys.stderr)
+    number = int(os.environ.get("RANK", "0"))
+    print(f"process {number + 1}: error: {error}" if number else f"error: {error}", file=sys.stderr)
     raise SystemExit(status)

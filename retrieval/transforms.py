@@ -41,6 +41,14 @@ class Transform:
         image = resize(image, sides, interpolation=InterpolationMode(self.interpolation), antialias=True)
         return Square(center_crop(image, [self.size, self.size]))
 
+    @property
+    def enough(self) -> int:
+        """The shorter side of an image, in pixels, from which on more pixels change nothing that counts.
+
+        Twice what is seen: pixels that a JPEG decoder averages by then are averaged in the resizing too.
+        """
+        return 2 * (self.resize or self.size)
+
     def of_size(self, size: int) -> Transform:
         """The same transform for another size of square."""
         resize = round(self.resize * size / self.size)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import run
 
-from retrieval import model_zoo
+from retrieval import backbones, model_zoo
 from retrieval.backbones import choose_device, load_backbone
 from retrieval.faces import FaceCrop
 from retrieval.model_zoo import PRETRAINED
@@ -109,6 +109,10 @@ def test_a_device_that_is_not_there_is_a_sentence(monkeypatch):
         with pytest.raises(InputError, match="no such device"):
             choose_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backbones, "ACCELERATORS", ())
+    monkeypatch.setattr(backbones.sys, "platform", "linux")
+    assert choose_device("auto") == "cpu"  # without asking torch, which takes a second
+    monkeypatch.setattr(backbones, "ACCELERATORS", (__file__,))
     assert choose_device("auto") == "cuda"
 
 

@@ -13,11 +13,11 @@ from PIL import Image
 from torch import nn
 
 from get_images import find_images
-from retrieval import cache as module
-from retrieval.backbones import Backbone
-from retrieval.cache import FILE, Cache, contents, maker_of, prune
+from retrieval import backbones, readers
+from retrieval.backbones import Backbone, Unloaded, find_backbone, load_backbone
+from retrieval.cache import FILE, Cache, contents, prune
 from retrieval.embedding import embed
-from retrieval.fine_tuned import Joined
+from retrieval.engines import by_torch
 from retrieval.settings import InputError
 from retrieval.transforms import Transform
 
@@ -55,10 +55,14 @@ def paint(path, level):
     os.utime(path, (1e9, 1e9))
 
 
+def engine_of(backbone, batch=1):
+    return by_torch(backbone, batch, repr(backbone.network.weight.tolist()).encode())
+
+
 def embedded(files, backbone, folder, **how):
     """The vectors, and how many images the network saw for them."""
     before = backbone.network.seen
-    vectors = embed(files, backbone, 3, cache=Cache(folder, **how)).vectors
+    vectors = embed(files, engine_of(backbone), cache=Cache(folder, **how)).vectors
     return vectors, backbone.network.seen - before
 
 
@@ -69,8 +73,8 @@ def test_a_second_run_embeds_nothing_and_gives_the_same_bits(files, backbone, tm
     second, seen = embedded(files[::-1], backbone, tmp_path / "cache")
     assert seen == 0
     assert np.array_equal(first, second[::-1])
-    assert np.array_equal(first, embed(files, backbone, 3).vectors)
-    assert "7 of 7 images are embedded already" in caplog.text
+    assert np.array_equal(first, embed(files, engine_of(backbone, 3)).vectors)
+    assert "7 of 7 images were embedded before" in caplog.text
 
 
 def test_an_added_image_costs_one_and_a_copy_under_another_name_none(files, backbone, tmp_path):
@@ -113,45 +117,84 @@ def test_a_file_that_was_just_written_is_read_again(files, backbone, tmp_path):
     assert not np.array_equal(after[0], before[0])
 
 
-def test_whatever_decides_a_vector_makes_another_key(backbone, monkeypatch):
-    keys = [maker_of(backbone)]
-    assert maker_of(replace(backbone, network=Corner())) == keys[0]
-    keys += [maker_of(replace(backbone, **other)) for other in (
-        {"prepare": Transform(4, "bicubic")}, {"prepare": Transform(2, "bilinear")}, {"mean": (0.5, 0, 0)},
-        {"std": (2, 1, 1)}, {"word": "other"}, {"device": "cuda"}, {"network": nn.Sequential(Corner())},
-    )]  # fmt: skip
+def test_whatever_decides_a_vector_makes_another_digest(tmp_path, monkeypatch):
+    weights = tmp_path / "weights.pth"
+    torch.save(load_backbone("dlib", "cpu").network.state_dict(), weights)
+
+    def digest(*word, **how):
+        return find_backbone(*(word or ("dlib", "cpu")), **how).digest
+
+    assert digest() == digest()
+    found = [digest(), digest("efficientnet_lite0", "cpu"), digest(crop="none"), digest(weights=weights),
+             digest(image_size=120), digest(face_margin=0.5), digest(min_face_size=0.1)]  # fmt: skip
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    found.append(digest(weights=weights))
+    monkeypatch.setattr(backbones, "version_of", lambda package: "another")
+    found.append(digest())
+    monkeypatch.setattr(backbones, "CODE", ("get_images.py",))
+    found.append(digest())
+    monkeypatch.setattr(backbones, "choose_device", lambda name: "cuda")
+    found.append(digest())
+    assert len(set(found)) == len(found)
+
+
+class Half:
+    """Prepares two pixels, and says that every image below a level has no face."""
+
+    size, enough = 2, None
+
+    def __call__(self, image):
+        return Transform(2, "bicubic")(image)._replace(face=bool(image[0, 0, 0] > 3))
+
+    def __repr__(self):
+        return "half"
+
+
+class Seeing(Unloaded):
+    looks_for_faces = True
+
+
+def seeing(backbone, read):
+    """An engine for faces, whose crops are made by threads; `read` are the files that were read."""
+    engine = engine_of(backbone)
+    engine.backbone = Seeing("seeing", Half(), "cpu", b"seeing", lambda: backbone)
+    return engine
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The files that were read, by threads, whoever asks for processes."""
+    files = []
+
+    def reading(prepare, enough, path):
+        files.append(path)
+        return plain(prepare, enough, path)
+
+    plain = readers._read
+    monkeypatch.setattr(readers, "_reader_processes", readers._reader_threads)
+    monkeypatch.setattr(readers, "_read_in_process", reading)
+    return files
+
+
+def test_faces_are_remembered_with_their_vectors(files, backbone, tmp_path, read):
+    for _ in range(2):
+        embeddings = embed(files, seeing(backbone, read), cache=Cache(tmp_path / "cache"))
+        assert embeddings.without_face == ["0.png", "1.png", "2.png"]
+    assert len(read) == 7
+
+
+def test_another_network_that_sees_the_same_crops_reads_no_image(files, backbone, tmp_path, read):
+    first = embed(files, seeing(backbone, read), cache=Cache(tmp_path / "cache"))
     with torch.no_grad():
-        backbone.network.weight[1] = 1 + 1e-7
-    keys.append(maker_of(backbone))
-    keys += [maker_of(replace(backbone, network=Joined(Corner(), Corner(), weight, size)))
-             for weight, size in ((1.0, 2), (2.0, 2), (1.0, 4))]  # fmt: skip
-    monkeypatch.setattr(module, "version_of", lambda package: "another")
-    keys.append(maker_of(backbone))
-    monkeypatch.setattr(module, "CODE", ("get_images.py",))
-    keys.append(maker_of(backbone))
-    assert len(set(keys)) == len(keys)
-
-
-def test_faces_are_remembered_with_their_vectors(files, backbone, tmp_path):
-    class Half:
-        """Every image below a level has no face."""
-
-        size = 2
-
-        def __call__(self, image):
-            return Transform(2, "bicubic")(image)._replace(face=bool(image[0, 0, 0] > 3))
-
-        def __repr__(self):
-            return "half"
-
-    class Seeing(Backbone):
-        looks_for_faces = False
-
-    seeing = Seeing(backbone.network, 3, Half(), (0, 0, 0), (1, 1, 1), "seeing")
-    keep = Cache(tmp_path / "cache")
-    embed(files, seeing, 3, cache=keep)
-    _, known = Cache(tmp_path / "cache").look_up(files, seeing)
-    assert [known[file.name].face for file in files] == [False] * 3 + [True] * 4
+        backbone.network.weight[1] = 2
+    engine = seeing(backbone, read)
+    engine.backbone = replace(engine.backbone, digest=b"another")
+    second = embed(files, engine, cache=Cache(tmp_path / "cache"))
+    assert len(read) == 7
+    assert second.without_face == first.without_face
+    assert np.array_equal(second.vectors, embed(files, engine).vectors)
+    assert not np.array_equal(second.vectors, first.vectors)
+    assert len(read) == 14  # without the cache, all anew
 
 
 def test_unreadable_images_are_tried_again(files, backbone, tmp_path, caplog):
@@ -211,7 +254,7 @@ def test_two_runs_at_once(files, tmp_path):
         "files = find_images(sys.argv[1])\n"
         "for number in range(20):\n"
         "    with torch.no_grad(): network.network.weight[0] = 1 + number\n"
-        "    embed(files, replace(network), 1, cache=Cache(Path(sys.argv[2])))"
+        "    embed(files, engine_of(network), cache=Cache(Path(sys.argv[2])))"
     )
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     command = [sys.executable, "-c", program, files[0].path.parent, tmp_path / "cache"]
@@ -226,9 +269,9 @@ def test_two_runs_at_once(files, tmp_path):
 
 def test_what_it_holds_and_what_nobody_used(files, backbone, tmp_path):
     cache = Cache(tmp_path / "cache")
-    embed(files, backbone, 3, cache=cache)
+    embed(files, engine_of(backbone), cache=cache)
     ((what, count, size, used),) = contents(cache)
-    assert (what, count, size) == ("corner, 3 numbers", 7, 7 * 12)
+    assert (what, count, size) == ("corner by torch", 7, 7 * 12)
     assert used == pytest.approx(time.time(), abs=60)
     assert prune(cache, 1) == 0
     assert prune(cache, 0) == 7

@@ -7,6 +7,7 @@ from PIL import Image
 
 from get_images import find_images, read_image
 from retrieval.embedding import embed
+from retrieval.engines import by_torch
 from retrieval.settings import InputError, RunError
 from retrieval.transforms import Transform
 
@@ -37,18 +38,18 @@ def colours(tmp_path):
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
 def test_each_name_keeps_its_own_vector(colours, toy, batch_size):
     files, expected = colours
-    embeddings = embed(files, toy, batch_size)
+    embeddings = embed(files, by_torch(toy, batch_size))
     assert embeddings.names == [f"{name}.png" for name in range(7)]
     assert embeddings.vectors.dtype == np.float32
     assert np.allclose(embeddings.vectors, expected, atol=1e-6)
-    backwards = embed(files[::-1], toy, batch_size)
+    backwards = embed(files[::-1], by_torch(toy, batch_size))
     assert backwards.names == embeddings.names[::-1]
     assert np.allclose(backwards.vectors, expected[::-1], atol=1e-6)
 
 
 def test_the_real_network_gives_an_image_the_same_vector_alone_and_in_a_batch(few, backbone):
     files = find_images(few / "query")
-    together = embed(files, backbone, batch_size=5)
+    together = embed(files, by_torch(backbone, 5))
     assert together.vectors.shape == (8, 1280)
     assert np.allclose(np.linalg.norm(together.vectors, axis=1), 1, atol=1e-6)
     with torch.inference_mode():
@@ -61,7 +62,7 @@ def test_unreadable_images_keep_their_rows_as_zeros_and_are_named(colours, toy, 
     files, expected = colours
     files[2].path.write_bytes(b"")
     files[6].path.write_text("hello")
-    embeddings = embed(files, toy, batch_size=2, kind="queries")
+    embeddings = embed(files, by_torch(toy, 2), kind="queries")
     assert embeddings.names == [file.name for file in files]
     assert embeddings.unreadable == ["2.png", "6.png"]
     readable = [0, 1, 3, 4, 5]
@@ -77,7 +78,7 @@ def test_numbers_that_a_ranking_cannot_use_are_unreadable_too(colours, toy, capl
     def network(images):
         return torch.where(images[:, :1, 0, 0] == images[:, 0, 0, 0].max(), torch.nan, corner_network(images))
 
-    embeddings = embed(files, replace(toy, network=network), batch_size=10)
+    embeddings = embed(files, by_torch(replace(toy, network=network), 10))
     brightest = f"{np.argmax([read_image(file.path)[0, 0, 0] for file in files])}.png"
     assert embeddings.unreadable == sorted(["0.png", brightest])
     assert np.isfinite(embeddings.vectors).all()
@@ -88,7 +89,7 @@ def test_not_one_image_is_an_error_and_each_is_named(tmp_path, toy, caplog):
     for name in range(15):
         (tmp_path / f"{name}.png").write_bytes(b"")
     with pytest.raises(InputError, match="not one of the 15 queries"):
-        embed(find_images(tmp_path), toy, batch_size=4, kind="queries")
+        embed(find_images(tmp_path), by_torch(toy, 4), kind="queries")
     assert len(caplog.records) == 15
 
 
@@ -105,7 +106,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_said(colours, toy, caplog, erro
             raise error
         return corner_network(images)
 
-    embeddings = embed(files, replace(toy, network=network), batch_size=7)
+    embeddings = embed(files, by_torch(replace(toy, network=network), 7))
     assert np.allclose(embeddings.vectors, expected, atol=1e-6)
     assert sizes == [7, 3, 1, 1, 1, 1, 1, 1, 1]
     assert "trying 3 at once" in caplog.text
@@ -121,8 +122,8 @@ def test_the_size_that_fits_is_remembered(colours, toy):
             raise torch.OutOfMemoryError("out of memory")
         return corner_network(images)
 
-    embed(colours[0], replace(toy, network=network), batch_size=4)
-    assert sizes == [4, 2, 2, 2, 1]
+    embed(colours[0], by_torch(replace(toy, network=network), 4))
+    assert sizes == [4, 2, 2, 2, 2]  # filled up to a batch
 
 
 def test_one_image_that_does_not_fit_and_other_errors(colours, toy):
@@ -133,6 +134,6 @@ def test_one_image_that_does_not_fit_and_other_errors(colours, toy):
         return replace(toy, network=network)
 
     with pytest.raises(RunError, match="--device cpu"):
-        embed(colours[0], raising(torch.OutOfMemoryError("out of memory")), batch_size=4)
+        embed(colours[0], by_torch(raising(torch.OutOfMemoryError("out of memory")), 4))
     with pytest.raises(RuntimeError, match="shapes"):
-        embed(colours[0], raising(RuntimeError("shapes do not match")), batch_size=4)
+        embed(colours[0], by_torch(raising(RuntimeError("shapes do not match")), 4))

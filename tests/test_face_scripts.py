@@ -163,13 +163,16 @@ def test_a_killed_reader_is_a_sentence_and_no_hang(people):
 def test_a_disk_that_gets_full_costs_the_crops_only(monkeypatch, people, caplog):
     from retrieval import embedding
     from retrieval.backbones import load_backbone
+    from retrieval.engines import by_torch
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(embedding, "write_png", full)
     queries = find_images(people / "query")
-    vectors = embedding.embed(queries, load_backbone("dlib", "cpu"), 8, "queries", people / "crops").vectors
+    vectors = embedding.embed(
+        queries, by_torch(load_backbone("dlib", "cpu"), 8), "queries", people / "crops"
+    ).vectors
     assert vectors.any(axis=1).all()
     assert "2 crops could not be written, such as" in caplog.text
     assert "No space left on device" in caplog.text

@@ -167,6 +167,7 @@ def test_margin_and_smallest_face_change_the_crop(crop):
 def test_one_vector_an_image_in_any_order_and_batch_size(tmp_path):
     """With dlib's real network, in the reader processes."""
     from retrieval.backbones import load_backbone
+    from retrieval.engines import by_torch
 
     people = {
         "hopper.png": hopper(),
@@ -179,11 +180,11 @@ def test_one_vector_an_image_in_any_order_and_batch_size(tmp_path):
     backbone = load_backbone("dlib", "cpu")
     assert backbone.looks_for_faces
     files = find_images(tmp_path)
-    first = embed(files, backbone, 32)
+    first = embed(files, by_torch(backbone, 32))
     assert first.without_face == ["black.png", "noise.png"]
     assert first.unreadable == ["broken.png"]
     for order, batch_size in ((files[::-1], 1), (files[2:] + files[:2], 2)):
-        again = embed(order, backbone, batch_size)
+        again = embed(order, by_torch(backbone, batch_size))
         assert again.without_face == sorted(first.without_face, key=again.names.index)
         for name, vector in zip(again.names, again.vectors, strict=True):
             assert np.allclose(vector, first.vectors[first.names.index(name)], atol=1e-5)

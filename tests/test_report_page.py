@@ -64,7 +64,7 @@ def found(sample):
     found = found_of(sample / "test", 4, 12)
     interval = {"top_1": 0.5, "top_3": 0.7, "top_1_interval": [0.4, 0.6], "top_3_interval": [0.6, 0.8]}
     history = [{"epoch": epoch, "loss": 1.0 / epoch} | interval for epoch in (1, 2)]
-    return replace(found, trained=Trained(32, interval, history))
+    return replace(found, trained=Trained(True, interval, history))
 
 
 @pytest.fixture(scope="module")

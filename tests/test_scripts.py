@@ -58,21 +58,24 @@ def test_help(command, tmp_path):
 
 def test_batch_size_and_device_reach_the_network(few, monkeypatch, backbone, tmp_path):
     import model_not_tuned
-    from retrieval import job
 
-    asked = []
-    embed = job.embed
-    monkeypatch.setattr(
-        model_not_tuned, "load_backbone", lambda word, device, *_: asked.append((word, device)) or backbone
-    )
-    monkeypatch.setattr(
-        job, "embed", lambda f, b, size, *more: asked.append(size) or embed(f, b, size, *more)
-    )
+    asked, seen = [], []
+    find = model_not_tuned.find_backbone
+    network = backbone.network.__class__.forward
+    monkeypatch.setattr(backbone.network.__class__, "forward",
+                        lambda self, images: seen.append(len(images)) or network(self, images))  # fmt: skip
+
+    def on_the_cpu(word, device, *more):
+        asked.append((word, device))
+        return find(word, "cpu", *more)
+
+    monkeypatch.setattr(model_not_tuned, "find_backbone", on_the_cpu)
     folders = {"query_dir": few / "query", "gallery_dir": few / "gallery", "output_dir": tmp_path}
     model_not_tuned.main(
-        model_not_tuned.Settings(**folders, custom_dataset=True, device="cuda", batch_size=3)
+        model_not_tuned.Settings(**folders, custom_dataset=True, device="cuda", batch_size=3, no_cache=True)
     )
-    assert asked == [("efficientnet_lite0", "cuda"), 3, 3]
+    assert asked == [("efficientnet_lite0", "cuda")]
+    assert set(seen) == {1, 3}  # one to see its dimension
 
 
 def test_the_benchmark_runs(few):
@@ -251,11 +254,10 @@ def test_no_report_draws_nothing(flat):
     assert "report" not in metrics(flat / "results")["seconds"]
 
 
-def test_a_page_that_cannot_be_drawn_costs_only_itself(few, monkeypatch, backbone, tmp_path, caplog):
+def test_a_page_that_cannot_be_drawn_costs_only_itself(few, monkeypatch, tmp_path, caplog):
     import model_not_tuned
     from retrieval import job
 
-    monkeypatch.setattr(model_not_tuned, "load_backbone", lambda *_: backbone)
     monkeypatch.setattr(job, "write_report", lambda *_: (tmp_path / "none" / "report.html").write_bytes(b""))
     folders = {"query_dir": few / "query", "gallery_dir": few / "gallery", "output_dir": tmp_path}
     model_not_tuned.main(model_not_tuned.Settings(**folders, custom_dataset=True))  # and does not end with 1

@@ -1,0 +1,295 @@
+"""A backbone in; what runs its network fastest on this machine, checked against the network itself, out.
+
+On a CPU that is ONNX Runtime, from BREAK_EVEN images on: the network is exported once, and kept in the folder
+of the cache under the digest of all that decides a vector. One thread runs each batch, several at once.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from retrieval import processes
+from retrieval.backbones import Backbone, Unloaded, out_of_memory
+from retrieval.ledger import write_whole
+from retrieval.settings import InputError, RunError
+from retrieval.weights import require
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TORCH, ONNX = "torch", "onnx"
+BREAK_EVEN = 200  # images: for fewer, the export takes longer than it saves (benchmarks/README.md)
+ONNX_BATCH = 4  # images that a thread takes at once: more leave the processor's caches and are slower
+LEAST_COSINE = 0.9999  # of a vector by ONNX Runtime with the network's own
+LEAST_COSINE_HALF = 0.999  # of one in half precision
+PACKAGES = ("onnxruntime", "onnx")
+NETWORKS = "networks"  # the folder of exported networks, in the cache's
+
+log = logging.getLogger("retrieval.engines")
+
+
+@dataclass
+class Engine:
+    """A backbone and what runs it, which is loaded when the first batch comes."""
+
+    backbone: Unloaded
+    word: str  # TORCH or ONNX; TORCH from `settle` on, where ONNX Runtime does not give the same
+    batch: int  # images that go through the network at once, by torch
+    folder: Path  # of exported networks
+    run: Callable[[Tensor], np.ndarray] | None = field(default=None, init=False)
+    seconds: dict[str, float] = field(default_factory=lambda: {"load": 0.0, "decode": 0.0, "network": 0.0})
+    lock: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    @property
+    def key(self) -> bytes:
+        """What decides its vectors, to the last bit."""
+        return self.backbone.digest + self.word.encode()
+
+    @property
+    def what(self) -> str:
+        """In words."""
+        return f"{self.backbone.word} by {'ONNX Runtime' if self.word == ONNX else 'torch'}"
+
+    @property
+    def size(self) -> int:
+        """How many images a batch has."""
+        return ONNX_BATCH if self.word == ONNX else self.batch
+
+    @property
+    def threads(self) -> int:
+        """How many batches may be run at once."""
+        return processes.cores() if self.word == ONNX else 1
+
+    def settle(self, pixels: Tensor) -> None:
+        """Load what runs the network, and check it on the first images, as embed takes them.
+
+        Of several processes all use torch where one has to. Raises as the backbone's `load`.
+        """
+        if self.run:
+            return
+        start = time.perf_counter()
+        if self.word == ONNX:
+            session = _session(self.backbone, self.folder, pixels)
+            if processes.all_say(session is not None):
+                self.run = lambda images: session.run(None, {"images": images.numpy()})[0]
+            else:
+                self.word = TORCH
+        self.run = self.run or _by_torch(self.backbone.load(), self.batch, pixels)
+        self.seconds["load"] = time.perf_counter() - start
+
+    def embed(self, pixels: Tensor) -> np.ndarray:
+        """uint8 RGB (images, 3, size, size) → float32 (images, dimension), not of unit length. After settle.
+
+        An image gets the same vector, to the last bit, in whatever batch and place it comes.
+        """
+        start = time.thread_time() if self.word == ONNX else time.perf_counter()
+        features = self.run(pixels)
+        spent = (time.thread_time() if self.word == ONNX else time.perf_counter()) - start
+        with self.lock:
+            self.seconds["network"] += spent
+        return features
+
+
+def choose_engine(backbone: Unloaded, asked: str, images: int, batch_size: int, folder: Path) -> Engine:
+    """The engine for a backbone and so many images in all; `asked` is auto, torch or onnx.
+
+    `folder` is the cache's. Raises InputError where ONNX Runtime is asked for and cannot be had.
+    """
+    folder = folder / NETWORKS
+    if asked == ONNX:
+        for package in PACKAGES:
+            require(package, package)
+        if backbone.device != "cpu":
+            raise InputError("--engine onnx runs on the CPU: give --device cpu with it, or --engine torch")
+    elif asked == "auto":
+        asked = ONNX if _worth_it(backbone, images, folder) else TORCH
+    return Engine(backbone, asked, min(batch_size, images), folder)
+
+
+def _worth_it(backbone: Unloaded, images: int, folder: Path) -> bool:
+    if backbone.device != "cpu" or not all(map(find_spec, PACKAGES)):
+        return False
+    if _refused(backbone, folder).is_file():
+        return False
+    return images >= BREAK_EVEN or _exported(backbone, folder).is_file()
+
+
+# ---- ONNX Runtime ---------------------------------------------------------------------------------
+
+
+def _exported(backbone: Unloaded, folder: Path) -> Path:
+    return folder / f"{backbone.digest.hex()[:32]}.onnx"
+
+
+def _refused(backbone: Unloaded, folder: Path) -> Path:
+    """A file that says why a network is not run by ONNX Runtime."""
+    return _exported(backbone, folder).with_suffix(".refused")
+
+
+def _session(unloaded: Unloaded, folder: Path, pixels: Tensor) -> Any:
+    """What runs the network by ONNX Runtime; None, and it is said, where that is not the same network."""
+    file = _exported(unloaded, folder)
+    if file.is_file():
+        try:
+            return _open(file.read_bytes())
+        except Exception as error:  # ONNX Runtime has a class of errors for each kind, and no common one
+            log.warning("%s is broken (%s): the network is exported again", file, _first_line(error))
+    try:
+        backbone = unloaded.load()
+        exported = _export(backbone)
+        session = _open(exported)
+        cosine = _least_cosine(session.run(None, {"images": pixels.numpy()})[0], _embedded(backbone, pixels))
+        why = "" if cosine >= LEAST_COSINE else f"its vectors are others, cosine {cosine:.5f}"
+    except (InputError, RunError):
+        raise
+    except Exception as error:  # the exporter raises anything for what it does not know
+        why = _first_line(error)
+    if why:
+        log.warning("%s is run by torch, not by ONNX Runtime: %s", unloaded.word, why)
+    _keep(_refused(unloaded, folder) if why else file, why.encode() if why else exported)
+    return None if why else session
+
+
+def _open(exported: bytes) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1  # the batches are what runs at once
+    options.log_severity_level = 3  # errors
+    return onnxruntime.InferenceSession(exported, options, providers=["CPUExecutionProvider"])
+
+
+def _export(backbone: Backbone) -> bytes:
+    """The network, from uint8 images to what Backbone.embed gives.
+
+    By the exporter that traces: it takes a second where the newer one takes eighteen.
+    """
+    import torch
+
+    class _Whole(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = backbone.network
+
+        def forward(self, images: Tensor) -> Tensor:
+            return backbone.features(images.float() / 255)
+
+    size = backbone.prepare.size
+    images = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    buffer = io.BytesIO()
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer, about what is constant: it is checked on real images
+        torch.onnx.export(_Whole().eval(), (images,), buffer, dynamo=False, opset_version=17,
+                          input_names=["images"], output_names=["vectors"],
+                          dynamic_axes={"images": {0: "n"}, "vectors": {0: "n"}})  # fmt: skip
+    return buffer.getvalue()
+
+
+def _keep(file: Path, content: bytes) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, content)
+    except OSError as error:
+        log.warning("%s cannot be kept (%s): the next run exports the network again", file, error.strerror)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().partition("\n")[0] or type(error).__name__)[:200]
+
+
+# ---- torch ----------------------------------------------------------------------------------------
+
+
+def by_torch(backbone: Backbone, batch_size: int, digest: bytes = b"") -> Engine:
+    """An engine for a backbone that is loaded, by torch. `digest` is of what decides its vectors."""
+    unloaded = Unloaded(backbone.word, backbone.prepare, backbone.device, digest, lambda: backbone)
+    return Engine(unloaded, TORCH, batch_size, Path())
+
+
+def _by_torch(backbone: Backbone, batch: int, pixels: Tensor) -> Callable[[Tensor], np.ndarray]:
+    """What runs the network by torch, on a GPU in half precision where that gives the same vectors.
+
+    Batches are filled up to one size: the size of a batch, and nothing else of it, moves a vector.
+    """
+    import torch
+
+    half = backbone.device == "cuda" and _half_is_enough(backbone, pixels)
+    fits = batch
+
+    def run(images: Tensor) -> np.ndarray:
+        nonlocal fits
+        count = len(images)
+        if count < batch:
+            images = torch.cat([images, images.new_zeros(batch - count, *images.shape[1:])])
+        if backbone.device == "cuda":
+            images = images.pin_memory()  # travels at twice the speed
+        with torch.inference_mode(), torch.autocast(backbone.device, dtype=_half(), enabled=half):
+            features, fits = embed_what_fits(backbone, images, fits)
+        return features[:count].numpy()
+
+    return run
+
+
+def _half() -> Any:
+    import torch
+
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if bf16 else torch.float16
+
+
+def _half_is_enough(backbone: Backbone, pixels: Tensor) -> bool:
+    import torch
+
+    plain = _embedded(backbone, pixels)
+    with torch.autocast(backbone.device, dtype=_half()):
+        cosine = _least_cosine(_embedded(backbone, pixels), plain)
+    if cosine < LEAST_COSINE_HALF:
+        log.info("%s needs full precision: in half, cosines fall to %.4f", backbone.word, cosine)
+    return cosine >= LEAST_COSINE_HALF
+
+
+def _embedded(backbone: Backbone, pixels: Tensor) -> np.ndarray:
+    import torch
+
+    with torch.inference_mode():
+        return embed_what_fits(backbone, pixels, len(pixels))[0].numpy()
+
+
+def _least_cosine(vectors: np.ndarray, others: np.ndarray) -> float:
+    """Of each row with the other's; NaN where one has no direction, unless neither has."""
+    vectors, others = vectors.astype(np.float64), others.astype(np.float64)
+    lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(others, axis=1)
+    both = (vectors**2).sum(1) + (others**2).sum(1) > 0
+    with np.errstate(invalid="ignore", divide="ignore"):
+        cosines = (vectors * others).sum(1) / lengths
+    return float(cosines[both].min()) if both.any() else 1.0
+
+
+def embed_what_fits(backbone: Backbone, images: Tensor, fits: int) -> tuple[Tensor, int]:
+    """(images, 3, size, size) → (images, dimension) on the CPU, in parts that fit; and their size."""
+    import torch
+
+    while True:
+        try:
+            return torch.cat([backbone.embed(part) for part in images.split(fits)]).cpu(), fits
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            if fits == 1:
+                raise RunError(
+                    f"not one image fits into the memory of {backbone.device}: use --device cpu"
+                ) from None
+        fits = max(1, min(fits, len(images)) // 2)
+        log.warning("the batch does not fit into the memory of %s: trying %d at once", backbone.device, fits)
+        torch.accelerator.empty_cache()

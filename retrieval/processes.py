@@ -1,0 +1,107 @@
+"""torchrun's environment in; which process of how many this is, and what all of them wait for, out.
+
+torchrun --nproc_per_node 2 model_not_tuned.py ...      # or accelerate launch; more machines likewise
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+from retrieval.settings import RunError
+
+LONGEST_WAIT = timedelta(days=7)  # for a slower process: one that has ended is noticed at once
+ENDED = (
+    "another process of this run has ended, and says why itself unless it was killed: start the same command "
+    "again, and it goes on from what is on the disk"
+)
+
+
+def number() -> int:
+    """Which process of the run this is, from 0; 0 where it is the only one."""
+    return int(os.environ.get("RANK", 0))
+
+
+def count() -> int:
+    """How many processes the run has, on all machines together."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def several() -> bool:
+    """Whether the run has more than one process."""
+    return count() > 1
+
+
+def on_this_machine() -> int:
+    """How many processes the run has on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def is_first() -> bool:
+    """Whether this is the process that ranks, sends, and writes the files of the run."""
+    return number() == 0
+
+
+def cores() -> int:
+    """The processor cores for this process: its share of those that this machine gives to the run."""
+    given = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, given // on_this_machine())
+
+
+def wait() -> None:
+    """Wait until every process of the run is here. Raises RunError where one has ended."""
+    if several():
+        with a_sentence():
+            _group().barrier()
+
+
+def all_say(yes: bool) -> bool:
+    """Whether every process says yes. Raises RunError where one has ended."""
+    if not several():
+        return yes
+    import torch
+
+    said = torch.tensor([int(yes)])
+    with a_sentence():
+        _group().all_reduce(said, op=_group().ReduceOp.MIN)
+    return bool(said)
+
+
+@contextmanager
+def a_sentence() -> Iterator[None]:
+    """Around what waits for the other processes: one that has ended is a RunError."""
+    try:
+        yield
+    except RuntimeError as error:  # of torch.distributed, whose errors have no other class in common
+        if isinstance(error, RunError):
+            raise
+        raise RunError(ENDED) from error
+
+
+@functools.cache
+def _group() -> Any:
+    """torch.distributed, in which the processes have met, on the CPU."""
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        with a_sentence():
+            distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
+        atexit.register(distributed.destroy_process_group)
+    return distributed
+
+
+def end_with_the_others() -> None:
+    """From here on, what torchrun sends when another process has ended ends this one with a sentence."""
+
+    def _end(*_: Any) -> None:
+        raise RunError(ENDED)
+
+    if several() and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _end)

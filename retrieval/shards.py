@@ -1,0 +1,123 @@
+"""Images and several processes in; a share for each, written to files as it goes, and all vectors out.
+
+The images are cut into parts, which do not depend on how many processes there are; each process takes every
+so-many-th. A part that is on the disk is not made again, whichever run or process wrote it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from get_images import ImageFile, UnreadableImageError, read_image
+from retrieval import processes
+from retrieval.cache import Cache
+from retrieval.embedding import Made, gather, make
+from retrieval.engines import ONNX_BATCH, Engine
+from retrieval.ledger import write_whole
+from retrieval.ranking import Embeddings
+
+FOLDER = "shards"  # in the output folder
+FACES = {None: -1, False: 0, True: 1}
+
+log = logging.getLogger("retrieval.shards")
+
+
+def embed_together(
+    files: list[ImageFile], engine: Engine, kind: str, output_dir: Path, save_crops: Path | None,
+    cache: Cache | None,
+) -> Embeddings | None:  # fmt: skip
+    """As embed, each process a share; the first gets all, the others None when all are done.
+
+    Raises RunError where another process has ended.
+    """
+    parts = list(_parts(files, engine, kind, output_dir / FOLDER))
+    share = parts[processes.number() :: processes.count()]
+    folder = save_crops / kind.replace(" ", "_") if save_crops else None
+    total = sum(len(part) for _, part in share)
+    with tqdm(total=total, desc=f"share of {kind}", unit="image", disable=not processes.is_first()) as bar:
+        for path, part in share:
+            if path.is_file():
+                bar.update(len(part))
+            else:
+                write_part(path, part, make(part, engine, folder, cache, bar))
+    processes.wait()
+    if not processes.is_first():
+        return None
+    return gather(files, (read_part(path, part) for path, part in parts), engine, kind)
+
+
+def settle_together(engine: Engine, files: list[ImageFile]) -> None:
+    """Load the engine in every process, also in one without a share, so that all use the same."""
+    import torch
+
+    size = engine.backbone.prepare.size
+    pixels = torch.zeros(ONNX_BATCH, 3, size, size, dtype=torch.uint8)
+    for row, file in enumerate(files[:ONNX_BATCH]):
+        with suppress(UnreadableImageError):  # black will do: whoever embeds it says so
+            pixels[row] = engine.backbone.prepare(read_image(file.path)).pixels
+    engine.settle(pixels)
+
+
+def remove_shards(output_dir: Path) -> None:
+    """Remove the parts of a run whose submission is written."""
+    shutil.rmtree(output_dir / FOLDER, ignore_errors=True)
+
+
+def part_size(images: int, batch: int) -> int:
+    """How many images a part has: about a 64th of all, so that shares are even, and whole batches.
+
+    >>> part_size(100, 32), part_size(100_000, 32), part_size(100_000_000, 32)
+    (32, 1568, 16384)
+    """
+    size = min(max(images // 64, 16), 2**14)
+    return -(-size // batch) * batch
+
+
+def _parts(
+    files: list[ImageFile], engine: Engine, kind: str, folder: Path
+) -> Iterator[tuple[Path, list[ImageFile]]]:
+    """The parts of the files, each with the file of its vectors, named by all that decides these."""
+    size = part_size(len(files), engine.size)
+    for start in range(0, len(files), size):
+        part = files[start : start + size]
+        digest = hashlib.sha256(engine.key)
+        for file in part:
+            found = os.stat(file.path) if file.path.exists() else None
+            told = (file.name, found and (found.st_size, found.st_mtime_ns))
+            digest.update(repr(told).encode("utf-8", "surrogateescape"))
+        yield folder / f"{kind.replace(' ', '_')}-{start:09d}-{digest.hexdigest()[:16]}.npz", part
+
+
+def write_part(path: Path, files: list[ImageFile], made: Made) -> None:
+    """Write what became of some files: whole, or not at all."""
+    names = [file.name for file in files]
+    rows = [row for row, name in enumerate(names) if name in made.vectors]
+    vectors = np.stack([made.vectors[names[row]] for row in rows]) if rows else np.zeros((0, 0), np.float32)
+    others = {"unreadable": made.unreadable, "unsaved": made.unsaved, "kept": made.kept}
+    buffer = io.BytesIO()
+    np.savez(buffer, rows=np.array(rows, np.int64), vectors=vectors,
+             faces=np.array([FACES[made.faces.get(name)] for name in names], np.int8),
+             others=np.frombuffer(json.dumps(others).encode(), np.uint8))  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, buffer.getbuffer())
+
+
+def read_part(path: Path, files: list[ImageFile]) -> Made:
+    """What write_part wrote of these files."""
+    names = [file.name for file in files]
+    with np.load(path, allow_pickle=False) as part:
+        vectors = dict(zip([names[row] for row in part["rows"]], part["vectors"], strict=True))
+        known = {number: face for face, number in FACES.items()}
+        faces = {name: known[int(face)] for name, face in zip(names, part["faces"], strict=True)}
+        return Made(vectors, faces, **json.loads(part["others"].tobytes()))

@@ -1,0 +1,45 @@
+"""A shape in; an array of zeros out, in memory as far as that is large enough, or else in a file."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import tempfile
+
+import numpy as np
+
+from retrieval.settings import RunError
+
+SHARE = 0.5  # of this machine's memory, for one array
+ELSEWHERE = 2**32  # bytes, where the system does not say how much memory it has
+
+log = logging.getLogger("retrieval.space")
+
+
+def zeros(shape: tuple[int, ...], dtype: type, what: str) -> np.ndarray:
+    """An array of zeros, of `what`: in memory, or in a file that goes with the program.
+
+    Raises RunError where there is no room for that file.
+    """
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size <= SHARE * memory():
+        return np.zeros(shape, dtype)
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise RunError(
+            f"{size / 1e9:.1f} GB of {what} do not fit into {folder}, which has {free / 1e9:.1f}: make room, "
+            "or set TMPDIR to another folder"
+        )
+    log.info("%.1f GB of %s lie in %s while this runs", size / 1e9, what, folder)
+    with tempfile.TemporaryFile() as file:
+        return np.memmap(file, dtype=dtype, mode="w+", shape=shape)
+
+
+def memory() -> int:
+    """The bytes of memory that this machine has."""
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return ELSEWHERE

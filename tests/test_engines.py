@@ -1,0 +1,196 @@
+"""ONNX Runtime beside the network itself: the same vectors, to the bit in every batch, or torch, and said."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from get_images import find_images, read_image
+from retrieval import engines
+from retrieval.backbones import Backbone, Unloaded, find_backbone, place
+from retrieval.embedding import embed
+from retrieval.engines import BREAK_EVEN, ONNX, TORCH, by_torch, choose_engine
+from retrieval.fine_tuned import Joined
+from retrieval.settings import InputError
+from retrieval.transforms import Transform
+
+
+class Small(nn.Module):
+    """A convolution and a mean."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, images):
+        return self.conv(images).relu().mean((2, 3))
+
+
+class Untraceable(Small):
+    def forward(self, images):
+        return torch.special.bessel_j0(super().forward(images))
+
+
+def unloaded(network, digest=b"1" * 32):
+    backbone = place(Backbone(network, 0, Transform(16, "bicubic"), (0.5,) * 3, (0.5,) * 3, "small"))
+    return Unloaded("small", backbone.prepare, "cpu", digest, lambda: backbone)
+
+
+def images(count, size=16):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+
+
+def settled(backbone, folder, asked=ONNX, count=1000):
+    engine = choose_engine(backbone, asked, count, 32, folder)
+    engine.settle(images(4, backbone.prepare.size))
+    return engine
+
+
+def random_facenet(file):
+    from facenet_pytorch import InceptionResnetV1
+
+    return InceptionResnetV1(classify=False)
+
+
+def random_resnet50(file):
+    from torchvision.models import resnet50
+
+    network = resnet50()
+    network.fc = nn.Identity()
+    return network
+
+
+@pytest.mark.parametrize("kind", ["lite0", "dlib", "resnet50", "facenet", "joined"])
+def test_the_networks_give_the_same_in_onnx_runtime_and_the_same_bits_in_every_batch(kind, tmp_path):
+    if kind in ("lite0", "dlib"):
+        found = find_backbone({"lite0": "efficientnet_lite0"}.get(kind, kind), "cpu")
+    elif kind == "joined":
+        found = unloaded(Joined(Small(), Small(), 2.0, 12))
+    else:
+        size, build = (160, random_facenet) if kind == "facenet" else (224, random_resnet50)
+        torch.manual_seed(0)
+        backbone = place(Backbone(build(None), 0, Transform(size, "bilinear"), (0.5,) * 3, (0.5,) * 3, kind))
+        found = Unloaded(kind, backbone.prepare, "cpu", b"2" * 32, lambda: backbone)
+    engine = settled(found, tmp_path)
+    assert engine.word == ONNX
+    seen = images(7, found.prepare.size)
+    together = engine.embed(seen)
+    with torch.inference_mode():
+        plain = found.load().embed(seen).numpy()
+    cosines = (together * plain).sum(1) / np.linalg.norm(together, axis=1) / np.linalg.norm(plain, axis=1)
+    assert cosines.min() > 0.99999
+    order = [3, 0, 6, 1, 5, 2, 4]
+    assert np.array_equal(np.concatenate([engine.embed(seen[[row]]) for row in order]), together[order])
+
+
+def test_the_exported_network_is_found_again_without_torch_or_the_weights(tmp_path):
+    first = settled(unloaded(Small()), tmp_path)
+
+    def load():
+        raise AssertionError("the network was loaded")
+
+    again = settled(replace(unloaded(Small()), load=load), tmp_path, "auto", 1)
+    assert again.word == ONNX
+    assert np.array_equal(again.embed(images(5)), first.embed(images(5)))
+    other = settled(unloaded(Small(), b"3" * 32), tmp_path)
+    assert other.run is not first.run
+    assert len(list((tmp_path / "networks").glob("*.onnx"))) == 2
+
+
+def test_small_folders_do_not_pay_for_the_export(tmp_path):
+    backbone = unloaded(Small())
+    assert choose_engine(backbone, "auto", BREAK_EVEN - 1, 32, tmp_path).word == TORCH
+    assert choose_engine(backbone, "auto", BREAK_EVEN, 32, tmp_path).word == ONNX
+    assert choose_engine(backbone, "torch", 10**6, 32, tmp_path).word == TORCH
+    assert choose_engine(replace(backbone, device="cuda"), "auto", 10**6, 32, tmp_path).word == TORCH
+
+
+def test_onnx_runtime_where_it_cannot_be_is_a_sentence(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="give --device cpu with it"):
+        choose_engine(replace(unloaded(Small()), device="cuda"), "onnx", 10, 32, tmp_path)
+    from retrieval import weights
+
+    monkeypatch.setattr(weights, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install onnxruntime"):
+        choose_engine(unloaded(Small()), "onnx", 10, 32, tmp_path)
+
+
+def test_a_network_that_cannot_be_exported_is_run_by_torch_and_not_tried_again(tmp_path, caplog):
+    backbone = unloaded(Untraceable())
+    engine = settled(backbone, tmp_path, "auto")
+    assert engine.word == TORCH
+    assert "small is run by torch, not by ONNX Runtime: " in caplog.text
+    with torch.inference_mode():
+        assert np.allclose(engine.embed(images(3)), backbone.load().embed(images(3)), atol=1e-6)
+    assert choose_engine(backbone, "auto", 10**6, 32, tmp_path).word == TORCH
+
+
+def test_an_export_that_gives_other_vectors_is_refused(tmp_path, caplog, monkeypatch):
+    other = Small()
+    with torch.no_grad():
+        other.conv.weight[0, 0] += 0.05
+    wrong = engines._export(unloaded(other).load())
+    monkeypatch.setattr(engines, "_export", lambda backbone: wrong)
+    assert settled(unloaded(Small()), tmp_path).word == TORCH
+    assert "its vectors are others, cosine 0.9" in caplog.text
+    assert not list(tmp_path.rglob("*.onnx"))
+
+
+def test_a_broken_file_is_exported_again(tmp_path, caplog):
+    right = settled(unloaded(Small()), tmp_path).embed(images(3))
+    (file,) = tmp_path.rglob("*.onnx")
+    content = file.read_bytes()
+    file.write_bytes(content[:100])
+    assert np.array_equal(settled(unloaded(Small()), tmp_path).embed(images(3)), right)
+    assert "is broken" in caplog.text
+    assert file.read_bytes() == content
+
+
+def test_a_folder_that_cannot_be_written_costs_the_next_run_an_export(tmp_path, caplog):
+    (tmp_path / "networks").write_text("in the way")
+    assert settled(unloaded(Small()), tmp_path).word == ONNX
+    assert "the next run exports the network again" in caplog.text
+
+
+def test_of_several_processes_one_that_cannot_makes_all_use_torch(tmp_path, monkeypatch):
+    monkeypatch.setattr(engines.processes, "all_say", lambda yes: False)
+    assert settled(unloaded(Small()), tmp_path).word == TORCH
+
+
+def test_both_engines_rank_real_images_alike(few, backbone, tmp_path):
+    files = find_images(few / "gallery")
+    found = find_backbone("efficientnet_lite0", "cpu")
+    fast = embed(files, choose_engine(found, ONNX, len(files), 32, tmp_path))
+    plain = embed(files, by_torch(backbone, 32))
+    assert (fast.vectors * plain.vectors).sum(1).min() > 0.99999
+    alone = choose_engine(found, ONNX, 1, 32, tmp_path)
+    pixels = found.prepare(read_image(files[5].path)).pixels[None]
+    alone.settle(pixels)
+    vector = alone.embed(pixels)[0]
+    assert np.array_equal(vector / np.linalg.norm(vector), fast.vectors[5])
+
+
+def test_torch_gives_the_same_bits_in_every_batch_of_one_size():
+    engine = by_torch(unloaded(Small()).load(), 8)
+    engine.settle(images(4))
+    together = engine.embed(images(8))
+    assert np.array_equal(engine.embed(images(3)), together[:3])
+
+
+def test_half_precision_is_used_only_where_the_vectors_stay_the_same(caplog):
+    caplog.set_level("INFO")
+    assert engines._half_is_enough(unloaded(Small()).load(), images(4))
+
+    class Fine(Small):
+        """What it tells apart lies below the digits of half precision."""
+
+        def forward(self, pixels):
+            features = super().forward(pixels)
+            return nn.functional.linear(features + 100, torch.eye(8)) - 100
+
+    assert not engines._half_is_enough(unloaded(Fine()).load(), images(4))
+    assert "needs full precision" in caplog.text

@@ -1,0 +1,153 @@
+"""Several processes, as torchrun starts them: the ranking of one, and what is left when one of them dies."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, run
+
+from get_images import ImageFile
+from retrieval import processes, shards
+from retrieval.embedding import Made
+from retrieval.shards import FOLDER, part_size, read_part, write_part
+
+# The script, with a share that is one image, so that a few images are enough for several processes; it counts
+# the images that it embeds, and process 1 may be killed when its first part is on the disk.
+SCRIPT = """
+import os, signal, sys
+from pathlib import Path
+
+import model_not_tuned
+from retrieval import shards
+from retrieval.settings import run_script
+
+made, write = shards.make, shards.write_part
+
+def make(files, *more):
+    with open(f"made-{os.environ.get('RANK', 0)}.txt", "a") as told:
+        told.writelines(f"{file.name}\\n" for file in files)
+    return made(files, *more)
+
+def write_part(*part):
+    write(*part)
+    if Path("kill").exists() and os.environ.get("RANK") == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+shards.make, shards.write_part, shards.part_size = make, write_part, lambda images, batch: 5
+run_script(model_not_tuned.main, model_not_tuned.Settings)
+"""
+
+
+def together(count, few, cwd, *more):
+    """The script by torchrun with so many processes; its status, output and errors."""
+    (cwd / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "script.py",
+               "--query_dir", few / "query", "--gallery_dir", few / "gallery", "--custom_dataset",
+               "--no_report", "--no_cache", "--cache_dir", few / "networks", *more]  # fmt: skip
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+    )
+
+
+def embedded(cwd):
+    """The images that were embedded, by whichever process."""
+    return sorted(name for told in cwd.glob("made-*.txt") for name in told.read_text().split())
+
+
+@pytest.fixture(scope="module")
+def alone(few, tmp_path_factory):
+    """The submissions of one process, by engine."""
+    out, bodies = tmp_path_factory.mktemp("alone"), {}
+    for engine in ("onnx", "torch"):
+        ended = run("model_not_tuned.py", "--query_dir", few / "query", "--gallery_dir", few / "gallery",
+                    "--custom_dataset", "--no_report", "--no_cache", "--engine", engine,
+                    "--output_dir", engine, "--cache_dir", few / "networks", cwd=out)  # fmt: skip
+        assert ended.returncode == 0, ended.stderr
+        bodies[engine] = (out / engine / "submission.json").read_bytes()
+    return bodies
+
+
+@pytest.mark.parametrize(("count", "engine"), [(2, "onnx"), (3, "torch"), (6, "onnx")])
+def test_the_ranking_is_byte_for_byte_that_of_one_process(few, alone, tmp_path, count, engine):
+    ended = together(count, few, tmp_path, "--engine", engine)
+    assert ended.returncode == 0, ended.stderr
+    results = tmp_path / "results"
+    assert (results / "submission.json").read_bytes() == alone[engine]
+    assert len((results / "runs.jsonl").read_text().splitlines()) == 1
+    assert ended.stdout.count("embedded 32 images") == 1
+    assert len(embedded(tmp_path)) == 32  # each once
+    assert not (results / FOLDER).exists()
+    seconds = json.loads((results / "metrics.json").read_text())["embedding_seconds"]
+    assert seconds["cores"] == max(1, len(os.sched_getaffinity(0)) // count)
+
+
+def test_a_process_that_dies_ends_all_with_a_sentence_and_the_next_run_goes_on(few, alone, tmp_path):
+    (tmp_path / "kill").touch()
+    ended = together(2, few, tmp_path, "--engine", "onnx")
+    assert ended.returncode != 0
+    assert "error: another process of this run has ended" in ended.stderr
+    assert not (tmp_path / "results" / "submission.json").exists()
+    before = embedded(tmp_path)
+    assert 5 <= len(before) < 32
+    (tmp_path / "kill").unlink()
+    ended = together(3, few, tmp_path, "--engine", "onnx")
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "results" / "submission.json").read_bytes() == alone["onnx"]
+    assert len(embedded(tmp_path)) == 32  # none twice
+
+
+def test_wrong_input_is_a_sentence_of_each_process(few, tmp_path):
+    ended = together(2, few, tmp_path, "--batch_size", "0")
+    assert "\nerror: --batch_size is '0'" in "\n" + ended.stderr
+    assert "process 2: error: --batch_size is '0'" in ended.stderr
+    assert ended.returncode != 0
+
+
+def test_a_part_comes_back_as_it_was(tmp_path):
+    files = [ImageFile(name, tmp_path / name) for name in ("a.jpg", "b.jpg", "ü.jpg", "d.jpg")]
+    vectors = np.random.default_rng(0).normal(size=(2, 5)).astype(np.float32)
+    made = Made({"a.jpg": vectors[0], "ü.jpg": vectors[1]}, {"a.jpg": True, "b.jpg": None, "ü.jpg": False},
+                {"d.jpg": "an empty file"}, ["a crop"], 1)  # fmt: skip
+    write_part(tmp_path / "part.npz", files, made)
+    back = read_part(tmp_path / "part.npz", files)
+    assert list(back.vectors) == ["a.jpg", "ü.jpg"]
+    assert all(np.array_equal(back.vectors[name], made.vectors[name]) for name in made.vectors)
+    assert back.faces == made.faces | {"d.jpg": None}
+    assert (back.unreadable, back.unsaved, back.kept) == (made.unreadable, made.unsaved, made.kept)
+    write_part(tmp_path / "none.npz", files, Made(unreadable=dict.fromkeys("abcd", "gone")))
+    assert read_part(tmp_path / "none.npz", files).vectors == {}
+
+
+def test_parts_are_whole_batches_and_named_by_what_decides_them(tmp_path):
+    assert part_size(1, 4) == 16
+    assert part_size(10**7, 48) % 48 == 0
+    files = [ImageFile(str(number), tmp_path / str(number)) for number in range(40)]
+    for file in files:
+        file.path.write_text(file.name)
+
+    class Engine:
+        key, size = b"key", 4
+
+    parts = list(shards._parts(files, Engine, "gallery images", tmp_path))
+    assert [len(part) for _, part in parts] == [16, 16, 8]
+    assert [file for _, part in parts for file in part] == files
+    files[20].path.write_text("another")
+    changed = list(shards._parts(files, Engine, "gallery images", tmp_path))
+    assert [a == b for (a, _), (b, _) in zip(parts, changed, strict=True)] == [True, False, True]
+    Engine.key = b"other"
+    assert not {path for path, _ in changed} & {
+        path for path, _ in shards._parts(files, Engine, "x", tmp_path)
+    }
+
+
+def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert processes.cores() == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert processes.cores() == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "30")
+    assert processes.cores() == 1
