@@ -45,9 +45,10 @@ class Transform:
     def enough(self) -> int:
         """The shorter side of an image, in pixels, from which on more pixels change nothing that counts.
 
-        Twice what is seen: pixels that a JPEG decoder averages by then are averaged in the resizing too.
+        Four times what is seen: a JPEG of 10 megapixels is then read in 0.6 to 0.9 of the time, less than one
+        grey level away in the mean (cosines of 0.9995 and more; at twice what is seen, 0.998 and more).
         """
-        return 2 * (self.resize or self.size)
+        return 4 * (self.resize or self.size)
 
     def of_size(self, size: int) -> Transform:
         """The same transform for another size of square."""

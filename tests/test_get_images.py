@@ -274,3 +274,34 @@ def test_unreadable_files_say_why(photo, tmp_path):
 
 
 # ---- sample
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_large_photograph_is_decoded_at_a_part_of_its_size_where_that_is_enough(tmp_path, orientation):
+    from sklearn.datasets import load_sample_image
+
+    from retrieval.transforms import Transform
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo = Image.fromarray(load_sample_image("china.jpg")).resize((2560, 1708))
+    photo.save(tmp_path / "photo.jpg", quality=92, exif=exif)
+    transform = Transform(96, "bicubic")
+    plain, small = read_image(tmp_path / "photo.jpg"), read_image(tmp_path / "photo.jpg", transform.enough)
+    assert sorted(plain.shape) == [3, 1708, 2560]
+    assert sorted(small.shape) == [3, 427, 640]
+    assert (small.shape[1] > small.shape[2]) == (orientation == 6)
+    difference = (transform(plain).pixels.float() - transform(small).pixels.float()).abs()
+    assert difference.mean() < 1
+    assert torch.equal(read_image(tmp_path / "photo.jpg", 1000), plain)  # a half would have 854 rows
+    photo.convert("L").save(tmp_path / "grey.jpg")
+    assert read_image(tmp_path / "grey.jpg", 384).shape == (3, 427, 640)
+
+
+def test_a_broken_large_photograph_is_unreadable_in_part_of_its_size_too(tmp_path):
+    Image.effect_noise((1200, 1200), 50).save(tmp_path / "photo.jpg")
+    content = (tmp_path / "photo.jpg").read_bytes()
+    (tmp_path / "photo.jpg").write_bytes(content[: len(content) // 2])
+    for enough in (None, 300):
+        with pytest.raises(UnreadableImageError):
+            read_image(tmp_path / "photo.jpg", enough)
