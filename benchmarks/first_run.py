@@ -12,6 +12,7 @@ a program and its worker processes, where shared pages count once (Pss, on Linux
 
 import argparse
 import json
+import resource
 import shutil
 import statistics
 import subprocess
@@ -59,6 +60,7 @@ class Ended(NamedTuple):
     """What a run took, and what it found."""
 
     seconds: float
+    processor: float  # seconds of all cores together
     megabytes: float
     ranking: dict[str, list[str]]
 
@@ -125,11 +127,17 @@ def megabytes(root: int) -> float:
     return sum(int(line.split()[1]) for line in lines) / 1024
 
 
+def processor_seconds() -> float:
+    """What the runs that have ended used, with their worker processes."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def run(command: list[str | Path], ranking: Path) -> Ended:
     """Run a program to its end."""
     peaks = [0.0]
     with tempfile.TemporaryFile("w+") as said:
-        start = time.perf_counter()
+        start, before = time.perf_counter(), processor_seconds()
         process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
         ended = threading.Event()
 
@@ -140,14 +148,14 @@ def run(command: list[str | Path], ranking: Path) -> Ended:
         watcher = threading.Thread(target=watch)
         watcher.start()
         process.wait()
-        seconds = time.perf_counter() - start
+        seconds, used = time.perf_counter() - start, processor_seconds() - before
         ended.set()
         watcher.join()
         said.seek(0)
         if process.returncode:
             raise SystemExit(f"{' '.join(map(str, command))} failed:\n{said.read()[-3000:]}")
     found = json.loads(ranking.read_text())
-    return Ended(seconds, max(peaks), found.get("images", found))
+    return Ended(seconds, used, max(peaks), found.get("images", found))
 
 
 def run_ours(row: Row, folders: Folders, place: Path) -> Ended:
@@ -188,13 +196,16 @@ def compare(title: str, folders: Folders, python: Path) -> tuple[float, float, f
     right = [f"{share_right(found.ranking, k):.3f}" for k in (1, 10) for found in (theirs, ours)]
     ratios = theirs.seconds / ours.seconds, theirs.megabytes / ours.megabytes, again.seconds / ours.seconds
     print(
-        f"{title}: theirs {theirs.seconds:.1f} s, {theirs.megabytes:.0f} MB; ours {ours.seconds:.1f} s, "
-        f"{ours.megabytes:.0f} MB, again {again.seconds:.1f} s; ratio {ratios[0]:.2f}; "
-        f"top-1 {right[0]} and {right[1]}, top-10 {right[2]} and {right[3]}, "
+        f"{title}: theirs {told(theirs)}; ours {told(ours)}, again {again.seconds:.1f} s; "
+        f"ratio {ratios[0]:.2f}; top-1 {right[0]} and {right[1]}, top-10 {right[2]} and {right[3]}, "
         f"{sum(alike) / len(alike):.1%} the same first name",
         flush=True,
     )
     return ratios
+
+
+def told(run: Ended) -> str:
+    return f"{run.seconds:.1f} s ({run.processor:.0f} of processor), {run.megabytes:.0f} MB"
 
 
 def spread(numbers: list[float]) -> str:

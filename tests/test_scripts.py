@@ -78,13 +78,6 @@ def test_batch_size_and_device_reach_the_network(few, monkeypatch, backbone, tmp
     assert set(seen) == {1, 3}  # one to see its dimension
 
 
-def test_the_benchmark_runs(few):
-    command = [sys.executable, ROOT / "benchmarks" / "embedding.py", few / "query" / "0", "--pairs", "1"]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    assert re.search(r"ratio [\d.]+, least cosine (0\.9999|1\.0000)", ended.stdout)
-
-
 def test_without_the_packages_a_sentence_says_how_to_get_them():
     for script in (
         ["model_not_tuned.py"],
