@@ -43,9 +43,7 @@ def supcon_loss(
     classes, of = torch.unique(every, return_inverse=True)
     own = of[: len(z)]  # (views,) the row of each anchor's class
     positives = torch.bincount(of, minlength=len(classes))[own] - 1  # |P(i)|
-    wide = (
-        z if z.device.type == "mps" else z.double()
-    )  # a sum of thousands wants the digits; MPS has not got them
+    wide = z if z.device.type == "mps" else z.double()  # for a sum of thousands; MPS has no more digits
     sums = wide.new_zeros(len(classes), z.shape[1]).index_add(0, of, torch.cat([wide, memory.to(wide.dtype)]))
     mean = ((wide * (sums[own] - wide)).sum(1) / (positives.clamp(min=1) * temperature)).to(z.dtype)
     weights = (positives > 0).to(z.dtype)

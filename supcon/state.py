@@ -22,6 +22,7 @@ from supcon.validation import Validation, read_validation
 from supcon.variants import VARIANTS, Choices, Variant
 
 LENGTH = 16.0  # of the features that a head sees, about: EfficientNet-Lite0's own
+FUSED = ("cpu", "cuda")  # devices on which one kernel changes all weights: half of the time on a CPU
 ROOM = 1.25  # the side of the squares in memory, of that of a view: a crop is not blurred
 
 
@@ -91,7 +92,8 @@ def begin(
     torch.manual_seed(settings.seed)
     head = variant.head(untuned.dimension, len(squares.classes), choices).to(tuned.device)
     learned = freeze(tuned.network, settings.freeze, settings.model)
-    optimizer = torch.optim.AdamW(parameter_groups(learned, head, every, settings))
+    groups = parameter_groups(learned, head, every, settings)
+    optimizer = torch.optim.AdamW(groups, fused=tuned.device in FUSED)
     average = None
     if settings.ema:
         decay = torch.optim.swa_utils.get_ema_multi_avg_fn(settings.ema)
@@ -117,6 +119,8 @@ def _scale(seen: Validation, untuned: Backbone) -> float:
 
 
 def _put_back(training: Training, saved: dict[str, Any]) -> None:
+    for group in saved["optimizer"]["param_groups"]:
+        group["fused"] = training.optimizer.defaults["fused"]  # it may have been saved on another device
     for name, part in _parts(training).items():
         if saved[name]:  # a scaler has no state on another device
             part.load_state_dict(saved[name])

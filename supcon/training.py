@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -37,7 +37,7 @@ from supcon.batches import by_class, shuffled
 from supcon.checkpoints import BEST, BEST_EPOCH, CURVE, write_history
 from supcon.layers import share_of_rate
 from supcon.state import Training, save
-from supcon.steps import step
+from supcon.steps import Prepared, prepared, step
 from supcon.validation import COLLAPSED, Candidate, best_of, candidates, is_better, mixed, validate
 
 SAVE_EVERY = 300  # seconds
@@ -62,10 +62,11 @@ def fit(training: Training) -> None:
     with _stop_between_steps() as stopped:
         while progress.epoch < settings.epochs and not clock.over():
             batches = _batches(training)
-            with tqdm(total=len(batches) * len(batches[0]), initial=progress.step * len(batches[0]),
-                      desc=f"epoch {progress.epoch + 1}", unit="image", leave=False) as bar:  # fmt: skip
+            with closing(prepared(training, batches)) as coming, tqdm(
+                total=len(batches) * len(batches[0]), initial=progress.step * len(batches[0]),
+                desc=f"epoch {progress.epoch + 1}", unit="image", leave=False) as bar:  # fmt: skip
                 while progress.step < len(batches) and not clock.over():
-                    _one_step(training, batches, clock)
+                    _one_step(training, coming, len(batches), clock)
                     bar.update(len(batches[0]))
                     bar.set_postfix(loss=f"{_mean(progress.losses[-20:]):.3f}", refresh=False)
                     if stopped or clock.time_to_save():
@@ -138,17 +139,17 @@ def _batches(training: Training) -> list[np.ndarray]:
     return shuffled(len(squares.names), size, random)
 
 
-def _one_step(training: Training, batches: list[np.ndarray], clock: _Clock) -> None:
+def _one_step(training: Training, coming: Iterator[Prepared], steps: int, clock: _Clock) -> None:
+    """The next of the epoch's so many steps."""
     progress, settings = training.progress, training.settings
     started = time.perf_counter()
-    done = progress.epoch * len(batches) + progress.step
-    share = (done + 0.5) / (settings.epochs * len(batches))  # in the middle of the step: never a rate of 0
+    done = progress.epoch * steps + progress.step
+    share = (done + 0.5) / (settings.epochs * steps)  # in the middle of the step: never a rate of 0
     rate = share_of_rate(max(share, clock.share()), settings.warmup)
     for group in training.optimizer.param_groups:
         group["lr"] = group["rate"] * rate
     before = [p.detach().clone() for p in _learned(training)] if done < FIRST_STEPS else None
-    seed = np.random.SeedSequence((settings.seed, progress.epoch, progress.step)).generate_state(1)[0]
-    loss = step(training, batches[progress.step], int(seed))
+    loss = step(training, *next(coming))
     progress.losses.append(loss if math.isfinite(loss) else math.nan)
     progress.step += 1
     training.tracking.log({"train/loss": loss, "train/learning_rate": settings.lr * rate}, done + 1)

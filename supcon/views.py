@@ -79,27 +79,26 @@ def draw(kind: Augmentation, views: int, random: torch.Generator) -> Draw:
 def augment(squares: Tensor, size: int, drawn: Draw) -> Tensor:
     """uint8 (views, 3, side, side) → float32 (views, 3, size, size), 0 to 1: the views that were drawn."""
     device = squares.device
-    pixels = squares.float().div_(255)
-    grid = functional.affine_grid(
-        _placement(drawn).to(device), [len(squares), 3, size, size], align_corners=False
-    )
-    pixels = functional.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+    grid = _places(drawn.boxes.to(device), drawn.flipped.to(device), size)
+    pixels = functional.grid_sample(squares.float(), grid, padding_mode="border", align_corners=False)
     grey = pixels.mean((2, 3)) @ torch.tensor(GREY, device=device)  # (views,) its mean
-    colours, shift = (part.to(device) for part in (_colours(drawn), (1 - drawn.contrast) * drawn.brightness))
-    shift = (shift * grey).view(-1, 1, 1)
+    colours, shift = _colours(drawn) / 255, (1 - drawn.contrast) * drawn.brightness / 255
+    shift, colours = (shift.to(device) * grey).view(-1, 1, 1), colours.to(device)
     changed = torch.baddbmm(shift, colours, pixels.flatten(2)).clamp_(0, 1)
     return changed.view_as(pixels).contiguous(memory_format=torch.channels_last)
 
 
-def _placement(drawn: Draw) -> Tensor:
-    """(views, 2, 3) where a view's pixels lie in its square, both from -1 to 1: affine_grid's theta."""
-    left, top, width, height = drawn.boxes.unbind(1)
-    theta = torch.zeros(len(left), 2, 3)
-    theta[:, 0, 0] = width.where(~drawn.flipped, -width)
-    theta[:, 1, 1] = height
-    theta[:, 0, 2] = 2 * left + width - 1
-    theta[:, 1, 2] = 2 * top + height - 1
-    return theta
+def _places(boxes: Tensor, flipped: Tensor, size: int) -> Tensor:
+    """(views, size, size, 2) where each pixel of a view lies in its square, from -1 to 1: grid_sample's grid.
+
+    A box stands upright, so that x is the same in each row and y in each column.
+    """
+    left, top, width, height = boxes.T[:, :, None]
+    steps = (torch.arange(size, device=boxes.device) + 0.5) / size
+    x = left + width * steps.where(~flipped[:, None], 1 - steps)  # (views, size)
+    y = top + height * steps
+    shape = len(boxes), size, size
+    return torch.stack([x[:, None].expand(shape), y[:, :, None].expand(shape)], 3).mul_(2).sub_(1)
 
 
 def _colours(drawn: Draw) -> Tensor:
