@@ -19,8 +19,8 @@ from supcon.state import Training
 from supcon.views import AUGMENTATIONS, augment, draw
 
 MOST_BAD_STEPS = 10
-# Where a thread makes the views of a batch while the step before is at work. On a CPU they are 3 % of the work
-# of a step (48 or 96 views of 128 px, EfficientNet-Lite0) and all cores have theirs: it stays with one thread.
+# Where a thread makes the views of a batch while the step before is at work. On a CPU they are 3 % of a step's
+# work (48 or 96 views of 128 px, EfficientNet-Lite0), and all cores have theirs: it stays with one thread.
 AHEAD = ("cuda",)
 
 log = logging.getLogger("retrieval.steps")
