@@ -19,7 +19,7 @@ from supcon.state import Training
 from supcon.views import AUGMENTATIONS, augment, draw
 
 MOST_BAD_STEPS = 10
-# Where a thread makes the views of a batch while the step before is at work. On a CPU they are 3 % of a step's
+# Where a thread makes the views of a batch while the step before is at work. On a CPU they are 3 % of its
 # work (48 or 96 views of 128 px, EfficientNet-Lite0), and all cores have theirs: it stays with one thread.
 AHEAD = ("cuda",)
 
