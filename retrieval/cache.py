@@ -127,7 +127,7 @@ class Cache:
 
     def _digests(self, files: list[ImageFile]) -> dict[str, bytes]:
         """The digest of each image: as it was, if its size and time are; else of its bytes."""
-        looks = {file.name: look for file in files if (look := _look(file.path))}
+        looks = {file.name: seen for file in files if (seen := look(file.path))}
         same = {} if self.verify else self._unchanged(looks)
         others = [file for file in files if file.name in looks and file.name not in same]
         with ThreadPoolExecutor() as pool:
@@ -216,7 +216,7 @@ def _face(kept: int | None) -> bool | None:
     return None if kept is None else bool(kept)
 
 
-def _look(path: Path) -> tuple[bytes, int, int] | None:
+def look(path: Path) -> tuple[bytes, int, int] | None:
     """The quick look at a file: where it is, its size, when it was changed (ns); None where there is none."""
     try:
         found = os.stat(path)

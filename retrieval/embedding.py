@@ -23,7 +23,7 @@ from get_images import ImageFile
 from retrieval import settings
 from retrieval.backbones import digest_of
 from retrieval.cache import Cache, Known, Maker, contents, prune
-from retrieval.engines import ONNX_BATCH, Engine
+from retrieval.engines import ONNX_BATCH, Engine, exported_networks
 from retrieval.ranking import Embeddings
 from retrieval.readers import Batch, Read, in_batches, read_ahead
 from retrieval.settings import InputError, RunError
@@ -50,17 +50,21 @@ def main(form: Settings) -> None:
     if cache.connection is None:
         raise RunError(f"{form.cache_dir} cannot be read: give another --cache_dir")
     if form.older_than is not None:
-        log.info(
-            "removed what was kept of %d images and nobody used for %g days",
-            prune(cache, form.older_than),
-            form.older_than,
-        )
+        old = exported_networks(form.cache_dir, form.older_than)
+        for file in old:
+            file.unlink()
+        log.info("removed what was kept of %d images, and %d exported networks: unused for %g days",
+                 prune(cache, form.older_than), len(old), form.older_than)  # fmt: skip
     for what, count, size, used in contents(cache):
         when = datetime.fromtimestamp(used).strftime("%Y-%m-%d %H:%M")
         log.info("%s: %d images, %.1f MB, used %s", what, count, size / 1e6, when)
-    log.info(
-        "%s holds %.1f MB", cache.folder, sum(file.stat().st_size for file in cache.folder.iterdir()) / 1e6
-    )
+    networks = exported_networks(form.cache_dir)
+    log.info("exported networks: %d, %.1f MB", len(networks), _megabytes(networks))
+    log.info("%s holds %.1f MB", cache.folder, _megabytes([*networks, *cache.folder.glob("*.sqlite*")]))
+
+
+def _megabytes(files: list[Path]) -> float:
+    return sum(file.stat().st_size for file in files) / 1e6
 
 
 @dataclass

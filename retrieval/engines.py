@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import threading
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -142,7 +144,10 @@ def _session(unloaded: Unloaded, folder: Path, pixels: Tensor) -> Any:
     file = _exported(unloaded, folder)
     if file.is_file():
         try:
-            return _open(file.read_bytes())
+            session = _open(file.read_bytes())
+            with suppress(OSError):  # of a folder that cannot be written
+                os.utime(file)  # it was used
+            return session
         except Exception as error:  # ONNX Runtime has a class of errors for each kind, and no common one
             log.warning("%s is broken (%s): the network is exported again", file, _first_line(error))
     try:
@@ -206,6 +211,12 @@ def _keep(file: Path, content: bytes) -> None:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().partition("\n")[0] or type(error).__name__)[:200]
+
+
+def exported_networks(folder: Path, unused_for: float = 0.0) -> list[Path]:
+    """The exported networks in the cache's folder, and what says why one is not; unused for so many days."""
+    files = sorted((folder / NETWORKS).glob("*.*"))
+    return [file for file in files if time.time() - file.stat().st_mtime >= 86400 * unused_for]
 
 
 # ---- torch ----------------------------------------------------------------------------------------

@@ -6,13 +6,12 @@ so-many-th. A part that is on the disk is not made again, whichever run or proce
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
 import logging
-import os
 import shutil
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from tqdm import tqdm
 
 from get_images import ImageFile, UnreadableImageError, read_image
 from retrieval import processes
-from retrieval.cache import Cache
+from retrieval.cache import Cache, look
 from retrieval.embedding import Made, gather, make
 from retrieval.engines import ONNX_BATCH, Engine
 from retrieval.ledger import write_whole
@@ -41,12 +40,15 @@ def embed_together(
 
     Raises RunError where another process has ended.
     """
-    parts = list(_parts(files, engine, kind, output_dir / FOLDER))
+    size = part_size(len(files), engine.size)
+    parts = [files[start : start + size] for start in range(0, len(files), size)]
     share = parts[processes.number() :: processes.count()]
+    place = functools.partial(part_path, output_dir / FOLDER, kind, engine.key)
     folder = save_crops / kind.replace(" ", "_") if save_crops else None
-    total = sum(len(part) for _, part in share)
+    total = sum(map(len, share))
     with tqdm(total=total, desc=f"share of {kind}", unit="image", disable=not processes.is_first()) as bar:
-        for path, part in share:
+        for part in share:
+            path = place(part)
             if path.is_file():
                 bar.update(len(part))
             else:
@@ -54,7 +56,7 @@ def embed_together(
     processes.wait()
     if not processes.is_first():
         return None
-    return gather(files, (read_part(path, part) for path, part in parts), engine, kind)
+    return gather(files, (read_part(place(part), part) for part in parts), engine, kind)
 
 
 def settle_together(engine: Engine, files: list[ImageFile]) -> None:
@@ -84,19 +86,15 @@ def part_size(images: int, batch: int) -> int:
     return -(-size // batch) * batch
 
 
-def _parts(
-    files: list[ImageFile], engine: Engine, kind: str, folder: Path
-) -> Iterator[tuple[Path, list[ImageFile]]]:
-    """The parts of the files, each with the file of its vectors, named by all that decides these."""
-    size = part_size(len(files), engine.size)
-    for start in range(0, len(files), size):
-        part = files[start : start + size]
-        digest = hashlib.sha256(engine.key)
-        for file in part:
-            found = os.stat(file.path) if file.path.exists() else None
-            told = (file.name, found and (found.st_size, found.st_mtime_ns))
-            digest.update(repr(told).encode("utf-8", "surrogateescape"))
-        yield folder / f"{kind.replace(' ', '_')}-{start:09d}-{digest.hexdigest()[:16]}.npz", part
+def part_path(folder: Path, kind: str, key: bytes, files: list[ImageFile]) -> Path:
+    """The file of a part: its name follows from all that decides the vectors in it, but the images' bytes.
+
+    Of those it takes the size and the time, as a quick look.
+    """
+    digest = hashlib.sha256(key)
+    for file in files:
+        digest.update(repr((file.name, look(file.path))).encode("utf-8", "surrogateescape"))
+    return folder / f"{kind.replace(' ', '_')}-{digest.hexdigest()[:32]}.npz"
 
 
 def write_part(path: Path, files: list[ImageFile], made: Made) -> None:

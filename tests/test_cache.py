@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run
 from PIL import Image
 from torch import nn
 
@@ -277,3 +277,21 @@ def test_what_it_holds_and_what_nobody_used(files, backbone, tmp_path):
     assert prune(cache, 0) == 7
     assert contents(cache) == []
     assert embedded(files, backbone, tmp_path / "cache")[1] == 7
+
+
+def test_the_command_says_what_there_is_and_removes_what_is_old(few, tmp_path):
+    script = ("model_not_tuned.py", "--query_dir", few / "query", "--gallery_dir", few / "gallery")
+    ended = run(*script, "--no_report", "--engine", "onnx", "--cache_dir", "cache", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    command = ("-m", "retrieval.embedding", "--cache_dir", "cache")
+    told = run(*command, cwd=tmp_path).stdout
+    assert "efficientnet_lite0 by ONNX Runtime: 32 images, 0.2 MB, used 20" in told
+    assert "exported networks: 1, 13.5 MB" in told
+    assert (
+        "removed what was kept of 0 images, and 0 exported"
+        in run(*command, "--older_than", "1", cwd=tmp_path).stdout
+    )
+    told = run(*command, "--older_than", "0", cwd=tmp_path).stdout
+    assert "removed what was kept of 32 images, and 1 exported networks: unused for 0 days" in told
+    assert "exported networks: 0, 0.0 MB" in told
+    assert run("-m", "retrieval.embedding", "--cache_dir", "/proc/none", cwd=tmp_path).returncode == 1

@@ -10,9 +10,9 @@ import pytest
 from conftest import ROOT, run
 
 from get_images import ImageFile
-from retrieval import processes, shards
+from retrieval import processes
 from retrieval.embedding import Made
-from retrieval.shards import FOLDER, part_size, read_part, write_part
+from retrieval.shards import FOLDER, part_path, part_size, read_part, write_part
 
 # The script, with a share that is one image, so that a few images are enough for several processes; it counts
 # the images that it embeds, and process 1 may be killed when its first part is on the disk.
@@ -122,26 +122,22 @@ def test_a_part_comes_back_as_it_was(tmp_path):
     assert read_part(tmp_path / "none.npz", files).vectors == {}
 
 
-def test_parts_are_whole_batches_and_named_by_what_decides_them(tmp_path):
+def test_parts_are_whole_batches():
     assert part_size(1, 4) == 16
     assert part_size(10**7, 48) % 48 == 0
-    files = [ImageFile(str(number), tmp_path / str(number)) for number in range(40)]
-    for file in files:
+
+
+def test_a_part_is_named_by_what_decides_its_vectors(tmp_path):
+    files = [ImageFile(str(number), tmp_path / str(number)) for number in range(3)]
+    for file in files[:2]:  # the third one is gone
         file.path.write_text(file.name)
-
-    class Engine:
-        key, size = b"key", 4
-
-    parts = list(shards._parts(files, Engine, "gallery images", tmp_path))
-    assert [len(part) for _, part in parts] == [16, 16, 8]
-    assert [file for _, part in parts for file in part] == files
-    files[20].path.write_text("another")
-    changed = list(shards._parts(files, Engine, "gallery images", tmp_path))
-    assert [a == b for (a, _), (b, _) in zip(parts, changed, strict=True)] == [True, False, True]
-    Engine.key = b"other"
-    assert not {path for path, _ in changed} & {
-        path for path, _ in shards._parts(files, Engine, "x", tmp_path)
-    }
+    paths = [part_path(tmp_path, "gallery images", b"key", files)]
+    assert part_path(tmp_path, "gallery images", b"key", files) == paths[0]
+    paths += [part_path(tmp_path, "queries", b"key", files), part_path(tmp_path, "queries", b"other", files),
+              part_path(tmp_path, "queries", b"key", files[1:])]  # fmt: skip
+    files[1].path.write_text("another")
+    paths.append(part_path(tmp_path, "queries", b"key", files))
+    assert len(set(paths)) == len(paths)
 
 
 def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch):
