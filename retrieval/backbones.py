@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 CODE = ("get_images.py", *(f"retrieval/{room}.py" for room in (
     "transforms", "faces", "dlib_network", "backbones", "engines", "model_zoo", "timm_zoo", "weights",
     "fine_tuned", "folding")))  # fmt: skip
-PACKAGES = ("torch", "torchvision", "timm", "onnxruntime", "facenet-pytorch", "dlib-bin", "pillow")
+PACKAGES = ("torch", "torchvision", "timm", "onnxruntime", "onnx", "facenet-pytorch", "dlib-bin", "pillow")
 ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # Linux's files of NVIDIA's, AMD's, Windows' GPUs
 
 log = logging.getLogger("retrieval.backbones")

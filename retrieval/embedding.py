@@ -72,10 +72,15 @@ class Made:
     """What became of some images, by their names."""
 
     vectors: dict[str, np.ndarray] = field(default_factory=dict)  # float32 (dimension,), of unit length
-    faces: dict[str, bool | None] = field(default_factory=dict)
+    faces: dict[str, bool] = field(default_factory=dict)  # whether one was found, where one is looked for
     unreadable: dict[str, str] = field(default_factory=dict)  # and why
     unsaved: list[str] = field(default_factory=list)  # crops, and why
     kept: int = 0  # how many of the vectors the cache held
+
+    def saw(self, name: str, face: bool | None) -> None:
+        """Note whether an image shows a face, if one is looked for."""
+        if face is not None:
+            self.faces[name] = face
 
 
 def embed(
@@ -129,7 +134,8 @@ def make(
     store = _Store(engine, None if save_crops else cache, files)  # crops are to be looked at: each is made
     for file in files:
         if (known := store.known.get(store.digests.get(file.name))) is not None:
-            made.vectors[file.name], made.faces[file.name] = known
+            made.vectors[file.name] = known.vector
+            made.saw(file.name, known.face)
     made.kept = len(made.vectors)
     bar.update(made.kept)
     rest = [file for file in files if file.name not in made.vectors]
@@ -150,11 +156,8 @@ def _run(rest: list[ImageFile], engine: Engine, store: _Store) -> Iterator[tuple
     """Yield batches with what the network gives for them: reading runs ahead, and so does the network."""
     backbone = engine.backbone
     ahead = max(2 * engine.size * engine.threads, AHEAD_BYTES // (3 * backbone.prepare.size**2))
-    with closing(
-        read_ahead(
-            rest, backbone.prepare, ahead, backbone.looks_for_faces, backbone.prepare.enough, store.crop
-        )
-    ) as reading:
+    in_processes, enough = backbone.looks_for_faces, backbone.prepare.enough
+    with closing(read_ahead(rest, backbone.prepare, ahead, in_processes, enough, store.crop)) as reading:
         first = _first(reading)
         if any(read.square is not None for read in first):  # reading goes on while this loads
             engine.settle(next(in_batches(first, ONNX_BATCH)).pixels())
@@ -186,7 +189,8 @@ def _result(batch: Batch, future: Future | None) -> tuple[Batch, np.ndarray | No
 def _add(made: Made, batch: Batch, features: np.ndarray | None) -> None:
     """Add what became of a batch: unit vectors (images, dimension) of its features."""
     made.unreadable |= batch.unreadable
-    made.faces |= {name: image.face for name, image in zip(batch.names, batch.images, strict=True)}
+    for name, image in zip(batch.names, batch.images, strict=True):
+        made.saw(name, image.face)
     if features is None:
         return
     with np.errstate(all="ignore"):
@@ -206,7 +210,7 @@ class _Store:
         self.digests = cache.digests(files) if cache else {}
         self.known = cache.vectors(self._maker(), self.digests.values()) if cache else {}
         self.crops: set[bytes] = set()
-        self.cropper = Maker(digest_of(None, backbone.prepare), f"crops for {backbone.prepare.size} pixels")
+        self.cropper = Maker(digest_of(None, backbone.prepare), f"faces of {backbone.prepare.size} pixels")
         if cache and backbone.looks_for_faces:
             self.crops = cache.crops(self.cropper, set(self.digests.values()) - set(self.known))
         self.new: dict[bytes, Known] = {}

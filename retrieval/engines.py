@@ -114,6 +114,9 @@ def choose_engine(backbone: Unloaded, asked: str, images: int, batch_size: int, 
             require(package, package)
         if backbone.device != "cpu":
             raise InputError("--engine onnx runs on the CPU: give --device cpu with it, or --engine torch")
+        if _refused(backbone, folder).is_file():  # by a run before, under the same versions of everything
+            _warn_of(backbone, _refused(backbone, folder).read_text(encoding="utf-8"))
+            asked = TORCH
     elif asked == "auto":
         asked = ONNX if _worth_it(backbone, images, folder) else TORCH
     return Engine(backbone, asked, min(batch_size, images), folder)
@@ -161,9 +164,13 @@ def _session(unloaded: Unloaded, folder: Path, pixels: Tensor) -> Any:
     except Exception as error:  # the exporter raises anything for what it does not know
         why = _first_line(error)
     if why:
-        log.warning("%s is run by torch, not by ONNX Runtime: %s", unloaded.word, why)
+        _warn_of(unloaded, why)
     _keep(_refused(unloaded, folder) if why else file, why.encode() if why else exported)
     return None if why else session
+
+
+def _warn_of(backbone: Unloaded, why: str) -> None:
+    log.warning("%s is run by torch, not by ONNX Runtime: %s", backbone.word, why)
 
 
 def _open(exported: bytes) -> Any:
@@ -238,7 +245,7 @@ def _by_torch(backbone: Backbone, batch: int, pixels: Tensor) -> Callable[[Tenso
     half = backbone.device == "cuda" and _half_is_enough(backbone, pixels)
     fits = batch
 
-    def run(images: Tensor) -> np.ndarray:
+    def _run(images: Tensor) -> np.ndarray:
         nonlocal fits
         count = len(images)
         if count < batch:
@@ -249,7 +256,7 @@ def _by_torch(backbone: Backbone, batch: int, pixels: Tensor) -> Callable[[Tenso
             features, fits = embed_what_fits(backbone, images, fits)
         return features[:count].numpy()
 
-    return run
+    return _run
 
 
 def _half() -> Any:

@@ -27,7 +27,7 @@ from retrieval.ledger import write_whole
 from retrieval.ranking import Embeddings
 
 FOLDER = "shards"  # in the output folder
-FACES = {None: -1, False: 0, True: 1}
+NO_FACE_LOOKED_FOR = -1
 
 log = logging.getLogger("retrieval.shards")
 
@@ -105,7 +105,7 @@ def write_part(path: Path, files: list[ImageFile], made: Made) -> None:
     others = {"unreadable": made.unreadable, "unsaved": made.unsaved, "kept": made.kept}
     buffer = io.BytesIO()
     np.savez(buffer, rows=np.array(rows, np.int64), vectors=vectors,
-             faces=np.array([FACES[made.faces.get(name)] for name in names], np.int8),
+             faces=np.array([made.faces.get(name, NO_FACE_LOOKED_FOR) for name in names], np.int8),
              others=np.frombuffer(json.dumps(others).encode(), np.uint8))  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, buffer.getbuffer())
@@ -116,6 +116,6 @@ def read_part(path: Path, files: list[ImageFile]) -> Made:
     names = [file.name for file in files]
     with np.load(path, allow_pickle=False) as part:
         vectors = dict(zip([names[row] for row in part["rows"]], part["vectors"], strict=True))
-        known = {number: face for face, number in FACES.items()}
-        faces = {name: known[int(face)] for name, face in zip(names, part["faces"], strict=True)}
+        looked = zip(names, part["faces"].tolist(), strict=True)
+        faces = {name: bool(face) for name, face in looked if face != NO_FACE_LOOKED_FOR}
         return Made(vectors, faces, **json.loads(part["others"].tobytes()))

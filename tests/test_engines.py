@@ -127,6 +127,9 @@ def test_a_network_that_cannot_be_exported_is_run_by_torch_and_not_tried_again(t
     with torch.inference_mode():
         assert np.allclose(engine.embed(images(3)), backbone.load().embed(images(3)), atol=1e-6)
     assert choose_engine(backbone, "auto", 10**6, 32, tmp_path).word == TORCH
+    assert caplog.text.count("small is run by torch") == 1
+    assert choose_engine(backbone, ONNX, 10**6, 32, tmp_path).word == TORCH
+    assert caplog.text.count("small is run by torch") == 2  # it was asked for
 
 
 def test_an_export_that_gives_other_vectors_is_refused(tmp_path, caplog, monkeypatch):

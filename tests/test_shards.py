@@ -110,13 +110,13 @@ def test_wrong_input_is_a_sentence_of_each_process(few, tmp_path):
 def test_a_part_comes_back_as_it_was(tmp_path):
     files = [ImageFile(name, tmp_path / name) for name in ("a.jpg", "b.jpg", "ü.jpg", "d.jpg")]
     vectors = np.random.default_rng(0).normal(size=(2, 5)).astype(np.float32)
-    made = Made({"a.jpg": vectors[0], "ü.jpg": vectors[1]}, {"a.jpg": True, "b.jpg": None, "ü.jpg": False},
+    made = Made({"a.jpg": vectors[0], "ü.jpg": vectors[1]}, {"a.jpg": True, "ü.jpg": False},
                 {"d.jpg": "an empty file"}, ["a crop"], 1)  # fmt: skip
     write_part(tmp_path / "part.npz", files, made)
     back = read_part(tmp_path / "part.npz", files)
     assert list(back.vectors) == ["a.jpg", "ü.jpg"]
     assert all(np.array_equal(back.vectors[name], made.vectors[name]) for name in made.vectors)
-    assert back.faces == made.faces | {"d.jpg": None}
+    assert back.faces == made.faces
     assert (back.unreadable, back.unsaved, back.kept) == (made.unreadable, made.unsaved, made.kept)
     write_part(tmp_path / "none.npz", files, Made(unreadable=dict.fromkeys("abcd", "gone")))
     assert read_part(tmp_path / "none.npz", files).vectors == {}
