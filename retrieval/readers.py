@@ -45,6 +45,7 @@ class Batch:
     seconds: float = 0.0  # that reading them took, of a processor
 
     def add(self, read: Read) -> None:
+        """Add what became of a file."""
         self.seconds += read.seconds
         if read.square is None:
             self.unreadable[read.file.name] = read.reason
