@@ -11,12 +11,12 @@ import torch
 from torch.nn import functional
 
 from retrieval.backbones import Backbone
-from retrieval.embedding import embed_what_fits
+from retrieval.engines import embed_what_fits
 from retrieval.fine_tuned import ALONE, JOINED, MIXED, Shrunk, how, join
 from retrieval.metrics import compare, figures_of
 from retrieval.ranking import Embeddings, rank
 from supcon.batches import Split, Squares, read_squares
-from supcon.views import AUGMENTATIONS, augment, draw
+from supcon.views import AUGMENTATIONS, Draw, augment, draw
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -55,11 +55,11 @@ def read_validation(
     return Validation(images, views or None)
 
 
-def _in_parts(pixels: Tensor, drawn: Any, most: int = 64) -> Iterator[tuple[Tensor, Any]]:
+def _in_parts(pixels: Tensor, drawn: Draw, most: int = 64) -> Iterator[tuple[Tensor, Draw]]:
     """The squares and their random numbers, some at a time."""
     for start in range(0, len(pixels), most):
         rows = slice(start, min(start + most, len(pixels)))
-        yield pixels[rows], replace(drawn, **{name: value[rows] for name, value in vars(drawn).items()})
+        yield pixels[rows], drawn.of(rows)
 
 
 # ---- how well a network retrieves -----------------------------------------------------------------
