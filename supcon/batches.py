@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from get_images import HIDDEN, ImageFile, find_images, label_of
 from retrieval.faces import FaceCrop
+from retrieval.processes import is_first
 from retrieval.readers import read_batches
 from retrieval.settings import Form, InputError, RunError
 from supcon.variants import VARIANTS
@@ -188,7 +189,7 @@ def read_squares(files: list[ImageFile], prepare: Transform | FaceCrop, kind: st
     names: list[str] = []
     unreadable: dict[str, str] = {}
     without_face = 0
-    with tqdm(total=len(files), desc=kind, unit="image", leave=False) as bar:
+    with tqdm(total=len(files), desc=kind, unit="image", leave=False, disable=not is_first()) as bar:
         for batch in read_batches(files, prepare, 64, processes=isinstance(prepare, FaceCrop)):
             for name, square in zip(batch.names, batch.images, strict=True):
                 pixels[len(names)] = square.pixels

@@ -62,7 +62,7 @@ def open_folder(settings: Form, split: Split) -> dict[str, Any] | None:
         raise InputError(f"--save_dir {folder} is not a folder but a file: give another one") from None
     for name in FILES:
         for unfinished in folder.glob(f".{name}.unfinished-*"):  # by a training that was killed
-            unfinished.unlink()
+            unfinished.unlink(missing_ok=True)
     there = [name for name in FILES if (folder / name).exists()]
     if settings.resume and settings.overwrite:
         raise InputError("--resume goes on with a run and --overwrite replaces it: give one of them")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,10 +13,12 @@ from torch import nn
 
 from retrieval.backbones import Backbone
 from retrieval.ledger import set_aside
-from retrieval.settings import Form, InputError
+from retrieval.processes import count, end_with_the_others, is_first, number, wait
+from retrieval.settings import Form, InputError, RunError
 from retrieval.tracking import Tracking, start_tracking
 from supcon.batches import Split, Squares, read_squares
 from supcon.checkpoints import FILES, Progress, check_room, digest, write_last
+from supcon.gather import from_the_first
 from supcon.layers import freeze, parameter_groups, stages
 from supcon.start import Start
 from supcon.validation import Validation, read_validation
@@ -35,7 +38,7 @@ class Training:
     variant: Variant
     files: str  # a digest of the images' names
     squares: Squares
-    validation: Validation
+    validation: Validation | None  # None: of several processes, not the first
     untuned: Backbone
     folded: bool  # as a Recipe has it
     tuned: Backbone
@@ -74,6 +77,8 @@ def begin(
     begun: `with training.tracking` ends it.
     """
     started = time.perf_counter() if started is None else started
+    end_with_the_others()
+    wait()  # none writes into the folder before all have looked at what it holds
     variant, (untuned, tuned, folded) = VARIANTS[settings.loss], start
     if not saved:
         check_room(settings.save_dir, tuned.network)
@@ -87,7 +92,11 @@ def begin(
             "left to learn from: give more that can be read, or a smaller --val_share"
         )
     sizes = {untuned.prepare.size, tuned.prepare.size}
-    seen = read_validation(split, untuned, sizes, choices["augmentation"], settings.seed)
+    _check_shares(settings, squares)
+    seen = None
+    if is_first():  # which alone validates
+        seen = read_validation(split, untuned, sizes, choices["augmentation"], settings.seed)
+    scale = from_the_first(_scale(seen, untuned) if seen else 0.0)
     every = len(stages(tuned.network))
     torch.manual_seed(settings.seed)
     head = variant.head(untuned.dimension, len(squares.classes), choices).to(tuned.device)
@@ -101,14 +110,31 @@ def begin(
     half = tuned.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     scaler = torch.amp.GradScaler(tuned.device, enabled=half)
     training = Training(settings, choices, variant, digest(split), squares, seen, untuned, folded, tuned,
-                        head, optimizer, scaler, average, _scale(seen, untuned), started)  # fmt: skip
+                        head, optimizer, scaler, average, scale, started)  # fmt: skip
     training.micro_batch = settings.micro_batch or settings.batch_size * variant.views
     if saved:
         _put_back(training, saved)
-    else:
+    elif is_first():
         set_aside(settings.save_dir, FILES)  # only now that this training can begin
-    training.tracking = _track(training, saved or {})
+    if is_first():
+        training.tracking = _track(training, saved or {})
     return training
+
+
+def _check_shares(settings: Form, squares: Squares) -> None:
+    """Raise InputError where a process has no share of a batch, RunError where it has read other images."""
+    least = min(settings.batch_size, len(squares.names))
+    if least < count():
+        raise InputError(
+            f"a batch of {least} images has no share for each of {count()} processes: give a larger "
+            "--batch_size, more images, or torchrun a smaller --nproc_per_node"
+        )
+    digest = zlib.crc32("\n".join(squares.names).encode())
+    if digest != from_the_first(digest):
+        raise RunError(
+            f"process {number() + 1} could read other images of {settings.train_dir} than the first one: see "
+            "which are left out, and let all processes read the same"
+        )
 
 
 def _scale(seen: Validation, untuned: Backbone) -> float:
@@ -143,7 +169,9 @@ def _parts(training: Training) -> dict[str, Any]:
 
 
 def save(training: Training) -> None:
-    """last.pth, to go on from here."""
+    """last.pth, to go on from here; of several processes the first writes it."""
+    if not is_first():
+        return
     state = {name: part.state_dict() for name, part in _parts(training).items()}
     settings = training.settings.model_dump(mode="json")
     folder = training.settings.save_dir

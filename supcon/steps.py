@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from retrieval.backbones import out_of_memory
+from retrieval.processes import several
 from retrieval.settings import RunError
+from supcon.gather import NoRoomError, add_up, gather, most_of_a_share, own_part, share, together
 from supcon.heads import remember
 from supcon.state import Training
 from supcon.views import AUGMENTATIONS, augment, draw
@@ -36,13 +38,16 @@ def step(training: Training, rows: np.ndarray, seed: int, views: Views | None = 
     while True:
         training.optimizer.zero_grad(set_to_none=True)
         try:
-            views = views or make_views(training, rows, seed)
+            with together():
+                views = views or make_views(training, rows, seed)
             torch.manual_seed(seed)  # what a head does at random
             return _update(training, _gradients(training, *views))
         except RuntimeError as error:
             if isinstance(error, RunError) or not out_of_memory(error):
                 raise
-        at_once = min(training.micro_batch, len(rows) * training.variant.views)
+            if several() and not isinstance(error, NoRoomError):
+                raise  # the other processes have gone on
+        at_once = min(training.micro_batch, most_of_a_share(len(rows)) * training.variant.views)
         if at_once == 1:
             raise RunError(
                 f"not one image fits into the memory of {training.device}: give a smaller --image_size, "
@@ -60,8 +65,8 @@ def step(training: Training, rows: np.ndarray, seed: int, views: Views | None = 
 class Views(NamedTuple):
     """What the network sees of a batch."""
 
-    pixels: Tensor  # float32 (views, 3, size, size), on the device
-    labels: Tensor  # (views,) there too
+    pixels: Tensor  # float32 (views, 3, size, size), on the device: of this process's share of the rows
+    labels: Tensor  # (views,) there too: of all rows
 
 
 class Prepared(NamedTuple):
@@ -112,11 +117,15 @@ def _views_or_none(training: Training, rows: np.ndarray, seed: int) -> Views | N
 
 
 def make_views(training: Training, rows: np.ndarray, seed: int) -> Views:
-    """The views of the images `rows`, and their labels; what is random in them follows from the seed."""
-    random = torch.Generator().manual_seed(seed)
-    squares = training.squares.pixels[torch.from_numpy(rows)].to(training.device)
+    """The views of the images `rows`, and their labels; what is random in them follows from the seed.
+
+    Of several processes each makes those of its share, as one alone would make them.
+    """
+    random, part = torch.Generator().manual_seed(seed), share(len(rows))
+    squares = training.squares.pixels[torch.from_numpy(rows[part])].to(training.device)
     kind, size = AUGMENTATIONS[training.choices["augmentation"]], training.tuned.prepare.size
-    views = [augment(squares, size, draw(kind, len(rows), random)) for _ in range(training.variant.views)]
+    drawn = [draw(kind, len(rows), random).of(part) for _ in range(training.variant.views)]
+    views = [augment(squares, size, numbers) for numbers in drawn]
     labels = training.squares.labels[rows] if training.variant.labels else rows
     labels = torch.from_numpy(labels).repeat(training.variant.views).to(training.device)
     return Views(torch.cat(views), labels)
@@ -130,20 +139,35 @@ def _gradients(training: Training, pixels: Tensor, labels: Tensor) -> Tensor:
 
     With several: cached gradients (GradCache, Gao et al. 2021). The features of all are computed without a
     graph, the loss gives the gradient in them, and each micro-batch is then sent through again with its part
-    of that. Nothing in the network depends on the other images, so the gradients are those of one batch.
+    of that. Nothing in the network depends on the other images, so the gradients are those of one batch. With
+    several processes each does so with its share (supcon/gather.py).
     """
     parts = pixels.split(training.micro_batch)
-    if len(parts) == 1:
+    if len(parts) == 1 and not several():
         loss = training.head(_features(training, pixels), labels)
         training.scaler.scale(loss).backward()
         return loss.detach()
-    with torch.no_grad():
-        features = torch.cat([_features(training, part) for part in parts])
-    loss = training.head(features.requires_grad_(), labels)
-    training.scaler.scale(loss).backward()
-    for part, gradient in zip(parts, features.grad.split(training.micro_batch), strict=True):
-        _features(training, part).backward(gradient)
+    views, rows = training.variant.views, len(labels) // training.variant.views
+    whole = len(parts) == 1  # then its graph is kept
+    with together(), torch.set_grad_enabled(whole):
+        own = torch.cat([_features(training, part) for part in parts])
+    features = own.detach() if not several() else gather(own.detach(), views, rows)
+    with together():
+        loss = training.head(features.requires_grad_(), labels)
+        training.scaler.scale(loss).backward()
+        gradient = own_part(features.grad, views, rows)
+        if whole:
+            own.backward(gradient)
+        else:
+            for part, of_part in zip(parts, gradient.split(training.micro_batch), strict=True):
+                _features(training, part).backward(of_part)
+    if several():
+        add_up(*(_gradients_of(part) for part in (training.tuned.network, training.head)))
     return loss.detach()
+
+
+def _gradients_of(module: nn.Module) -> list[Tensor]:
+    return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
 
 
 def _features(training: Training, pixels: Tensor) -> Tensor:

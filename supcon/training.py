@@ -30,11 +30,13 @@ from retrieval.fine_tuned import (
     write_fine_tuned,
 )
 from retrieval.metrics import compare
+from retrieval.processes import all_say, is_first
 from retrieval.settings import RunError
 from retrieval.timm_zoo import hub_config
 from retrieval.weights import unpickle
 from supcon.batches import by_class, shuffled
 from supcon.checkpoints import BEST, BEST_EPOCH, CURVE, write_history
+from supcon.gather import from_the_first
 from supcon.layers import share_of_rate
 from supcon.state import Training, save
 from supcon.steps import Prepared, prepared, step
@@ -54,9 +56,9 @@ def fit(training: Training) -> None:
     Raises KeyboardInterrupt after Ctrl-C, when everything is saved; RunError where it cannot learn.
     """
     progress, settings = training.progress, training.settings
-    if progress.untuned is None:
+    if progress.untuned is None and is_first():
         _look_before(training)
-    else:
+    elif progress.untuned:
         log.info("going on in epoch %d after %d steps", progress.epoch + 1, progress.step)
     clock = _Clock(training)
     with _stop_between_steps() as stopped:
@@ -64,21 +66,25 @@ def fit(training: Training) -> None:
             batches = _batches(training)
             with closing(prepared(training, batches)) as coming, tqdm(
                 total=len(batches) * len(batches[0]), initial=progress.step * len(batches[0]),
-                desc=f"epoch {progress.epoch + 1}", unit="image", leave=False) as bar:  # fmt: skip
+                desc=f"epoch {progress.epoch + 1}", unit="image", leave=False,
+                disable=not is_first()) as bar:  # fmt: skip
                 while progress.step < len(batches) and not clock.over():
                     _one_step(training, coming, len(batches), clock)
                     bar.update(len(batches[0]))
                     bar.set_postfix(loss=f"{_mean(progress.losses[-20:]):.3f}", refresh=False)
-                    if stopped or clock.time_to_save():
+                    leaving = not all_say(not stopped)
+                    if leaving or clock.time_to_save():
                         save(training)
-                    if stopped:
+                    if leaving:
                         _leave(training)
-            _end_epoch(training, clock)
+            if is_first():
+                _end_epoch(training, clock)
+            progress.epoch, progress.step, progress.losses, progress.spent = progress.epoch + 1, 0, [], 0.0
             clock.tick()
             save(training)
-            if stopped:
+            if not all_say(not stopped):
                 _leave(training)
-    if not progress.history:
+    if is_first() and not progress.history:
         raise RunError(
             f"--minutes {settings.minutes:g} are over before the first step: reading the images and looking "
             f"at the untuned network took {progress.seconds / 60:.1f}, and the end takes "
@@ -87,12 +93,12 @@ def fit(training: Training) -> None:
 
 
 class _Clock:
-    """How long a training has taken, and may still take."""
+    """How long a training has taken, and may still take: of several processes, by the first one's clock."""
 
     def __init__(self, training: Training) -> None:
         self.training, self.before, self.saved = training, training.progress.seconds, time.perf_counter()
         # For the last validation and the choice of the embedding: eight times what the first one took.
-        self.reserve = 8 * training.progress.untuned["seconds"]
+        self.reserve = 8 * training.progress.untuned["seconds"] if is_first() else 0.0
         minutes = training.settings.minutes
         self.budget = self.before + 60 * minutes - self.reserve if minutes else math.inf
         self.tick()
@@ -105,12 +111,12 @@ class _Clock:
 
     def over(self) -> bool:
         """Whether the minutes are over."""
-        return self.tick() >= self.budget
+        return bool(from_the_first(self.tick() >= self.budget))
 
     def share(self) -> float:
         """The share of the time for steps that has passed; 0 where there is no end."""
         passed, whole = self.tick() - self.start, self.budget - self.start
-        return passed / whole if whole < math.inf else 0.0
+        return from_the_first(passed / whole) if whole < math.inf else 0.0
 
     def left(self) -> str:
         """At the end of an epoch, in words: about how long the others will take, like it, and the choice."""
@@ -230,7 +236,6 @@ def _end_epoch(training: Training, clock: _Clock) -> None:
             write_fine_tuned(folder / BEST, recipe_of(training, metrics), state)
     if not progress.highest or figures["score"] > progress.highest["score"]:
         progress.highest = {name: figures[name] for name in ("score", "points")}
-    progress.epoch, progress.step, progress.losses, progress.spent = line["epoch"], 0, [], 0.0
 
 
 def _mean(losses: list[float]) -> float:
@@ -272,9 +277,11 @@ def _leave(training: Training) -> None:
 def choose(training: Training) -> None:
     """Choose on validation how to embed with the best network, and write the checkpoint that does it.
 
-    Says how that compares with the untuned network, and draws the curves.
+    Says how that compares with the untuned network, and draws the curves. Only the first process does it.
     """
     progress, folder = training.progress, training.settings.save_dir
+    if not is_first():
+        return
     if progress.chosen == progress.epoch:
         log.info("this training had come to its end: %s holds its result", folder / BEST)
         return

@@ -56,6 +56,10 @@ class Draw:
     hue: Tensor  # (views,) turns
     grey: Tensor  # (views,) bool
 
+    def of(self, rows: slice) -> Draw:
+        """The numbers of some of the views."""
+        return Draw(**{name: value[rows] for name, value in vars(self).items()})
+
 
 def draw(kind: Augmentation, views: int, random: torch.Generator) -> Draw:
     """The random numbers for so many views, from a generator on the CPU: the same ones for every device."""

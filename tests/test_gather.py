@@ -1,0 +1,202 @@
+"""supcon/gather.py: several real processes take the steps, and write the files, of one."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, assert_same, run
+
+from supcon import gather
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
+FLAGS = ("--image_size", 32, "--device", "cpu", "--val_share", 0.34)
+# Takes three steps and writes, for its process: the losses, the first gradients, and the weights.
+STEPS = """
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = {paths!r}
+from conftest import begun, settings_of
+from supcon import training
+from supcon.gather import NoRoomError
+from retrieval import processes
+from supcon import steps
+
+torch.set_num_threads(1)
+out = Path(sys.argv[1])
+more = dict(word.split("=") for word in sys.argv[3:])
+fails = more.pop("fails", "")
+run = begun(settings_of(Path(sys.argv[2]), out, **more))
+real, failed = steps._features, []
+
+
+def features(run, pixels):
+    if str(processes.number()) == fails and len(failed) < 2:
+        failed.append(len(pixels))
+        if len(failed) == 2 or len(pixels) > 4:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+    return real(run, pixels)
+
+
+steps._features = features
+batches = training._batches(run)
+parts = {{"network": run.tuned.network, "head": run.head}}
+losses = [steps.step(run, batches[0], 0)]
+gradients = {{f"{{word}}.{{name}}": p.grad.clone() for word, part in parts.items()
+             for name, p in part.named_parameters() if p.grad is not None}}
+losses += [steps.step(run, batches[number % 2], number) for number in (1, 2)]
+weights = {{f"{{word}}.{{name}}": tensor for word, part in parts.items()
+           for name, tensor in part.state_dict().items()}}
+torch.save([losses, gradients, weights, run.micro_batch], out / f"{{processes.number()}}.pt")
+"""
+
+
+def after_three_steps(folder, tmp_path, count, *more):
+    """(losses, the first gradients, weights, views at once) of each process."""
+    script, out = tmp_path / "steps.py", tmp_path / "-".join([str(count), *more]).replace("=", "")
+    script.write_text(STEPS.format(paths=[str(ROOT), str(ROOT / "tests")]))
+    out.mkdir()
+    before = (*TORCHRUN, count) if count > 1 else ()
+    done = run(*before, script, out, folder, *more, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(file, weights_only=True) for file in sorted(out.glob("*.pt"))]
+
+
+def assert_same_steps(found, wanted):
+    losses, gradients, weights, _ = wanted
+    assert found[0][0] == pytest.approx(losses[0], abs=1e-5)
+    assert found[0] == pytest.approx(losses, abs=1e-3)
+    assert found[1].keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        close = 1e-4 * gradient.abs().max().item()
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-3, atol=close, msg=name)
+    # AdamW moves a weight by the rate whatever its gradient: where that is next to nothing, either way.
+    far = total = 0
+    for name, tensor in weights.items():
+        far += (found[2][name].float() - tensor.float()).abs().gt(1e-4).sum().item()
+        total += tensor.numel()
+    assert far < 1e-4 * total
+
+
+@pytest.mark.parametrize("more", [("loss=ce",), ("loss=supcon", "memory=32", "ema=0.9"), ("loss=ce+supcon",)])
+def test_several_processes_take_the_steps_of_one(more, tiny, tmp_path):
+    """Batches of 8: shares of 4 and 4, and of 3, 3 and 2."""
+    (one,) = after_three_steps(tiny, tmp_path, 1, *more)
+    for count in (2, 3):
+        found = after_three_steps(tiny, tmp_path, count, *more)
+        assert len(found) == count
+        for each in found:
+            assert_same_steps(each, one)
+            assert_same(each[2], found[0][2])  # none drifts from another
+
+
+def test_memory_that_is_too_small_for_one_process_halves_what_all_send_through_at_once(tiny, tmp_path):
+    """Before the features are gathered, and after: then it fails where they are sent through again."""
+    (one,) = after_three_steps(tiny, tmp_path, 1, "loss=supcon")
+    found = after_three_steps(tiny, tmp_path, 2, "loss=supcon", "fails=1")
+    for each in found:
+        assert each[3] == 2
+        assert_same_steps(each, one)
+
+
+def test_shares_are_as_large_as_each_other_but_for_one(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    shares = []
+    for number in range(3):
+        monkeypatch.setenv("RANK", str(number))
+        shares.append(gather.share(8))
+    assert shares == [slice(0, 3), slice(3, 6), slice(6, 8)]
+    assert gather.most_of_a_share(8) == 3
+    assert torch.equal(
+        gather.own_part(torch.arange(16).view(16, 1), 2, 8).flatten(), torch.tensor([6, 7, 14, 15])
+    )
+
+
+# ---- the script
+
+
+def flags(folder, out, *more):
+    return ("fine_tuning.py", "--train_dir", folder, "--save_dir", out, "--batch_size", 8, *FLAGS, *more)
+
+
+def test_the_script_trains_in_two_processes_and_the_first_alone_speaks_and_writes(tiny, tmp_path):
+    done = run(*TORCHRUN, 2, *flags(tiny, tmp_path / "two", "--epochs", 2), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 2 of 2: loss") == 1
+    one = run(*flags(tiny, tmp_path / "one", "--epochs", 2), cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    lines = [[json.loads(line) for line in (tmp_path / word / "history.jsonl").read_text().splitlines()]
+             for word in ("one", "two")]  # fmt: skip
+    for alone, both in zip(*lines, strict=True):
+        assert both["loss"] == pytest.approx(alone["loss"], abs=1e-3)
+    assert {file.name for file in (tmp_path / "one").iterdir()} == {
+        file.name for file in (tmp_path / "two").iterdir()
+    }
+    again = run(*TORCHRUN, 2, *flags(tiny, tmp_path / "two", "--epochs", 2, "--resume"), cwd=tmp_path)
+    assert "this training had come to its end" in again.stdout
+    assert again.returncode == 0, again.stderr
+
+
+def test_more_processes_than_a_batch_has_images_are_a_sentence(tiny, tmp_path):
+    more = ("--epochs", 1, "--batch_size", 2)
+    done = run(*TORCHRUN, 3, *flags(tiny, tmp_path / "three", *more), cwd=tmp_path)
+    assert done.returncode != 0
+    assert "error: a batch of 2 images has no share for each of 3 processes: give a larger" in done.stderr
+
+
+def test_minutes_end_all_processes_at_once(tiny, tmp_path):
+    done = run(*TORCHRUN, 2, *flags(tiny, tmp_path / "two", "--epochs", 1000, "--minutes", 0.4), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "two" / "fine_tuned_model.pth").exists()
+
+
+def begin_two(tiny, tmp_path):
+    """A training of two processes that has taken a step, and the numbers of its processes."""
+    arguments = [*map(str, (*TORCHRUN, 2, *flags(tiny, tmp_path / "two", "--epochs", 1000)))]
+    command = [sys.executable, *[str(ROOT / part) if part.endswith(".py") else part for part in arguments]]
+    log = (tmp_path / "log").open("w+")
+    training = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, env=os.environ, text=True)
+    deadline = time.monotonic() + 120
+    while "epoch 1 of 1000" not in (tmp_path / "log").read_text():
+        assert training.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.2)
+    children = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(training.pid)], capture_output=True, text=True
+    )
+    return training, [int(word) for word in children.stdout.split()]
+
+
+def test_ctrl_c_ends_all_processes_between_steps_and_one_goes_on(tiny, tmp_path):
+    training, children = begin_two(tiny, tmp_path)
+    training.send_signal(signal.SIGINT)
+    training.wait(timeout=60)
+    told = (tmp_path / "log").read_text()
+    assert len(re.findall(r"stopped in epoch \d+ after \d steps, and saved: the same command", told)) == 1, (
+        told
+    )
+    for child in children:
+        with pytest.raises(ProcessLookupError):
+            os.kill(child, 0)
+    more = ("--epochs", 1000, "--resume", "--minutes", 0.3)
+    done = run(*flags(tiny, tmp_path / "two", *more), cwd=tmp_path)  # in one process
+    assert done.returncode == 0, done.stderr
+    assert "going on in epoch" in done.stdout
+
+
+def test_a_process_that_is_killed_ends_the_others_with_a_sentence(tiny, tmp_path):
+    training, children = begin_two(tiny, tmp_path)
+    os.kill(children[1], signal.SIGKILL)
+    assert training.wait(timeout=60) != 0
+    told = (tmp_path / "log").read_text()
+    assert "error: another process of this run has ended" in told
+    with pytest.raises(ProcessLookupError):
+        os.kill(children[0], 0)
