@@ -70,14 +70,15 @@ class Backbone:
         """uint8 RGB (images, 3, size, size) → float32 (images, dimension), not yet of unit length."""
         import torch
 
-        return self.features(images.to(self.device, memory_format=torch.channels_last).float().div_(255))
+        return self.features(images.to(self.device, memory_format=torch.channels_last).float(), white=255)
 
-    def features(self, pixels: Tensor) -> Tensor:
-        """As embed, from float32 pixels, 0 to 1, on the device."""
+    def features(self, pixels: Tensor, white: float = 1.0) -> Tensor:
+        """As embed, from float32 pixels on the device, 0 to `white`."""
         import torch
 
         mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (self.mean, self.std))
-        return self.network((pixels - mean).div_(std)).float()
+        scale = 1 / (white * std)  # (pixels / white - mean) / std in two operations instead of three
+        return self.network(pixels * scale - white * mean * scale).float()
 
 
 @dataclass(frozen=True)

@@ -158,10 +158,14 @@ def _read_in_process(
 
 
 def _reader_threads() -> ThreadPoolExecutor:
-    import torch
+    return ThreadPoolExecutor(cores(), initializer=_start_reading)
 
-    # One torch thread a worker: the workers are the parallelism, and the network keeps its own threads.
-    return ThreadPoolExecutor(cores(), initializer=torch.set_num_threads, initargs=(1,))
+
+def _start_reading() -> None:
+    import torch
+    import torchvision.transforms.v2  # noqa: F401 (takes a second, which is none of the first image's)
+
+    torch.set_num_threads(1)  # the readers are the parallelism, and the network keeps its own threads
 
 
 @functools.cache
@@ -207,9 +211,7 @@ def _start_without_ctrl_c(pool: ProcessPoolExecutor) -> None:
 
 
 def _start_reader() -> None:
-    import torch
-
-    torch.set_num_threads(1)  # the processes are the parallelism
+    _start_reading()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_program, daemon=True).start()
 
