@@ -19,7 +19,7 @@ from retrieval.judging import key_of_folders
 from retrieval.ledger import SUBMISSION, Outcome, Run, stop_if_failed
 from retrieval.metrics import measure, require_labels
 from retrieval.neighbours import check_search, rank_by
-from retrieval.processes import cores, end_with_the_others, is_first, several
+from retrieval.processes import cores, end_with_the_others, is_first, several, take_a_gpu
 from retrieval.ranking import Embeddings
 from retrieval.report import Found, write_report
 from retrieval.sending import NOT_SENT, send_submission
@@ -70,6 +70,7 @@ def embed_both(run: Run, images: Images, backbone: Unloaded) -> Vectors:
     cache = None if settings.no_cache else Cache(settings.cache_dir, settings.verify_cache)
     engine = choose_engine(backbone, settings.engine, count, settings.batch_size, settings.cache_dir)
     if several():
+        take_a_gpu()
         settle_together(engine, images.queries)
     vectors = [_embed(run, files, engine, kind, cache)
                for files, kind in zip(images, ("queries", "gallery images"), strict=True)]  # fmt: skip

@@ -55,6 +55,16 @@ def cores() -> int:
     return max(1, given // on_this_machine())
 
 
+def take_a_gpu() -> None:
+    """Let each process of a machine work on a GPU of its own, as far as there are enough."""
+    if not several():
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+
 def wait() -> None:
     """Wait until every process of the run is here. Raises RunError where one has ended."""
     if several():

@@ -9,7 +9,6 @@ added up. They are those of one process with the joint batch: nothing in the net
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -120,12 +119,6 @@ def from_the_first(value: float) -> float:
 
 
 # ---- devices --------------------------------------------------------------------------------------
-
-
-def take_a_gpu() -> None:
-    """Let each process of a machine work on a GPU of its own, as far as there are enough."""
-    if processes.several() and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
 
 def _travelling(tensor: Tensor) -> tuple[Any, Tensor]:

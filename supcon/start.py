@@ -15,9 +15,9 @@ from get_images import ImageFile
 from retrieval.backbones import Backbone, load_backbone, place
 from retrieval.fine_tuned import Mapped, Recipe, load_tuned_alone
 from retrieval.folding import fold_batch_norms
+from retrieval.processes import take_a_gpu
 from retrieval.settings import Form, InputError
 from retrieval.weights import is_fine_tuned, unpickle
-from supcon.gather import take_a_gpu
 
 LEAST_SIDE = 96  # pixels: the networks were trained with 224
 

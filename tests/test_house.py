@@ -154,7 +154,7 @@ BELOW |= {
     "supcon.views": set(),
     "supcon.layers": set(),
     "supcon.gather": set(),
-    "supcon.start": {"supcon.gather"},
+    "supcon.start": set(),
     "supcon.heads": {"supcon.losses"},
     "supcon.variants": {"supcon.heads"},
     "supcon.batches": {"supcon.variants"},
