@@ -72,7 +72,7 @@ class _LogSums(torch.autograd.Function):
         size = max(1, AT_ONCE // max(1, len(keys)))
         for start in range(0, len(z), size):
             rows = slice(start, start + size)
-            parts = z[rows] @ keys.T / temperature  # (rows, views + entries)
+            parts = (z[rows] / temperature) @ keys.T  # (rows, views + entries)
             parts[:, rows].fill_diagonal_(torch.finfo(z.dtype).min)  # a view is not compared with itself
             highest = parts.amax(1, keepdim=True)
             below = parts.sub_(highest).exp_().sum(1, keepdim=True)
