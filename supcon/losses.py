@@ -56,7 +56,7 @@ class _LogSums(torch.autograd.Function):
 
     The gradient is made on the way forward, some rows at a time: the matrix of all pairs never exists, and
     each of its exponentials is computed once. At 8192 views of 128 numbers that takes half the time of
-    autograd's way, and 16 MB instead of four times 268.
+    autograd's way, and parts of 16 MB instead of matrices of 268.
     """
 
     @staticmethod
