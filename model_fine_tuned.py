@@ -46,7 +46,7 @@ class Settings(Form):
     device: Device = "auto"  # or "cpu", "cuda", "mps"
     engine: EngineWord = "auto"  # or "torch", "onnx"
     save_crops: NewFolder | None = None  # to look at
-    cache_dir: NewFolder = CACHE_DIR  # of embeddings: a second run makes none again
+    cache_dir: NewFolder = CACHE_DIR  # of embeddings, faces, exported networks
     no_cache: bool = False
     verify_cache: bool = False  # True: read images whose size and time are what they were, too
     no_report: bool = False  # True: no report.html, no pictures

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import sqlite3
+import stat
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
@@ -26,8 +27,8 @@ from get_images import ImageFile
 from retrieval.settings import InputError
 from retrieval.transforms import Square
 
-FILE = "embeddings.sqlite"
-VERSION = 2  # of the tables
+VERSION = 2  # of the tables: each has a file of its own
+FILE = f"embeddings-{VERSION}.sqlite"
 SCHEMA = f"""
 CREATE TABLE files (path BLOB PRIMARY KEY, size INTEGER, changed INTEGER, digest BLOB) WITHOUT ROWID;
 CREATE TABLE makers (maker BLOB PRIMARY KEY, what TEXT, used REAL) WITHOUT ROWID;
@@ -131,7 +132,7 @@ class Cache:
         same = {} if self.verify else self._unchanged(looks)
         others = [file for file in files if file.name in looks and file.name not in same]
         with ThreadPoolExecutor() as pool:
-            digests = list(pool.map(_digest_of_file, others))
+            digests = list(pool.map(digest_of_file, others))
         read = {file.name: digest for file, digest in zip(others, digests, strict=True) if digest}
         now = time.time()
         settled = [name for name in read if now - looks[name][2] / 1e9 > LATELY]
@@ -222,10 +223,13 @@ def look(path: Path) -> tuple[bytes, int, int] | None:
         found = os.stat(path)
     except OSError:
         return None
+    if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for
+        return None
     return os.fsencode(os.path.realpath(path)), found.st_size, found.st_mtime_ns
 
 
-def _digest_of_file(file: ImageFile) -> bytes | None:
+def digest_of_file(file: ImageFile) -> bytes | None:
+    """Of its bytes; None where it cannot be read."""
     try:
         with open(file.path, "rb") as opened:
             return hashlib.file_digest(opened, "sha256").digest()

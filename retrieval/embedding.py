@@ -23,7 +23,7 @@ from get_images import ImageFile
 from retrieval import settings
 from retrieval.backbones import digest_of
 from retrieval.cache import Cache, Known, Maker, contents, prune
-from retrieval.engines import ONNX_BATCH, Engine, exported_networks
+from retrieval.engines import ONNX_BATCH, TORCH, Engine, exported_networks
 from retrieval.ranking import Embeddings
 from retrieval.readers import Batch, Read, in_batches, read_ahead
 from retrieval.settings import InputError, RunError
@@ -161,9 +161,15 @@ def _run(rest: list[ImageFile], engine: Engine, store: _Store) -> Iterator[tuple
         first = _first(reading)
         if any(read.square is not None for read in first):  # reading goes on while this loads
             engine.settle(next(in_batches(first, ONNX_BATCH)).pixels())
+        batches = in_batches(chain(first, reading), engine.size)
+        if engine.word == TORCH:  # which has threads of its own, and belongs into this one, as its GPU does
+            for batch in batches:
+                engine.seconds["decode"] += batch.seconds
+                yield batch, engine.embed(batch.pixels()) if batch.images else None
+            return
         with ThreadPoolExecutor(engine.threads) as pool:
             running: deque[tuple[Batch, Future | None]] = deque()
-            for batch in in_batches(chain(first, reading), engine.size):
+            for batch in batches:
                 engine.seconds["decode"] += batch.seconds
                 running.append((batch, pool.submit(engine.embed, batch.pixels()) if batch.images else None))
                 if len(running) > 2 * engine.threads:

@@ -55,7 +55,7 @@ class Engine:
 
     @property
     def key(self) -> bytes:
-        """What decides its vectors, to the last bit."""
+        """What decides its vectors; but by torch the size of a batch moves them by some 5e-6, too."""
         return self.backbone.digest + self.word.encode()
 
     @property
@@ -81,13 +81,12 @@ class Engine:
         if self.run:
             return
         start = time.perf_counter()
-        if self.word == ONNX:
-            session = _session(self.backbone, self.folder, pixels)
-            if processes.all_say(session is not None):
-                self.run = lambda images: _run_onnx(session, images)
-            else:
-                self.word = TORCH
-        self.run = self.run or _by_torch(self.backbone.load(), self.batch, pixels)
+        session = _session(self.backbone, self.folder, pixels) if self.word == ONNX else None
+        if processes.all_say(session is not None):  # each is asked, whatever it found on its own disk
+            self.run = lambda images: _run_onnx(session, images)
+        else:
+            self.word = TORCH
+            self.run = _by_torch(self.backbone.load(), self.batch, pixels)
         self.seconds["load"] = time.perf_counter() - start
 
     def embed(self, pixels: Tensor) -> np.ndarray:
@@ -114,18 +113,16 @@ def choose_engine(backbone: Unloaded, asked: str, images: int, batch_size: int, 
             require(package, package)
         if backbone.device != "cpu":
             raise InputError("--engine onnx runs on the CPU: give --device cpu with it, or --engine torch")
-        if _refused(backbone, folder).is_file():  # by a run before, under the same versions of everything
-            _warn_of(backbone, _refused(backbone, folder).read_text(encoding="utf-8"))
-            asked = TORCH
     elif asked == "auto":
         asked = ONNX if _worth_it(backbone, images, folder) else TORCH
+    if asked == ONNX and _refused(backbone, folder).is_file():  # by a run with the same versions of all
+        _warn_of(backbone, _refused(backbone, folder).read_text(encoding="utf-8"))
+        asked = TORCH
     return Engine(backbone, asked, min(batch_size, images), folder)
 
 
 def _worth_it(backbone: Unloaded, images: int, folder: Path) -> bool:
     if backbone.device != "cpu" or not all(map(find_spec, PACKAGES)):
-        return False
-    if _refused(backbone, folder).is_file():
         return False
     return images >= BREAK_EVEN or _exported(backbone, folder).is_file()
 
@@ -151,6 +148,8 @@ def _session(unloaded: Unloaded, folder: Path, pixels: Tensor) -> Any:
             with suppress(OSError):  # of a folder that cannot be written
                 os.utime(file)  # it was used
             return session
+        except RunError:  # what torchrun sends
+            raise
         except Exception as error:  # ONNX Runtime has a class of errors for each kind, and no common one
             log.warning("%s is broken (%s): the network is exported again", file, _first_line(error))
     try:
@@ -162,11 +161,16 @@ def _session(unloaded: Unloaded, folder: Path, pixels: Tensor) -> Any:
     except (InputError, RunError):
         raise
     except Exception as error:  # the exporter raises anything for what it does not know
+        if isinstance(error, MemoryError | OSError) or out_of_memory(error):
+            _warn_of(unloaded, f"{_first_line(error)}; the next run tries again")
+            return None
         why = _first_line(error)
-    if why:
-        _warn_of(unloaded, why)
-    _keep(_refused(unloaded, folder) if why else file, why.encode() if why else exported)
-    return None if why else session
+    if not why:
+        _keep(file, exported)
+        return session
+    _warn_of(unloaded, why)
+    _keep(_refused(unloaded, folder), why.encode())
+    return None
 
 
 def _warn_of(backbone: Unloaded, why: str) -> None:
@@ -239,7 +243,7 @@ def _first_line(error: Exception) -> str:
 
 def exported_networks(folder: Path, unused_for: float = 0.0) -> list[Path]:
     """The exported networks in the cache's folder, and what says why one is not; unused for so many days."""
-    files = sorted((folder / NETWORKS).glob("*.*"))
+    files = sorted(file for kind in ("*.onnx", "*.refused") for file in (folder / NETWORKS).glob(kind))
     return [file for file in files if time.time() - file.stat().st_mtime >= 86400 * unused_for]
 
 
@@ -259,7 +263,9 @@ def _by_torch(backbone: Backbone, batch: int, pixels: Tensor) -> Callable[[Tenso
     """
     import torch
 
-    half = backbone.device == "cuda" and _half_is_enough(backbone, pixels)
+    half = processes.all_say(backbone.device == "cuda" and _half_is_enough(backbone, pixels))
+    if backbone.device == "cpu":
+        torch.set_num_threads(processes.cores())  # torchrun says one, and a reader's one is for all to come
     fits = batch
 
     def _run(images: Tensor) -> np.ndarray:

@@ -19,8 +19,8 @@ from retrieval.settings import RunError
 
 LONGEST_WAIT = timedelta(days=7)  # for a slower process: one that has ended is noticed at once
 ENDED = (
-    "another process of this run has ended, and says why itself unless it was killed: start the same command "
-    "again, and it goes on from what is on the disk"
+    "another process of this run has ended or cannot be reached; unless it was killed, it says why itself. "
+    "Start the same command again: it goes on from what is on the disk"
 )
 
 
@@ -92,7 +92,8 @@ def a_sentence() -> Iterator[None]:
     except RuntimeError as error:  # of torch.distributed, whose errors have no other class in common
         if isinstance(error, RunError):
             raise
-        raise RunError(ENDED) from error
+        reason = str(error).partition("\n")[0]
+        raise RunError(f"{ENDED} ({reason})") from error
 
 
 @functools.cache

@@ -270,10 +270,14 @@ def _map(found: Found, matches: Matches, shown: np.ndarray) -> tuple[list[Chart]
     """
     if len(shown) < FEWEST_POINTS:
         return [], []
-    every = np.concatenate([found.query_vectors.vectors, found.gallery_vectors.vectors])
-    panels = [("after fine-tuning" if found.trained else "embeddings", every[shown])]
+    of_queries = shown[shown < len(found.queries)]
+    of_gallery = shown[len(of_queries) :] - len(found.queries)  # rows ascend
+    vectors = np.concatenate(
+        [found.query_vectors.vectors[of_queries], found.gallery_vectors.vectors[of_gallery]]
+    )
+    panels = [("after fine-tuning" if found.trained else "embeddings", vectors)]
     if found.trained and found.trained.joined:
-        untuned = every[shown, : every.shape[1] // 2]  # both have as many numbers
+        untuned = vectors[:, : vectors.shape[1] // 2]  # both have as many numbers
         lengths = np.linalg.norm(untuned, axis=1, keepdims=True)
         panels.insert(0, ("before fine-tuning", untuned / np.maximum(lengths, 1e-12)))
     points = [Points(title, places(vectors)) for title, vectors in panels]

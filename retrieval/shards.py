@@ -20,11 +20,12 @@ from tqdm import tqdm
 
 from get_images import ImageFile, UnreadableImageError, read_image
 from retrieval import processes
-from retrieval.cache import Cache, look
+from retrieval.cache import Cache, digest_of_file, look
 from retrieval.embedding import Made, gather, make
 from retrieval.engines import ONNX_BATCH, Engine
 from retrieval.ledger import write_whole
 from retrieval.ranking import Embeddings
+from retrieval.settings import RunError
 
 FOLDER = "shards"  # in the output folder
 NO_FACE_LOOKED_FOR = -1
@@ -43,19 +44,27 @@ def embed_together(
     size = part_size(len(files), engine.size)
     parts = [files[start : start + size] for start in range(0, len(files), size)]
     share = parts[processes.number() :: processes.count()]
-    place = functools.partial(part_path, output_dir / FOLDER, kind, engine.key)
+    verify = cache is not None and cache.verify
+    place = functools.partial(part_path, output_dir / FOLDER, kind, engine.key, verify=verify)
     folder = save_crops / kind.replace(" ", "_") if save_crops else None
     total = sum(map(len, share))
     with tqdm(total=total, desc=f"share of {kind}", unit="image", disable=not processes.is_first()) as bar:
         for part in share:
             path = place(part)
-            if path.is_file():
+            if path.is_file() and not folder:  # crops are to be looked at: each is made
                 bar.update(len(part))
             else:
                 write_part(path, part, make(part, engine, folder, cache, bar))
     processes.wait()
     if not processes.is_first():
         return None
+    missing = [part for part in parts if not place(part).is_file()]
+    if missing:
+        raise RunError(
+            f"{len(missing)} of {len(parts)} parts of the {kind}, such as that of {missing[0][0].name}, are "
+            f"not in {output_dir / FOLDER}: all processes must see the same --output_dir and the same "
+            "images, which may not change during the run, and have the same --device"
+        )
     return gather(files, (read_part(place(part), part) for part in parts), engine, kind)
 
 
@@ -86,14 +95,15 @@ def part_size(images: int, batch: int) -> int:
     return -(-size // batch) * batch
 
 
-def part_path(folder: Path, kind: str, key: bytes, files: list[ImageFile]) -> Path:
-    """The file of a part: its name follows from all that decides the vectors in it, but the images' bytes.
+def part_path(folder: Path, kind: str, key: bytes, files: list[ImageFile], verify: bool = False) -> Path:
+    """The file of a part: its name follows from all that decides the vectors in it.
 
-    Of those it takes the size and the time, as a quick look.
+    Of the images it takes the size and the time, as a quick look; to verify, their bytes.
     """
     digest = hashlib.sha256(key)
     for file in files:
-        digest.update(repr((file.name, look(file.path))).encode("utf-8", "surrogateescape"))
+        told = (file.name, look(file.path), digest_of_file(file) if verify else b"")
+        digest.update(repr(told).encode("utf-8", "surrogateescape"))
     return folder / f"{kind.replace(' ', '_')}-{digest.hexdigest()[:32]}.npz"
 
 

@@ -7,13 +7,15 @@ import math
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import numpy as np
 
 from retrieval.settings import RunError
 
-SHARE = 0.5  # of this machine's memory, for one array
+SHARE = 0.25  # of the memory, for one array: queries and gallery have one each, and others need some too
 ELSEWHERE = 2**32  # bytes, where the system does not say how much memory it has
+LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes or "max"
 
 log = logging.getLogger("retrieval.space")
 
@@ -39,7 +41,9 @@ def zeros(shape: tuple[int, ...], dtype: type, what: str) -> np.ndarray:
 
 
 def memory() -> int:
-    """The bytes of memory that this machine has."""
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return ELSEWHERE
+    """The bytes of memory that this machine, or the container in it, has."""
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return ELSEWHERE
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = LIMIT.read_text().strip() if LIMIT.is_file() else "max"
+    return min(there, int(limit)) if limit.isdigit() else there

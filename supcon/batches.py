@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import tempfile
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +18,8 @@ from get_images import HIDDEN, ImageFile, find_images, label_of
 from retrieval.faces import FaceCrop
 from retrieval.processes import is_first
 from retrieval.readers import read_batches
-from retrieval.settings import Form, InputError, RunError
+from retrieval.settings import Form, InputError
+from retrieval.space import zeros
 from supcon.variants import VARIANTS
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 
     from retrieval.transforms import Transform
 
-IN_MEMORY = 4 * 2**30  # bytes of squares; more lie in a file that the system keeps in memory as it can
 ENOUGH_IDENTITIES = 20
 ENOUGH_IMAGES = 50
 MOST_FOR_VALIDATION = 2000  # images: a standard error of half a point at 95 %
@@ -185,7 +183,8 @@ def read_squares(files: list[ImageFile], prepare: Transform | FaceCrop, kind: st
 
     An unreadable image is left out, named and counted. Raises InputError if not one can be read.
     """
-    pixels = _room_for(len(files), prepare.size)
+    shape = (len(files), 3, prepare.size, prepare.size)
+    pixels = torch.from_numpy(zeros(shape, np.uint8, "training images"))
     names: list[str] = []
     unreadable: dict[str, str] = {}
     without_face = 0
@@ -207,27 +206,6 @@ def read_squares(files: list[ImageFile], prepare: Transform | FaceCrop, kind: st
         log.warning("no face was found in %d of the %d %s: a square in the centre stands in",
                     without_face, len(names), kind)  # fmt: skip
     return Squares(names, pixels[: len(names)])
-
-
-def _room_for(images: int, side: int) -> Tensor:
-    """Zeros, uint8 (images, 3, side, side): in memory, or in a file that goes with the program.
-
-    Raises RunError where there is no room for that file.
-    """
-    shape = (images, 3, side, side)
-    size = images * 3 * side * side
-    if size <= IN_MEMORY:
-        return torch.zeros(shape, dtype=torch.uint8)
-    folder = tempfile.gettempdir()
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise RunError(
-            f"{size / 1e9:.1f} GB of training images do not fit into {folder}, which has {free / 1e9:.1f}: "
-            "make room, set TMPDIR to another folder, or give a smaller --image_size"
-        )
-    log.info("%.1f GB of training images lie in %s while this runs", size / 1e9, folder)
-    with tempfile.TemporaryFile() as file:
-        return torch.from_numpy(np.memmap(file, dtype=np.uint8, mode="w+", shape=shape))
 
 
 # ---- batches --------------------------------------------------------------------------------------

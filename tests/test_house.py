@@ -74,6 +74,7 @@ BELOW = {
         "retrieval.ledger",
         "retrieval.processes",
         "retrieval.ranking",
+        "retrieval.settings",
     },
     "retrieval.cache": {"retrieval.settings", "retrieval.transforms"},
     "retrieval.thumbnails": {"retrieval.ledger"},

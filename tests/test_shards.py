@@ -137,6 +137,12 @@ def test_a_part_is_named_by_what_decides_its_vectors(tmp_path):
               part_path(tmp_path, "queries", b"key", files[1:])]  # fmt: skip
     files[1].path.write_text("another")
     paths.append(part_path(tmp_path, "queries", b"key", files))
+    paths.append(part_path(tmp_path, "queries", b"key", files, verify=True))
+    times = [getattr(files[1].path.stat(), time) for time in ("st_atime_ns", "st_mtime_ns")]
+    files[1].path.write_text("ANOTHER")
+    os.utime(files[1].path, ns=tuple(times))
+    assert part_path(tmp_path, "queries", b"key", files) == paths[-2]
+    paths.append(part_path(tmp_path, "queries", b"key", files, verify=True))
     assert len(set(paths)) == len(paths)
 
 
