@@ -7,6 +7,7 @@ python -m retrieval.embedding --cache_dir DIR --older_than 30     # remove what 
 from __future__ import annotations
 
 import logging
+import sqlite3
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -49,16 +50,29 @@ def main(form: Settings) -> None:
     cache = Cache(form.cache_dir)
     if cache.connection is None:
         raise RunError(f"{form.cache_dir} cannot be read: give another --cache_dir")
-    if form.older_than is not None:
-        old = exported_networks(form.cache_dir, form.older_than)
-        for file in old:
-            file.unlink()
-        log.info("removed what was kept of %d images, and %d exported networks: unused for %g days",
-                 prune(cache, form.older_than), len(old), form.older_than)  # fmt: skip
+    try:
+        if form.older_than is not None:
+            _remove(cache, form.older_than)
+        _tell(cache)
+    except sqlite3.Error as error:
+        raise RunError(
+            f"the cache in {cache.folder} cannot be used now ({error}): try again when no run uses it"
+        ) from None
+
+
+def _remove(cache: Cache, days: float) -> None:
+    old = exported_networks(cache.folder, days)
+    for file in old:
+        file.unlink()
+    log.info("removed what was kept of %d images, and %d exported networks: unused for %g days",
+             prune(cache, days), len(old), days)  # fmt: skip
+
+
+def _tell(cache: Cache) -> None:
     for what, count, size, used in contents(cache):
         when = datetime.fromtimestamp(used).strftime("%Y-%m-%d %H:%M")
         log.info("%s: %d images, %.1f MB, used %s", what, count, size / 1e6, when)
-    networks = exported_networks(form.cache_dir)
+    networks = exported_networks(cache.folder)
     log.info("exported networks: %d, %.1f MB", len(networks), _megabytes(networks))
     log.info("%s holds %.1f MB", cache.folder, _megabytes([*networks, *cache.folder.glob("*.sqlite*")]))
 

@@ -114,7 +114,7 @@ def _check_same(saved: dict[str, Any], settings: Form, split: Split) -> None:
 def digest(split: Split) -> str:
     """One short word for the names of the images."""
     names = [file.name for file in [*split.train, *split.validation]]
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+    return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def write_history(folder: Path, progress: Progress) -> None:

@@ -129,7 +129,7 @@ def _check_shares(settings: Form, squares: Squares) -> None:
             f"a batch of {least} images has no share for each of {count()} processes: give a larger "
             "--batch_size, more images, or torchrun a smaller --nproc_per_node"
         )
-    digest = zlib.crc32("\n".join(squares.names).encode())
+    digest = zlib.crc32("\n".join(squares.names).encode("utf-8", "surrogateescape"))
     if digest != from_the_first(digest):
         raise RunError(
             f"process {number() + 1} could read other images of {settings.train_dir} than the first one: see "

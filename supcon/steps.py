@@ -46,8 +46,11 @@ def step(training: Training, rows: np.ndarray, seed: int, views: Views | None = 
         except RuntimeError as error:
             if isinstance(error, RunError) or not out_of_memory(error):
                 raise
-            if several() and not isinstance(error, NoRoomError):
-                raise  # the other processes have gone on
+            if several() and not isinstance(error, NoRoomError):  # the other processes have gone on
+                raise RunError(
+                    f"the weights and their gradients do not fit into the memory of {training.device}: "
+                    "start fewer processes on it, or give --freeze all_but_last"
+                ) from None
         at_once = min(training.micro_batch, most_of_a_share(len(rows)) * training.variant.views)
         if at_once == 1:
             raise RunError(

@@ -295,3 +295,13 @@ def test_the_command_says_what_there_is_and_removes_what_is_old(few, tmp_path):
     assert "removed what was kept of 32 images, and 1 exported networks: unused for 0 days" in told
     assert "exported networks: 0, 0.0 MB" in told
     assert run("-m", "retrieval.embedding", "--cache_dir", "/proc/none", cwd=tmp_path).returncode == 1
+
+
+def test_a_cache_that_the_command_cannot_use_is_a_sentence(files, backbone, tmp_path):
+    embedded(files, backbone, tmp_path / "cache")
+    with sqlite3.connect(tmp_path / "cache" / FILE) as connection:
+        connection.execute("DROP TABLE makers")
+    connection.close()
+    ended = run("-m", "retrieval.embedding", "--cache_dir", "cache", cwd=tmp_path)
+    assert ended.returncode == 1
+    assert "cannot be used now (no such table: makers): try again when no run uses it" in ended.stderr
