@@ -1,3 +1,4 @@
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -8,6 +9,7 @@ from PIL import Image
 from get_images import find_images, read_image
 from retrieval.embedding import embed
 from retrieval.engines import by_torch
+from retrieval.processes import cores
 from retrieval.settings import InputError, RunError
 from retrieval.transforms import Transform
 
@@ -137,3 +139,16 @@ def test_one_image_that_does_not_fit_and_other_errors(colours, toy):
         embed(colours[0], by_torch(raising(torch.OutOfMemoryError("out of memory")), 4))
     with pytest.raises(RuntimeError, match="shapes"):
         embed(colours[0], by_torch(raising(RuntimeError("shapes do not match")), 4))
+
+
+def test_torch_runs_in_the_main_thread_with_all_cores(colours, toy):
+    """Readers have one thread each, and CUDA's current GPU is that of a thread."""
+    found = []
+
+    def network(images):
+        found.append((threading.current_thread(), torch.get_num_threads()))
+        return corner_network(images)
+
+    for _ in range(2):  # the second time after readers
+        embed(colours[0], by_torch(replace(toy, network=network), 2))
+    assert set(found) == {(threading.main_thread(), cores())}
