@@ -158,28 +158,35 @@ def test_minutes_end_all_processes_at_once(tiny, tmp_path):
     assert (tmp_path / "two" / "fine_tuned_model.pth").exists()
 
 
-def begin_two(tiny, tmp_path):
-    """A training of two processes that has taken a step, and the numbers of its processes."""
+@pytest.fixture
+def begun_two(tiny, tmp_path):
+    """A training of two processes that has ended an epoch, the numbers of its processes, and what it says."""
     arguments = [*map(str, (*TORCHRUN, 2, *flags(tiny, tmp_path / "two", "--epochs", 1000)))]
     command = [sys.executable, *[str(ROOT / part) if part.endswith(".py") else part for part in arguments]]
-    log = (tmp_path / "log").open("w+")
-    training = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, env=os.environ, text=True)
-    deadline = time.monotonic() + 120
-    while "epoch 1 of 1000" not in (tmp_path / "log").read_text():
-        assert training.poll() is None, (tmp_path / "log").read_text()
-        assert time.monotonic() < deadline, (tmp_path / "log").read_text()
-        time.sleep(0.2)
-    children = subprocess.run(
-        ["ps", "-o", "pid=", "--ppid", str(training.pid)], capture_output=True, text=True
-    )
-    return training, [int(word) for word in children.stdout.split()]
+    said, log = tmp_path / "log", (tmp_path / "log").open("w")
+    training = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
+    deadline, children = time.monotonic() + 250, []
+    try:
+        while "epoch 1 of 1000" not in said.read_text():
+            assert training.poll() is None, said.read_text()
+            assert time.monotonic() < deadline, said.read_text()
+            time.sleep(0.2)
+        listed = subprocess.run(
+            ["ps", "-o", "pid=", "--ppid", str(training.pid)], capture_output=True, text=True
+        )
+        children = [int(word) for word in listed.stdout.split()]
+        yield training, children, said
+    finally:
+        training.terminate()  # which ends its processes
+        training.wait(timeout=60)
+        log.close()
 
 
-def test_ctrl_c_ends_all_processes_between_steps_and_one_goes_on(tiny, tmp_path):
-    training, children = begin_two(tiny, tmp_path)
+def test_ctrl_c_ends_all_processes_between_steps_and_one_goes_on(begun_two, tiny, tmp_path):
+    training, children, said = begun_two
     training.send_signal(signal.SIGINT)
-    training.wait(timeout=60)
-    told = (tmp_path / "log").read_text()
+    training.wait(timeout=200)
+    told = said.read_text()
     assert len(re.findall(r"stopped in epoch \d+ after \d steps, and saved: the same command", told)) == 1, (
         told
     )
@@ -192,11 +199,11 @@ def test_ctrl_c_ends_all_processes_between_steps_and_one_goes_on(tiny, tmp_path)
     assert "going on in epoch" in done.stdout
 
 
-def test_a_process_that_is_killed_ends_the_others_with_a_sentence(tiny, tmp_path):
-    training, children = begin_two(tiny, tmp_path)
+def test_a_process_that_is_killed_ends_the_others_with_a_sentence(begun_two):
+    training, children, said = begun_two
     os.kill(children[1], signal.SIGKILL)
-    assert training.wait(timeout=60) != 0
-    told = (tmp_path / "log").read_text()
+    assert training.wait(timeout=200) != 0
+    told = said.read_text()
     assert "error: another process of this run has ended" in told
     with pytest.raises(ProcessLookupError):
         os.kill(children[0], 0)
