@@ -197,10 +197,11 @@ def _run_onnx(session: Any, images: Tensor) -> np.ndarray:
 
 def _filled(images: Tensor, batch: int) -> Tensor:
     """The images and black ones, as many as a batch has."""
-    import torch
-
-    missing = batch - len(images)
-    return torch.cat([images, images.new_zeros(missing, *images.shape[1:])]) if missing > 0 else images
+    if len(images) >= batch:
+        return images
+    filled = images.new_zeros(batch, *images.shape[1:])
+    filled[: len(images)] = images
+    return filled
 
 
 def _export(backbone: Backbone) -> bytes:

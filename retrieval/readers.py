@@ -17,6 +17,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
+
 from get_images import ImageFile, UnreadableImageError, read_image
 from retrieval.processes import cores
 from retrieval.settings import RunError
@@ -57,7 +59,8 @@ class Batch:
         """uint8 (images, 3, size, size)"""
         import torch
 
-        return torch.stack([image.pixels for image in self.images])
+        # By numpy: torch would wake its threads for it, which wait for cores that the readers have.
+        return torch.from_numpy(np.stack([image.pixels.numpy() for image in self.images]))
 
 
 def read_ahead(

@@ -54,7 +54,7 @@ def test_from_a_folder_to_a_checkpoint_to_a_score(trainable):
         ended = run("model_fine_tuned.py", "--query_dir", "query", "--gallery_dir", "gallery", cwd=trainable,
                     SERVER_URL=server.url)  # fmt: skip
     assert ended.returncode == 0, ended.stderr
-    assert "loaded efficientnet_lite0 fine-tuned with ce" in ended.stdout
+    assert "(efficientnet_lite0 fine-tuned with ce" in ended.stdout
     assert "the server's score: 698" in ended.stdout
     (line,) = map(json.loads, (trainable / "results" / "runs.jsonl").read_text().splitlines())
     assert line["script"] == "model_fine_tuned.py"

@@ -217,7 +217,7 @@ def test_a_rehearsal_without_labels_is_refused_before_the_work(flat):
     ended = run("model_not_tuned.py", *FOLDERS, "--server_url", "local", cwd=flat)
     assert ended.returncode == 2
     assert "--server_url local scores by class folders" in ended.stderr
-    assert "loaded" not in ended.stdout
+    assert "embedded" not in ended.stdout
 
 
 def test_a_second_run_embeds_nothing_and_ranks_the_same(few, tmp_path):
@@ -280,7 +280,7 @@ def test_wrong_input_is_a_sentence_before_anything_slow(flat, flags, status, sen
     assert ended.returncode == status
     assert sentence in ended.stderr
     assert "Traceback" not in ended.stderr
-    assert "loaded" not in ended.stdout
+    assert "embedded" not in ended.stdout
     assert not (flat / "results" / "submission.json").exists()
 
 
@@ -290,7 +290,7 @@ def test_ctrl_c_leaves_no_half_written_file(flat):
     command = [sys.executable, ROOT / "model_not_tuned.py", *FOLDERS]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=flat, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while b"loaded" not in process.stdout.readline():
+    while b"found" not in process.stdout.readline():
         assert process.poll() is None
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
