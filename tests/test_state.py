@@ -59,6 +59,9 @@ def test_a_training_saved_before_there_was_one_kernel_for_all_weights_goes_on_wi
 
 def test_one_kernel_for_all_weights_changes_them_as_the_plain_way_does(tiny, tmp_path):
     runs = [begun(settings_of(tiny, tmp_path / word)) for word in ("fused", "plain")]
+    for run in runs:
+        for group in run.optimizer.param_groups:
+            group["eps"] = 1e-3  # else AdamW divides a gradient of next to nothing, which is noise, by itself
     for group in runs[1].optimizer.param_groups:
         group |= {"fused": False, "foreach": False}
     for run in runs:
