@@ -85,7 +85,7 @@ def assert_same_steps(found, wanted):
 
 
 @pytest.mark.parametrize(
-    ("counts", "more"), [((2, 3), ("loss=ce",)), ((3,), ("loss=supcon", "memory=32", "ema=0.9"))]
+    ("counts", "more"), [((3,), ("loss=ce",)), ((2,), ("loss=supcon", "memory=32", "ema=0.9"))]
 )
 def test_several_processes_take_the_steps_of_one(counts, more, tiny, tmp_path):
     """Batches of 8: shares of 4 and 4, and of 3, 3 and 2."""
