@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from get_images import ImageFile
 from retrieval import settings
-from retrieval.backbones import digest_of
 from retrieval.cache import Cache, Known, Maker, contents, prune
 from retrieval.engines import ONNX_BATCH, TORCH, Engine, exported_networks
 from retrieval.ranking import Embeddings
@@ -230,8 +229,8 @@ class _Store:
         self.digests = cache.digests(files) if cache else {}
         self.known = cache.vectors(self._maker(), self.digests.values()) if cache else {}
         self.crops: set[bytes] = set()
-        self.cropper = Maker(digest_of(None, backbone.prepare), f"faces of {backbone.prepare.size} pixels")
         if cache and backbone.looks_for_faces:
+            self.cropper = Maker(engine.crops_key, f"faces of {backbone.prepare.size} pixels")
             self.crops = cache.crops(self.cropper, set(self.digests.values()) - set(self.known))
         self.new: dict[bytes, Known] = {}
         self.new_crops: dict[bytes, Square] = {}
@@ -261,7 +260,8 @@ class _Store:
         """Write what is not written yet."""
         if self.cache:
             self.cache.keep_vectors(self._maker(), self.new)
-            self.cache.keep_crops(self.cropper, self.new_crops)
+            if self.new_crops:
+                self.cache.keep_crops(self.cropper, self.new_crops)
         self.new, self.new_crops = {}, {}
 
 

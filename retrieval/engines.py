@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from retrieval import processes
-from retrieval.backbones import Backbone, Unloaded, out_of_memory
+from retrieval.backbones import Backbone, Unloaded, digest_of, out_of_memory
 from retrieval.ledger import write_whole
 from retrieval.settings import InputError, RunError
 from retrieval.weights import require
@@ -57,6 +58,11 @@ class Engine:
     def key(self) -> bytes:
         """What decides its vectors; but by torch the size of a batch moves them by some 5e-6, too."""
         return self.backbone.digest + self.word.encode()
+
+    @cached_property
+    def crops_key(self) -> bytes:
+        """What decides its crops, where it looks for faces."""
+        return digest_of(None, self.backbone.prepare)
 
     @property
     def what(self) -> str:

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import io
 import json
-import logging
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -29,8 +28,6 @@ from retrieval.settings import RunError
 
 FOLDER = "shards"  # in the output folder
 NO_FACE_LOOKED_FOR = -1
-
-log = logging.getLogger("retrieval.shards")
 
 
 def embed_together(
@@ -58,14 +55,15 @@ def embed_together(
     processes.wait()
     if not processes.is_first():
         return None
-    missing = [part for part in parts if not place(part).is_file()]
+    paths = list(map(place, parts))
+    missing = [part for path, part in zip(paths, parts, strict=True) if not path.is_file()]
     if missing:
         raise RunError(
             f"{len(missing)} of {len(parts)} parts of the {kind}, such as that of {missing[0][0].name}, are "
             f"not in {output_dir / FOLDER}: all processes must see the same --output_dir and the same "
             "images, which may not change during the run, and have the same --device"
         )
-    return gather(files, (read_part(place(part), part) for part in parts), engine, kind)
+    return gather(files, map(read_part, paths, parts), engine, kind)
 
 
 def settle_together(engine: Engine, files: list[ImageFile]) -> None:

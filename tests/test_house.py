@@ -59,7 +59,6 @@ BELOW = {
     "retrieval.embedding": {
         "retrieval.settings",
         "retrieval.ranking",
-        "retrieval.backbones",
         "retrieval.cache",
         "retrieval.engines",
         "retrieval.readers",
