@@ -62,11 +62,6 @@ class Backbone:
     device: str = "cpu"
     trained: Trained | None = None  # None: not fine-tuned
 
-    @property
-    def looks_for_faces(self) -> bool:
-        """Whether it sees the face in an image instead of the image."""
-        return isinstance(self.prepare, FaceCrop)
-
     def embed(self, images: Tensor) -> Tensor:
         """uint8 RGB (images, 3, size, size) → float32 (images, dimension), not yet of unit length."""
         import torch
@@ -92,11 +87,6 @@ class Unloaded:
     digest: bytes  # of all that decides what vector an image gets
     load: Callable[[], Backbone]
     trained: Trained | None = None
-
-    @property
-    def looks_for_faces(self) -> bool:
-        """Whether it sees the face in an image instead of the image."""
-        return isinstance(self.prepare, FaceCrop)
 
 
 def find_backbone(

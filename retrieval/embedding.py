@@ -112,11 +112,16 @@ def embed(
     that does not fit into the GPU's memory is halved, and said. Raises InputError if not one image could be
     embedded, RunError if a single one does not fit, or a process that looks for faces was killed.
     """
-    folder = save_crops / kind.replace(" ", "_") if save_crops else None
+    folder = folder_of_crops(save_crops, kind)
     with tqdm(total=len(files), desc=kind, unit="image") as bar:
         parts = (make(files[start : start + PART], engine, folder, cache, bar)
                  for start in range(0, len(files), PART))  # fmt: skip
         return gather(files, parts, engine, kind)
+
+
+def folder_of_crops(save_crops: Path | None, kind: str) -> Path | None:
+    """Where the crops of such images go, if they are to be written."""
+    return save_crops / kind.replace(" ", "_") if save_crops else None
 
 
 def gather(files: list[ImageFile], parts: Iterable[Made], engine: Engine, kind: str) -> Embeddings:
@@ -136,7 +141,7 @@ def gather(files: list[ImageFile], parts: Iterable[Made], engine: Engine, kind: 
     if whole.kept:
         log.info("%d of %d %s were embedded before", whole.kept, len(files), kind)
     _warn(files, kind, whole.unreadable, without_face, whole.unsaved)
-    return Embeddings(list(rows), vectors, without_face if engine.backbone.looks_for_faces else None)
+    return Embeddings(list(rows), vectors, without_face if engine.backbone.prepare.looks_for_faces else None)
 
 
 def make(
@@ -169,7 +174,7 @@ def _run(rest: list[ImageFile], engine: Engine, store: _Store) -> Iterator[tuple
     """Yield batches with what the network gives for them: reading runs ahead, and so does the network."""
     backbone = engine.backbone
     ahead = max(2 * engine.size * engine.threads, AHEAD_BYTES // (3 * backbone.prepare.size**2))
-    in_processes, enough = backbone.looks_for_faces, backbone.prepare.enough
+    in_processes, enough = backbone.prepare.looks_for_faces, backbone.prepare.enough
     with closing(read_ahead(rest, backbone.prepare, ahead, in_processes, enough, store.crop)) as reading:
         first = _first(reading)
         if any(read.square is not None for read in first):  # reading goes on while this loads
@@ -229,7 +234,7 @@ class _Store:
         self.digests = cache.digests(files) if cache else {}
         self.known = cache.vectors(self._maker(), self.digests.values()) if cache else {}
         self.crops: set[bytes] = set()
-        if cache and backbone.looks_for_faces:
+        if cache and backbone.prepare.looks_for_faces:
             self.cropper = Maker(engine.crops_key, f"faces of {backbone.prepare.size} pixels")
             self.crops = cache.crops(self.cropper, set(self.digests.values()) - set(self.known))
         self.new: dict[bytes, Known] = {}
@@ -251,7 +256,7 @@ class _Store:
             digest = self.digests.get(name)
             if digest and name in made.vectors:
                 self.new[digest] = Known(made.vectors[name], image.face)
-                if self.engine.backbone.looks_for_faces and digest not in self.crops:
+                if self.engine.backbone.prepare.looks_for_faces and digest not in self.crops:
                     self.new_crops[digest] = image
         if len(self.new) >= KEEP_AT_ONCE:
             self.flush()

@@ -257,12 +257,6 @@ def exported_networks(folder: Path, unused_for: float = 0.0) -> list[Path]:
 # ---- torch ----------------------------------------------------------------------------------------
 
 
-def by_torch(backbone: Backbone, batch_size: int, digest: bytes = b"") -> Engine:
-    """An engine for a backbone that is loaded, by torch. `digest` is of what decides its vectors."""
-    unloaded = Unloaded(backbone.word, backbone.prepare, backbone.device, digest, lambda: backbone)
-    return Engine(unloaded, TORCH, batch_size, Path())
-
-
 def _by_torch(backbone: Backbone, batch: int, pixels: Tensor) -> Callable[[Tensor], np.ndarray]:
     """What runs the network by torch, on a GPU in half precision where that gives the same vectors.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -27,6 +27,7 @@ class FaceCrop:
     size: int  # pixels of the crop's side
     margin: float  # the share of the crop's side that lies around the face's box, 0 to 1
     min_face_size: float  # the smallest face to look for, as a share of the photograph's longer side
+    looks_for_faces: ClassVar[bool] = True
 
     def __call__(self, image: Tensor) -> Square:
         """uint8 RGB (3, height, width) → uint8 RGB (3, size, size): the largest and most central face.

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from get_images import ImageFile, UnreadableImageError, read_image
 from retrieval import processes
 from retrieval.cache import Cache, digest_of_file, look
-from retrieval.embedding import Made, gather, make
+from retrieval.embedding import Made, folder_of_crops, gather, make
 from retrieval.engines import ONNX_BATCH, Engine
 from retrieval.ledger import write_whole
 from retrieval.ranking import Embeddings
@@ -43,7 +43,7 @@ def embed_together(
     share = parts[processes.number() :: processes.count()]
     verify = cache is not None and cache.verify
     place = functools.partial(part_path, output_dir / FOLDER, kind, engine.key, verify=verify)
-    folder = save_crops / kind.replace(" ", "_") if save_crops else None
+    folder = folder_of_crops(save_crops, kind)
     total = sum(map(len, share))
     with tqdm(total=total, desc=f"share of {kind}", unit="image", disable=not processes.is_first()) as bar:
         for part in share:

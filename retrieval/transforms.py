@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +28,7 @@ class Transform:
     interpolation: str  # bilinear or bicubic, antialiased
     crop_mode: str = "squash"
     resize: int = 0  # pixels; 0: as `size`, so that "squash" keeps the whole image
+    looks_for_faces: ClassVar[bool] = False
 
     def __call__(self, image: Tensor) -> Square:
         """uint8 RGB (3, height, width) → uint8 RGB (3, size, size)."""

@@ -97,7 +97,7 @@ def size_for(files: list[ImageFile], backbone: Backbone) -> int:
     A face network keeps its own: its crops are enlarged to it.
     """
     own = backbone.prepare.size
-    if backbone.looks_for_faces:
+    if backbone.prepare.looks_for_faces:
         return own
     sides = [side for side in map(_shorter_side, files[:: max(1, len(files) // 200)]) if side]
     if not sides:

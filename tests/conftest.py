@@ -183,6 +183,15 @@ def tiny(few):
     return few / "gallery"
 
 
+def by_torch(backbone, batch_size, digest=b""):
+    """An engine for a backbone that is loaded, by torch; the digest is of what decides its vectors."""
+    from retrieval.backbones import Unloaded
+    from retrieval.engines import TORCH, Engine
+
+    unloaded = Unloaded(backbone.word, backbone.prepare, backbone.device, digest, lambda: backbone)
+    return Engine(unloaded, TORCH, batch_size, Path())
+
+
 def settings_of(folder, tmp_path, **given):
     """Settings of a training that takes a moment."""
     import fine_tuning

@@ -27,7 +27,7 @@ def test_crop_auto_is_what_the_word_is_for():
     assert load_backbone("efficientnet_lite0", "cpu").prepare == Transform(224, "bicubic")
     face = load_backbone("efficientnet_lite0", "cpu", crop="face")
     assert face.prepare == FaceCrop("mtcnn", 224, 0.2, 0.08)
-    assert face.looks_for_faces
+    assert face.prepare.looks_for_faces
 
 
 def test_size_margin_and_smallest_face_take_the_place_of_the_words_own(caplog):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, by_torch, run
 from PIL import Image
 from torch import nn
 
@@ -17,7 +17,6 @@ from retrieval import backbones, readers
 from retrieval.backbones import Backbone, Unloaded, find_backbone, load_backbone
 from retrieval.cache import FILE, Cache, contents, prune
 from retrieval.embedding import embed
-from retrieval.engines import by_torch
 from retrieval.settings import InputError
 from retrieval.transforms import Transform
 
@@ -141,7 +140,7 @@ def test_whatever_decides_a_vector_makes_another_digest(tmp_path, monkeypatch):
 class Half:
     """Prepares two pixels, and says that every image below a level has no face."""
 
-    size, enough = 2, None
+    size, enough, looks_for_faces = 2, None, True
 
     def __call__(self, image):
         return Transform(2, "bicubic")(image)._replace(face=bool(image[0, 0, 0] > 3))
@@ -150,14 +149,10 @@ class Half:
         return "half"
 
 
-class Seeing(Unloaded):
-    looks_for_faces = True
-
-
 def seeing(backbone, read):
     """An engine for faces, whose crops are made by threads; `read` are the files that were read."""
     engine = engine_of(backbone)
-    engine.backbone = Seeing("seeing", Half(), "cpu", b"seeing", lambda: backbone)
+    engine.backbone = Unloaded("seeing", Half(), "cpu", b"seeing", lambda: backbone)
     return engine
 
 

@@ -4,11 +4,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import by_torch
 from PIL import Image
 
 from get_images import find_images, read_image
 from retrieval.embedding import embed
-from retrieval.engines import by_torch
 from retrieval.processes import cores
 from retrieval.settings import InputError, RunError
 from retrieval.transforms import Transform

@@ -5,13 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from conftest import by_torch
 from torch import nn
 
 from get_images import find_images, read_image
 from retrieval import engines
 from retrieval.backbones import Backbone, Unloaded, find_backbone, place
 from retrieval.embedding import embed
-from retrieval.engines import BREAK_EVEN, ONNX, TORCH, by_torch, choose_engine
+from retrieval.engines import BREAK_EVEN, ONNX, TORCH, choose_engine
 from retrieval.fine_tuned import Joined
 from retrieval.settings import InputError
 from retrieval.transforms import Transform

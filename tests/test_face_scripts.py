@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, face_photograph, run
+from conftest import ROOT, by_torch, face_photograph, run
 from PIL import Image
 from torchvision.transforms.v2.functional import resize
 
@@ -163,7 +163,6 @@ def test_a_killed_reader_is_a_sentence_and_no_hang(people):
 def test_a_disk_that_gets_full_costs_the_crops_only(monkeypatch, people, caplog):
     from retrieval import embedding
     from retrieval.backbones import load_backbone
-    from retrieval.engines import by_torch
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from conftest import face_photograph
+from conftest import by_torch, face_photograph
 from PIL import Image
 from torchvision.transforms.v2.functional import pad, resize
 
@@ -167,7 +167,6 @@ def test_margin_and_smallest_face_change_the_crop(crop):
 def test_one_vector_an_image_in_any_order_and_batch_size(tmp_path):
     """With dlib's real network, in the reader processes."""
     from retrieval.backbones import load_backbone
-    from retrieval.engines import by_torch
 
     people = {
         "hopper.png": hopper(),
@@ -178,7 +177,7 @@ def test_one_vector_an_image_in_any_order_and_batch_size(tmp_path):
         Image.fromarray(photo_of(image.to(torch.uint8))).save(tmp_path / name)
     (tmp_path / "broken.png").write_bytes(b"")
     backbone = load_backbone("dlib", "cpu")
-    assert backbone.looks_for_faces
+    assert backbone.prepare.looks_for_faces
     files = find_images(tmp_path)
     first = embed(files, by_torch(backbone, 32))
     assert first.without_face == ["black.png", "noise.png"]

@@ -94,7 +94,7 @@ def test_a_linear_map_and_a_face_crop_are_part_of_it(networks, tmp_path):
     write_fine_tuned(tmp_path / "a.pth", recipe, mapped.state_dict())
     backbone = load_fine_tuned(tmp_path / "a.pth", "cpu")
     assert backbone.prepare == FaceCrop("dlib", 64, 0.2, 0.08)
-    assert backbone.looks_for_faces
+    assert backbone.prepare.looks_for_faces
     with torch.inference_mode():
         torch.testing.assert_close(
             backbone.embed(images(64)), networks[0](pixels).flip(1), rtol=1e-4, atol=1e-4
