@@ -82,7 +82,7 @@ def begin(
     variant, (untuned, tuned, folded) = VARIANTS[settings.loss], start
     if not saved:
         check_room(settings.save_dir, tuned.network)
-    if untuned.looks_for_faces and settings.augmentation is None:
+    if untuned.prepare.looks_for_faces and settings.augmentation is None:
         choices = choices | {"augmentation": "gentle"}  # an aligned face is never seen turned or cut
     side = math.ceil(ROOM * tuned.prepare.size)
     squares = read_squares(split.train, tuned.prepare.of_size(side), "training images")
@@ -116,6 +116,7 @@ def begin(
         _put_back(training, saved)
     elif is_first():
         set_aside(settings.save_dir, FILES)  # only now that this training can begin
+    _check_weights(training)
     if is_first():
         training.tracking = _track(training, saved or {})
     return training
@@ -134,6 +135,17 @@ def _check_shares(settings: Form, squares: Squares) -> None:
         raise RunError(
             f"process {number() + 1} could read other images of {settings.train_dir} than the first one: see "
             "which are left out, and let all processes read the same"
+        )
+
+
+def _check_weights(training: Training) -> None:
+    """Raise RunError where a process begins with other weights: they would stay others to the end."""
+    parts = [tensor for part in (training.tuned.network, training.head) for tensor in part.parameters()]
+    length = math.sqrt(sum(tensor.detach().double().square().sum().item() for tensor in parts))
+    if not math.isclose(length, from_the_first(length), rel_tol=1e-6):  # machines round differently
+        raise RunError(
+            f"process {number() + 1} has other weights of {training.settings.model} than the first one: let "
+            "all processes read the same file, and the same --save_dir where they go on"
         )
 
 

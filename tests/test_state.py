@@ -6,8 +6,8 @@ import torch
 from conftest import assert_same, begun, settings_of
 
 from retrieval.fine_tuned import read_fine_tuned
-from retrieval.settings import InputError
-from supcon import training
+from retrieval.settings import InputError, RunError
+from supcon import state, training
 from supcon.state import save
 from supcon.steps import step
 
@@ -21,6 +21,21 @@ def test_one_class_left_to_learn_from_is_a_sentence(tiny, tmp_path):
             path.write_bytes(b"broken")
     with pytest.raises(InputError, match=r"images of 1 classes are left to learn from"):
         begun(settings_of(tmp_path / "train", tmp_path))
+
+
+@pytest.mark.parametrize(("asked", "told"), [(0, "could read other images"), (2, "has other weights of")])
+def test_a_process_that_begins_with_others_than_the_first_is_refused(
+    asked, told, tiny, tmp_path, monkeypatch
+):
+    values = []
+
+    def from_the_first(value):
+        values.append(value)
+        return value * 1.001 if len(values) - 1 == asked else value
+
+    monkeypatch.setattr(state, "from_the_first", from_the_first)
+    with pytest.raises(RunError, match=f"process 1 {told}"):
+        begun(settings_of(tiny, tmp_path))
 
 
 def test_the_folder_of_the_start_may_be_the_folder_of_the_result(tiny, tmp_path):
