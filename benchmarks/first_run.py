@@ -158,12 +158,13 @@ def run(command: list[str | Path], ranking: Path) -> Ended:
     return Ended(seconds, used, max(peaks), found.get("images", found))
 
 
-def run_ours(row: Row, folders: Folders, place: Path) -> Ended:
+def run_ours(row: Row, folders: Folders, place: Path, *more: str) -> Ended:
     """model_not_tuned.py, with the cache that lies in `place`."""
     weights = ["--weights", folders.weights / row.weights] if row.word in ("resnet50", "facenet") else []
     command = [sys.executable, "model_not_tuned.py", "--model_type", row.word, *weights, "--device", "cpu",
                "--query_dir", folders.query, "--gallery_dir", folders.gallery, "--custom_dataset",
-               "--no_report", "--output_dir", place / "results", "--cache_dir", place / "cache"]  # fmt: skip
+               "--no_report", "--output_dir", place / "results", "--cache_dir", place / "cache",
+               *more]  # fmt: skip
     return run(command, place / "results" / "submission.json")
 
 
