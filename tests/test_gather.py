@@ -144,6 +144,9 @@ def test_the_script_trains_in_two_processes_and_the_first_alone_speaks_and_write
     assert {file.name for file in (tmp_path / "one").iterdir()} == {
         file.name for file in (tmp_path / "two").iterdir()
     }
+    again = run(*TORCHRUN, 2, *flags(tiny, tmp_path / "two", "--epochs", 2, "--resume"), cwd=tmp_path)
+    assert "this training had come to its end" in again.stdout
+    assert again.returncode == 0, again.stderr
 
 
 def test_more_processes_than_a_batch_has_images_are_a_sentence(tiny, tmp_path):
