@@ -6,7 +6,6 @@ python -m retrieval.backbones --fetch simclr facenet    # download theirs ahead 
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import logging
 import os
@@ -21,6 +20,7 @@ from pydantic_settings import CliPositionalArg
 from retrieval import settings
 from retrieval.faces import DETECTORS, FaceCrop
 from retrieval.model_zoo import ALIASES, FACES, PRETRAINED, ModelType, Pretrained, known_word
+from retrieval.processes import keep_freed_memory
 from retrieval.settings import InputError, RunError
 from retrieval.timm_zoo import find_timm, hub_config
 from retrieval.transforms import Transform
@@ -146,7 +146,7 @@ def place(backbone: Backbone) -> Backbone:
     import torch
 
     if backbone.device == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     # channels_last: ×1.8 on the CPU for depthwise networks, and what tensor cores want.
     try:
         backbone.network.eval().to(backbone.device, memory_format=torch.channels_last)
@@ -231,19 +231,6 @@ def choose_device(name: str) -> str:
 def _no_accelerator() -> bool:
     """Whether the system shows that there is none, so that torch, which takes a second, need not be asked."""
     return sys.platform == "linux" and not any(map(os.path.exists, ACCELERATORS))
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep the memory of one layer for the next instead of returning it to the system: about ×2.
-
-    Without it half of the time goes into page faults. Options and their numbers: man 3 mallopt.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(libc, "mallopt"):  # musl has none
-        return
-    # M_MMAP_THRESHOLD: only what is larger comes straight from the system; older releases take 32 MiB.
-    if libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25):
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep what is freed
 
 
 # ---- the list of the words ------------------------------------------------------------------------

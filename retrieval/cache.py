@@ -105,13 +105,11 @@ class Cache:
         if not rows:
             return None
         ((_, face, pixels),) = rows
-        import torch
-
-        return Square(torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(3, size, size), _face(face))
+        return Square(np.frombuffer(pixels, np.uint8).reshape(3, size, size), _face(face))
 
     def keep_crops(self, maker: Maker, crops: dict[bytes, Square]) -> None:
         """Keep the crops of the images with these digests."""
-        self._keep("crops", [(maker.key, digest, crop.face, crop.pixels.numpy().tobytes())
+        self._keep("crops", [(maker.key, digest, crop.face, crop.pixels.tobytes())
                              for digest, crop in crops.items()])  # fmt: skip
 
     def _used(self, maker: Maker) -> None:

@@ -64,10 +64,10 @@ def _prints(path: Path) -> _Prints:
 
     digest = hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
     try:
-        pixels = read_image(path).permute(1, 2, 0).numpy()
+        picture = Image.fromarray(read_image(path))
     except UnreadableImageError:
         return _Prints(digest, None)
-    bits = imagehash.phash(Image.fromarray(np.ascontiguousarray(pixels)), hash_size=SIDE).hash
+    bits = imagehash.phash(picture, hash_size=SIDE).hash
     return _Prints(digest, np.packbits(bits))
 
 

@@ -33,6 +33,7 @@ from retrieval.transforms import Square
 
 PART = 2**14  # images of which all that is not their vectors is in memory at once
 AHEAD_BYTES = 2**26  # of squares that are read ahead
+QUEUED = 8  # batches that wait for each thread of the network, while the cache is written
 KEEP_AT_ONCE = 64  # images that the cache takes at once
 
 log = logging.getLogger("retrieval.embedding")
@@ -175,9 +176,14 @@ def _run(rest: list[ImageFile], engine: Engine, store: _Store) -> Iterator[tuple
     backbone = engine.backbone
     ahead = max(2 * engine.size * engine.threads, AHEAD_BYTES // (3 * backbone.prepare.size**2))
     in_processes, enough = backbone.prepare.looks_for_faces, backbone.prepare.enough
-    with closing(read_ahead(rest, backbone.prepare, ahead, in_processes, enough, store.crop)) as reading:
+    reading = read_ahead(rest, backbone.prepare, ahead, in_processes, enough, store.crop)
+    with ThreadPoolExecutor(1) as aside, closing(reading):
+        loading = aside.submit(engine.load)  # takes seconds, in which processes read already
+        if not in_processes:
+            loading.result()  # which threads would slow down: they want Python's lock, too
         first = _first(reading)
-        if any(read.square is not None for read in first):  # reading goes on while this loads
+        loading.result()
+        if any(read.square is not None for read in first):
             engine.settle(next(in_batches(first, ONNX_BATCH)).pixels())
         batches = in_batches(chain(first, reading), engine.size)
         if engine.word == TORCH:  # which has threads of its own, and belongs into this one, as its GPU does
@@ -190,7 +196,7 @@ def _run(rest: list[ImageFile], engine: Engine, store: _Store) -> Iterator[tuple
             for batch in batches:
                 engine.seconds["decode"] += batch.seconds
                 running.append((batch, pool.submit(engine.embed, batch.pixels()) if batch.images else None))
-                if len(running) > 2 * engine.threads:
+                if len(running) > QUEUED * engine.threads:
                     yield _result(*running.popleft())
             while running:
                 yield _result(*running.popleft())

@@ -50,7 +50,8 @@ class Engine:
     word: str  # TORCH or ONNX; TORCH from `settle` on, where ONNX Runtime does not give the same
     batch: int  # images that go through the network at once, by torch
     folder: Path  # of exported networks
-    run: Callable[[Tensor], np.ndarray] | None = field(default=None, init=False)
+    loaded: _Session | Backbone | None = field(default=None, init=False)  # from `load` on
+    run: Callable[[np.ndarray], np.ndarray] | None = field(default=None, init=False)  # from `settle` on
     seconds: dict[str, float] = field(default_factory=lambda: {"load": 0.0, "decode": 0.0, "network": 0.0})
     lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
@@ -79,23 +80,35 @@ class Engine:
         """How many batches may be run at once."""
         return processes.cores() if self.word == ONNX else 1
 
-    def settle(self, pixels: Tensor) -> None:
-        """Load what runs the network, and check it on the first images, as embed takes them.
+    def load(self) -> None:
+        """Load what runs the network, if it is not loaded. Raises as the backbone's `load`."""
+        if self.loaded:
+            return
+        start = time.perf_counter()
+        session = _session(self.backbone, self.folder) if self.word == ONNX else None
+        self.loaded = session or self.backbone.load()
+        self.seconds["load"] += time.perf_counter() - start
+
+    def settle(self, pixels: np.ndarray) -> None:
+        """Load, and check on the first images, as embed takes them, that it gives what the network gives.
 
         Of several processes all use torch where one has to. Raises as the backbone's `load`.
         """
         if self.run:
             return
+        self.load()
         start = time.perf_counter()
-        session = _session(self.backbone, self.folder, pixels) if self.word == ONNX else None
-        if processes.all_say(session is not None):  # each is asked, whatever it found on its own disk
-            self.run = lambda images: _run_onnx(session, images)
+        session = self.loaded if isinstance(self.loaded, _Session) else None
+        fine = session is not None and _checked(session, self.backbone, self.folder, pixels)
+        if processes.all_say(fine):  # each is asked, whatever it found on its own disk
+            self.run = session.run
         else:
             self.word = TORCH
-            self.run = _by_torch(self.backbone.load(), self.batch, pixels)
-        self.seconds["load"] = time.perf_counter() - start
+            backbone = (session.backbone or self.backbone.load()) if session else self.loaded
+            self.run = _by_torch(backbone, self.batch, pixels)
+        self.seconds["load"] += time.perf_counter() - start
 
-    def embed(self, pixels: Tensor) -> np.ndarray:
+    def embed(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 RGB (images, 3, size, size) → float32 (images, dimension), not of unit length. After settle.
 
         An image gets the same vector, to the last bit, in whatever batch and place it comes.
@@ -145,12 +158,28 @@ def _refused(backbone: Unloaded, folder: Path) -> Path:
     return _exported(backbone, folder).with_suffix(".refused")
 
 
-def _session(unloaded: Unloaded, folder: Path, pixels: Tensor) -> Any:
-    """What runs the network by ONNX Runtime; None, and it is said, where that is not the same network."""
+@dataclass
+class _Session:
+    """A network in ONNX Runtime."""
+
+    network: Any  # onnxruntime.InferenceSession
+    exported: bytes = b""  # this and the next: of one that is not checked yet
+    backbone: Backbone | None = None
+
+    def run(self, images: np.ndarray) -> np.ndarray:
+        """uint8 (images, 3, size, size) → (images, dimension), ONNX_BATCH at once."""
+        parts = [images[start : start + ONNX_BATCH] for start in range(0, len(images), ONNX_BATCH)]
+        return np.concatenate([
+            self.network.run(None, {"images": _filled(part, ONNX_BATCH)})[0][: len(part)] for part in parts
+        ])  # fmt: skip
+
+
+def _session(unloaded: Unloaded, folder: Path) -> _Session | None:
+    """The network in ONNX Runtime; None, and it is said, where it cannot be there."""
     file = _exported(unloaded, folder)
     if file.is_file():
         try:
-            session = _open(file.read_bytes())
+            session = _Session(_open(file.read_bytes()))
             with suppress(OSError):  # of a folder that cannot be written
                 os.utime(file)  # it was used
             return session
@@ -158,12 +187,37 @@ def _session(unloaded: Unloaded, folder: Path, pixels: Tensor) -> Any:
             raise
         except Exception as error:  # ONNX Runtime has a class of errors for each kind, and no common one
             log.warning("%s is broken (%s): the network is exported again", file, _first_line(error))
-    try:
+
+    def _exported_now() -> _Session:
         backbone = unloaded.load()
         exported = _export(backbone)
-        session = _open(exported)
-        cosine = _least_cosine(_run_onnx(session, pixels), _embedded(backbone, pixels))
-        why = "" if cosine >= LEAST_COSINE else f"its vectors are others, cosine {cosine:.5f}"
+        return _Session(_open(exported), exported, backbone)
+
+    return _unless_refused(unloaded, folder, _exported_now)
+
+
+def _checked(session: _Session, unloaded: Unloaded, folder: Path, pixels: np.ndarray) -> bool:
+    """Whether it gives the network's own vectors: then it is kept; else that is said."""
+    if session.backbone is None:  # it was checked before it was kept
+        return True
+
+    def _check() -> bool:
+        cosine = _least_cosine(session.run(pixels), _embedded(session.backbone, pixels))
+        if not cosine >= LEAST_COSINE:
+            raise ValueError(f"its vectors are others, cosine {cosine:.5f}")
+        return True
+
+    if not _unless_refused(unloaded, folder, _check):
+        return False
+    _keep(_exported(unloaded, folder), session.exported)
+    session.exported, session.backbone = b"", None  # whose memory is free again
+    return True
+
+
+def _unless_refused(unloaded: Unloaded, folder: Path, act: Callable[[], Any]) -> Any:
+    """What `act` gives; None, and it is said and noted for the next run, where ONNX Runtime will not do."""
+    try:
+        return act()
     except (InputError, RunError):
         raise
     except Exception as error:  # the exporter raises anything for what it does not know
@@ -171,9 +225,6 @@ def _session(unloaded: Unloaded, folder: Path, pixels: Tensor) -> Any:
             _warn_of(unloaded, f"{_first_line(error)}; the next run tries again")
             return None
         why = _first_line(error)
-    if not why:
-        _keep(file, exported)
-        return session
     _warn_of(unloaded, why)
     _keep(_refused(unloaded, folder), why.encode())
     return None
@@ -194,18 +245,11 @@ def _open(exported: bytes) -> Any:
     return onnxruntime.InferenceSession(exported, options, providers=["CPUExecutionProvider"])
 
 
-def _run_onnx(session: Any, images: Tensor) -> np.ndarray:
-    """uint8 (images, 3, size, size) → (images, dimension), ONNX_BATCH at once."""
-    parts = [session.run(None, {"images": _filled(part, ONNX_BATCH).numpy()})[0][: len(part)]
-             for part in images.split(ONNX_BATCH)]  # fmt: skip
-    return np.concatenate(parts)
-
-
-def _filled(images: Tensor, batch: int) -> Tensor:
+def _filled(images: np.ndarray, batch: int) -> np.ndarray:
     """The images and black ones, as many as a batch has."""
     if len(images) >= batch:
         return images
-    filled = images.new_zeros(batch, *images.shape[1:])
+    filled = np.zeros((batch, *images.shape[1:]), images.dtype)
     filled[: len(images)] = images
     return filled
 
@@ -257,7 +301,7 @@ def exported_networks(folder: Path, unused_for: float = 0.0) -> list[Path]:
 # ---- torch ----------------------------------------------------------------------------------------
 
 
-def _by_torch(backbone: Backbone, batch: int, pixels: Tensor) -> Callable[[Tensor], np.ndarray]:
+def _by_torch(backbone: Backbone, batch: int, pixels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     """What runs the network by torch, on a GPU in half precision where that gives the same vectors.
 
     Batches are filled up to one size: the size of a batch, and nothing else of it, moves a vector.
@@ -269,10 +313,10 @@ def _by_torch(backbone: Backbone, batch: int, pixels: Tensor) -> Callable[[Tenso
         torch.set_num_threads(processes.cores())  # torchrun says one, and a reader's one is for all to come
     fits = batch
 
-    def _run(images: Tensor) -> np.ndarray:
+    def _run(pixels: np.ndarray) -> np.ndarray:
         nonlocal fits
-        count = len(images)
-        images = _filled(images, batch)
+        count = len(pixels)
+        images = torch.from_numpy(_filled(pixels, batch))
         if backbone.device == "cuda":
             images = images.pin_memory()  # travels at twice the speed
         with torch.inference_mode(), torch.autocast(backbone.device, dtype=_half(), enabled=half):
@@ -289,7 +333,7 @@ def _half() -> Any:
     return torch.bfloat16 if bf16 else torch.float16
 
 
-def _half_is_enough(backbone: Backbone, pixels: Tensor) -> bool:
+def _half_is_enough(backbone: Backbone, pixels: np.ndarray) -> bool:
     import torch
 
     plain = _embedded(backbone, pixels)
@@ -300,11 +344,11 @@ def _half_is_enough(backbone: Backbone, pixels: Tensor) -> bool:
     return cosine >= LEAST_COSINE_HALF
 
 
-def _embedded(backbone: Backbone, pixels: Tensor) -> np.ndarray:
+def _embedded(backbone: Backbone, pixels: np.ndarray) -> np.ndarray:
     import torch
 
     with torch.inference_mode():
-        return embed_what_fits(backbone, pixels, len(pixels))[0].numpy()
+        return embed_what_fits(backbone, torch.from_numpy(pixels), len(pixels))[0].numpy()
 
 
 def _least_cosine(vectors: np.ndarray, others: np.ndarray) -> float:

@@ -72,16 +72,17 @@ def embed_both(run: Run, images: Images, backbone: Unloaded) -> Vectors:
     if several():
         take_a_gpu()
         settle_together(engine, images.queries)
-    vectors = [_embed(run, files, engine, kind, cache)
-               for files, kind in zip(images, ("queries", "gallery images"), strict=True)]  # fmt: skip
+    # First the larger part, of which most can be read while the network loads.
+    gallery = _embed(run, images.gallery, engine, "gallery images", cache)
+    queries = _embed(run, images.queries, engine, "queries", cache)
     if not is_first():
         raise SystemExit(0)
     run.inside = engine.seconds | {"cores": cores()}
-    dimension = vectors[0].vectors.shape[1]
+    dimension = queries.vectors.shape[1]
     run.done(
         "embed", f"embedded {count} images as {dimension}-d unit vectors ({engine.what}, {backbone.device})"
     )
-    return Vectors(*vectors)
+    return Vectors(queries, gallery)
 
 
 def _embed(run: Run, files: list[ImageFile], engine: Engine, kind: str, cache: Cache | None) -> Embeddings:

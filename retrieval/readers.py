@@ -15,17 +15,16 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from get_images import ImageFile, UnreadableImageError, read_image
-from retrieval.processes import cores
+from retrieval.processes import cores, keep_freed_memory
 from retrieval.settings import RunError
 from retrieval.transforms import Square
 
-if TYPE_CHECKING:
-    from torch import Tensor
+Prepare = Callable[[np.ndarray], Square]  # uint8 RGB (height, width, 3) → what a network sees of it
 
 
 class Read(NamedTuple):
@@ -55,17 +54,15 @@ class Batch:
             self.names.append(read.file.name)
             self.images.append(read.square)
 
-    def pixels(self) -> Tensor:
+    def pixels(self) -> np.ndarray:
         """uint8 (images, 3, size, size)"""
-        import torch
-
         # By numpy: torch would wake its threads for it, which wait for cores that the readers have.
-        return torch.from_numpy(np.stack([image.pixels.numpy() for image in self.images]))
+        return np.stack([image.pixels for image in self.images])
 
 
 def read_ahead(
     files: list[ImageFile],
-    prepare: Callable[[Tensor], Square],
+    prepare: Prepare,
     ahead: int,
     processes: bool = False,
     enough: int | None = None,
@@ -74,12 +71,11 @@ def read_ahead(
     """Yield the files in their order, read and prepared up to `ahead` images before the caller asks for them.
 
     The readers, one a core, are threads, since decoding and resizing release Python's lock; or processes for
-    a `prepare` that does not, which must then be picklable. `prepare` turns pixels (3, height, width) into
-    what the network sees; `enough` is what read_image takes. A file that is `kept` is not read. Raises
-    RunError where a process was killed.
+    a `prepare` that does not, which must then be picklable. `enough` is what read_image takes. A file that
+    is `kept` is not read. Raises RunError where a process was killed.
     """
-    pool: Executor = _reader_processes() if processes else _reader_threads()
-    read = functools.partial(_read_in_process if processes else _read, prepare, enough)
+    pool: Executor = _reader_processes(prepare.modules) if processes else _reader_threads()
+    read = functools.partial(_read, prepare, enough)
     remaining = iter(files)
     coming: deque[tuple[ImageFile, Future | Square]] = deque()
 
@@ -108,12 +104,10 @@ def read_ahead(
 
 
 def _finished(file: ImageFile, future: Future) -> Read:
-    import torch
-
     result, seconds = future.result()
     if isinstance(result, UnreadableImageError):
         return Read(file, None, str(result), seconds)
-    return Read(file, result._replace(pixels=torch.as_tensor(result.pixels)), "", seconds)
+    return Read(file, result, "", seconds)
 
 
 def in_batches(images: Iterable[Read], batch_size: int) -> Iterator[Batch]:
@@ -129,7 +123,7 @@ def in_batches(images: Iterable[Read], batch_size: int) -> Iterator[Batch]:
 
 
 def read_batches(
-    files: list[ImageFile], prepare: Callable[[Tensor], Square], batch_size: int, processes: bool = False
+    files: list[ImageFile], prepare: Prepare, batch_size: int, processes: bool = False
 ) -> Iterator[Batch]:
     """Yield the files as batches of `batch_size` prepared images, two batches ahead, by read_ahead."""
     return in_batches(read_ahead(files, prepare, 2 * batch_size, processes), batch_size)
@@ -138,9 +132,7 @@ def read_batches(
 # ---- the readers ----------------------------------------------------------------------------------
 
 
-def _read(
-    prepare: Callable[[Tensor], Square], enough: int | None, path: Path
-) -> tuple[Square | UnreadableImageError, float]:
+def _read(prepare: Prepare, enough: int | None, path: Path) -> tuple[Square | UnreadableImageError, float]:
     """The square, or what was wrong; and the seconds of a processor."""
     start = time.thread_time()
     try:
@@ -150,36 +142,26 @@ def _read(
     return result, time.thread_time() - start
 
 
-def _read_in_process(
-    prepare: Callable[[Tensor], Square], enough: int | None, path: Path
-) -> tuple[Square | UnreadableImageError, float]:
-    """As _read, with pixels that travel as plain bytes: shared memory is scarce in containers."""
-    result, seconds = _read(prepare, enough, path)
-    if isinstance(result, Square):
-        result = result._replace(pixels=result.pixels.numpy())
-    return result, seconds
-
-
 def _reader_threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(cores(), initializer=_start_reading)
 
 
 def _start_reading() -> None:
-    import torch
-    import torchvision.transforms.v2  # noqa: F401 (takes a second, which is none of the first image's)
+    import torch  # takes seconds, which are none of the first image's
 
     torch.set_num_threads(1)  # the readers are the parallelism, and the network keeps its own threads
 
 
 @functools.cache
-def _reader_processes() -> ProcessPoolExecutor:
+def _reader_processes(modules: tuple[str, ...]) -> ProcessPoolExecutor:
     """The reader processes, one a core, which start at the first call and serve until the program ends.
 
     Not forks of this process: a fork of a process with threads may hang.
     """
     if "forkserver" in multiprocessing.get_all_start_methods():
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torchvision.io"])  # imported once for all of them
+        # What is imported once for all of them.
+        context.set_forkserver_preload(["__main__", "retrieval.readers", *modules])
     else:
         context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(cores(), mp_context=context, initializer=_start_reader)
@@ -214,7 +196,7 @@ def _start_without_ctrl_c(pool: ProcessPoolExecutor) -> None:
 
 
 def _start_reader() -> None:
-    _start_reading()
+    keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_program, daemon=True).start()
 

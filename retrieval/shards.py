@@ -68,10 +68,8 @@ def embed_together(
 
 def settle_together(engine: Engine, files: list[ImageFile]) -> None:
     """Load the engine in every process, also in one without a share, so that all use the same."""
-    import torch
-
     size = engine.backbone.prepare.size
-    pixels = torch.zeros(ONNX_BATCH, 3, size, size, dtype=torch.uint8)
+    pixels = np.zeros((ONNX_BATCH, 3, size, size), np.uint8)
     for row, file in enumerate(files[:ONNX_BATCH]):
         with suppress(UnreadableImageError):  # black will do: whoever embeds it says so
             pixels[row] = engine.backbone.prepare(read_image(file.path)).pixels

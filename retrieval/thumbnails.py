@@ -6,16 +6,12 @@ import base64
 import io
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from get_images import ImageFile, UnreadableImageError, label_of, read_image
 from retrieval.ledger import write_whole
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 SIDE, GAP, FRAME = 96, 12, 4  # pixels of a thumbnail, around it, and of its frame
 RIGHT, WRONG, UNKNOWN = "#1a7f37", "#cf222e", "#8c959f"
@@ -52,14 +48,10 @@ def draw_matches(
     write_whole(path, png.getvalue())
 
 
-def write_png(pixels: Tensor, path: Path) -> None:
+def write_png(pixels: np.ndarray, path: Path) -> None:
     """Write uint8 RGB (3, height, width) as a PNG file, with the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _picture(pixels).save(path, "PNG")
-
-
-def _picture(pixels: Tensor) -> Image.Image:
-    return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+    Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(path, "PNG")
 
 
 def small_pictures(images: list[ImageFile], side: int) -> list[str]:
@@ -70,7 +62,7 @@ def small_pictures(images: list[ImageFile], side: int) -> list[str]:
 
 def _small_picture(path: Path, side: int) -> str:
     try:
-        image = _within(_picture(read_image(path)), side)
+        image = _within(Image.fromarray(read_image(path)), side)
     except UnreadableImageError:
         return ""
     file = io.BytesIO()
@@ -89,7 +81,7 @@ def _thumbnail(path: Path) -> Image.Image:
     """The whole image in a square, on grey; a cross where it cannot be read."""
     square = Image.new("RGB", (SIDE, SIDE), "#eaeef2")
     try:
-        image = _within(_picture(read_image(path)), SIDE)
+        image = _within(Image.fromarray(read_image(path)), SIDE)
     except UnreadableImageError:
         ImageDraw.Draw(square).line([(0, 0), (SIDE, SIDE), (SIDE, 0), (0, SIDE)], fill=UNKNOWN, width=2)
         return square

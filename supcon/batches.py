@@ -191,7 +191,7 @@ def read_squares(files: list[ImageFile], prepare: Transform | FaceCrop, kind: st
     with tqdm(total=len(files), desc=kind, unit="image", leave=False, disable=not is_first()) as bar:
         for batch in read_batches(files, prepare, 64, processes=isinstance(prepare, FaceCrop)):
             for name, square in zip(batch.names, batch.images, strict=True):
-                pixels[len(names)] = square.pixels
+                pixels[len(names)] = torch.from_numpy(square.pixels)
                 names.append(name)
                 without_face += square.face is False
             unreadable |= batch.unreadable

@@ -164,6 +164,17 @@ def face_photograph(name):
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
 
+def photo_of(image):
+    """A tensor (3, height, width) as read_image gives it."""
+    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+
+
+def seen_of(prepare, image):
+    """What `prepare` makes of such a tensor, its pixels as another."""
+    square = prepare(photo_of(image))
+    return square._replace(pixels=torch.from_numpy(square.pixels))
+
+
 def lay_in_hub(home, repository, **files):
     """A repository in huggingface_hub's cache; `files`: a name → the function that writes it."""
     folder = home / "hub" / f"models--{repository.replace('/', '--')}"

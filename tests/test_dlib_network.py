@@ -4,7 +4,7 @@ import dlib
 import numpy as np
 import pytest
 import torch
-from conftest import face_photograph
+from conftest import face_photograph, seen_of
 
 from retrieval.dlib_network import MEAN, DlibFaceNetwork, read_dlib_weights
 from retrieval.faces import FaceCrop
@@ -25,7 +25,7 @@ def chips():
     """Aligned faces of two people, upright and mirrored, and what is none: (6, 3, 150, 150)."""
     crop = FaceCrop("dlib", 150, 1 / 3, 0.08)
     photographs = [face_photograph(name) for name in ("hopper", "collins")]
-    faces = [crop(p).pixels for photo in photographs for p in (photo, photo.flip(2))]
+    faces = [seen_of(crop, p).pixels for photo in photographs for p in (photo, photo.flip(2))]
     noise = torch.randint(0, 256, (3, 150, 150), dtype=torch.uint8, generator=torch.manual_seed(0))
     return torch.stack([*faces, noise, torch.zeros_like(noise)])
 

@@ -42,7 +42,7 @@ def unloaded(network, digest=b"1" * 32):
 
 def images(count, size=16):
     generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator).numpy()
 
 
 def settled(backbone, folder, asked=ONNX, count=1000):
@@ -81,7 +81,7 @@ def test_the_networks_give_the_same_in_onnx_runtime_and_the_same_bits_in_every_b
     seen = images(7, found.prepare.size)
     together = engine.embed(seen)
     with torch.inference_mode():
-        plain = found.load().embed(seen).numpy()
+        plain = found.load().embed(torch.from_numpy(seen)).numpy()
     cosines = (together * plain).sum(1) / np.linalg.norm(together, axis=1) / np.linalg.norm(plain, axis=1)
     assert cosines.min() > 0.99999
     order = [3, 0, 6, 1, 5, 2, 4]
@@ -125,7 +125,9 @@ def test_a_network_that_cannot_be_exported_is_run_by_torch_and_not_tried_again(t
     assert engine.word == TORCH
     assert "small is run by torch, not by ONNX Runtime: " in caplog.text
     with torch.inference_mode():
-        assert np.allclose(engine.embed(images(3)), backbone.load().embed(images(3)), atol=1e-6)
+        assert np.allclose(
+            engine.embed(images(3)), backbone.load().embed(torch.from_numpy(images(3))), atol=1e-6
+        )
     assert choose_engine(backbone, "auto", 10**6, 32, tmp_path).word == TORCH
     assert choose_engine(backbone, ONNX, 10**6, 32, tmp_path).word == TORCH
     assert caplog.text.count("small is run by torch") == 3  # each run says so

@@ -1,11 +1,13 @@
 """Photographs of two people, and what is none: every image gives one crop, whatever is in it."""
 
 import functools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import by_torch, face_photograph
+from conftest import ROOT, by_torch, face_photograph, photo_of, seen_of
 from PIL import Image
 from torchvision.transforms.v2.functional import pad, resize
 
@@ -22,10 +24,6 @@ CROPS = {"mtcnn": FaceCrop("mtcnn", 160, 14 / 160, 0.08), "dlib": FaceCrop("dlib
 def hopper():
     """Grace Hopper, 250 pixels high as a photograph of LFW: small enough for no detector to shrink it."""
     return resize(face_photograph("hopper"), [250], antialias=True)[:, :250, :200]
-
-
-def photo_of(image):
-    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
 
 
 def main_box(crop, image):
@@ -59,7 +57,7 @@ def test_the_crop_is_mtcnns_own_pixel_by_pixel():
     theirs = MTCNN(image_size=160, margin=14, post_process=False, selection_method="center_weighted_size")
     for image in (hopper(), hopper().flip(2)):
         expected = theirs(Image.fromarray(photo_of(image)))
-        assert torch.equal(CROPS["mtcnn"](image).pixels.float(), expected)
+        assert torch.equal(seen_of(CROPS["mtcnn"], image).pixels.float(), expected)
 
 
 def test_facenets_input_is_its_own_standardisation():
@@ -78,19 +76,19 @@ def test_the_chip_is_dlibs_own_pixel_by_pixel():
     detect, landmarks = faces._dlib()
     photo = photo_of(hopper())
     expected = dlib.get_face_chip(photo, landmarks(photo, detect(photo)[0]), size=150, padding=0.25)
-    assert np.array_equal(photo_of(CROPS["dlib"](hopper()).pixels), expected)
+    assert np.array_equal(photo_of(seen_of(CROPS["dlib"], hopper()).pixels), expected)
 
 
 def test_a_large_photograph_gives_nearly_the_same_box(crop):
     large = resize(hopper(), [2000, 1600], antialias=True)
     assert overlap(main_box(crop, large), main_box(crop, hopper())) > 0.6
-    assert crop(large).pixels.shape == (3, crop.size, crop.size)
+    assert seen_of(crop, large).pixels.shape == (3, crop.size, crop.size)
 
 
 def test_a_face_of_a_tenth_of_a_large_photograph_is_found(crop):
     noise = torch.randint(60, 200, (3, 2400, 2000), dtype=torch.uint8, generator=torch.manual_seed(0))
     noise[:, 1000:1625, 800:1300] = resize(hopper(), [625, 500], antialias=True)  # the face: some 250 pixels
-    assert crop(noise).face is True
+    assert seen_of(crop, noise).face is True
     there = main_box(crop, hopper()) * [500, 625, 500, 625] + [800, 1000, 800, 1000]
     assert overlap(main_box(crop, noise), there / [2000, 2400, 2000, 2400]) > 0.5
 
@@ -118,14 +116,14 @@ def test_a_face_at_the_edge_gives_a_crop(crop):
     box = main_face(DETECTORS[crop.detector].find(photo_of(hopper()), crop.min_face_size), (250, 200))
     left, top, right, bottom = (int(side) for side in box)
     for image in (hopper()[:, (top + bottom) // 2 - 30 :, left + 10 :], hopper()[:, :bottom, : right - 5]):
-        assert crop(image).pixels.shape == (3, crop.size, crop.size)
+        assert seen_of(crop, image).pixels.shape == (3, crop.size, crop.size)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3), (19, 200), (8, 8), (300, 1), (21, 500), (60, 40)])
 @pytest.mark.parametrize("fill", ["black", "noise"])
 def test_what_holds_no_face_gives_the_centre(crop, shape, fill):
     noise = torch.randint(0, 256, (3, *shape), dtype=torch.uint8, generator=torch.manual_seed(0))
-    seen = crop(noise if fill == "noise" else torch.zeros_like(noise))
+    seen = seen_of(crop, noise if fill == "noise" else torch.zeros_like(noise))
     assert seen.face is False
     assert seen.pixels.shape == (3, crop.size, crop.size)
     assert seen.pixels.dtype == torch.uint8
@@ -136,10 +134,10 @@ def test_what_holds_no_face_gives_the_centre(crop, shape, fill):
 def test_without_a_face_the_centre_goes_the_same_way_as_a_box(monkeypatch, crop):
     detector = DETECTORS[crop.detector]
     monkeypatch.setitem(DETECTORS, crop.detector, detector._replace(find=lambda *_: np.empty((0, 4))))
-    without = crop(hopper())
+    without = seen_of(crop, hopper())
     centre = centre_box((250, 200))
     monkeypatch.setitem(DETECTORS, crop.detector, detector._replace(find=lambda *_: centre[None]))
-    with_face = crop(hopper())
+    with_face = seen_of(crop, hopper())
     assert (without.face, with_face.face) == (False, True)
     assert torch.equal(without.pixels, with_face.pixels)
 
@@ -150,18 +148,30 @@ def test_an_mtcnn_that_raises_has_found_no_face(monkeypatch):
             raise ValueError("torch.cat(): expected a non-empty list of Tensors")
 
     monkeypatch.setattr(faces, "_mtcnn", Raising)
-    assert CROPS["mtcnn"](hopper()).face is False
+    assert seen_of(CROPS["mtcnn"], hopper()).face is False
+
+
+def test_dlib_needs_no_torch(tmp_path):
+    """Which takes a reader process seconds to import."""
+    Image.fromarray(photo_of(hopper())).save(tmp_path / "hopper.jpg")
+    code = (
+        "import sys; from get_images import read_image; from retrieval.faces import FaceCrop; "
+        "import retrieval.readers; seen = FaceCrop('dlib', 150, 1 / 3, 0.08)(read_image(sys.argv[1])); "
+        "print(seen.face, 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, tmp_path / "hopper.jpg"]
+    assert subprocess.check_output(command, cwd=ROOT, text=True).split() == ["True", "False"]
 
 
 def test_margin_and_smallest_face_change_the_crop(crop):
     import dataclasses
 
     wider = dataclasses.replace(crop, margin=0.5)
-    assert cosine(wider(hopper()).pixels, crop(hopper()).pixels) < 0.95
+    assert cosine(seen_of(wider, hopper()).pixels, seen_of(crop, hopper()).pixels) < 0.95
     small = pad(hopper(), [400, 400, 400, 400])  # a face of 8 % of the longer side, or less
-    assert dataclasses.replace(crop, min_face_size=0.5)(small).face is False
-    assert dataclasses.replace(crop, min_face_size=0.9)(hopper()).face is False
-    assert dataclasses.replace(crop, min_face_size=0.04)(small).face is True
+    assert seen_of(dataclasses.replace(crop, min_face_size=0.5), small).face is False
+    assert seen_of(dataclasses.replace(crop, min_face_size=0.9), hopper()).face is False
+    assert seen_of(dataclasses.replace(crop, min_face_size=0.04), small).face is True
 
 
 def test_one_vector_an_image_in_any_order_and_batch_size(tmp_path):

@@ -45,6 +45,7 @@ BELOW = {
         "retrieval.faces",
         "retrieval.weights",
         "retrieval.model_zoo",
+        "retrieval.processes",
         "retrieval.timm_zoo",
     },
     "retrieval.processes": {"retrieval.settings"},

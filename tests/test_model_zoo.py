@@ -2,12 +2,11 @@
 
 import json
 
-import numpy as np
 import pytest
 import requests
 import timm
 import torch
-from conftest import face_photograph, lay_in_hub
+from conftest import face_photograph, lay_in_hub, photo_of, seen_of
 from facenet_pytorch import InceptionResnetV1
 from huggingface_hub import constants
 from safetensors.torch import save_file
@@ -42,7 +41,7 @@ def lay_in_torch_home(home, state, *place):
 
 def embedded(backbone, *images):
     """The unit vectors, and the normalised pixels that gave them."""
-    seen = torch.stack([backbone.prepare(image).pixels for image in images])
+    seen = torch.stack([seen_of(backbone.prepare, image).pixels for image in images])
     mean, std = (torch.tensor(three).view(3, 1, 1) for three in (backbone.mean, backbone.std))
     with torch.inference_mode():
         vectors = backbone.embed(seen)
@@ -96,7 +95,7 @@ def test_simclr_is_resnet50_on_pixels_that_are_not_normalised(home):
     theirs = resnet50().eval()
     theirs.load_state_dict(state)
     theirs.fc = torch.nn.Identity()
-    plain = torch.stack([backbone.prepare(image).pixels for image in (CHINA, FLOWER)]) / 255
+    plain = torch.stack([seen_of(backbone.prepare, image).pixels for image in (CHINA, FLOWER)]) / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     with torch.inference_mode():
         assert_same_vectors(ours, theirs(plain))
@@ -144,7 +143,7 @@ def test_dlib_is_dlibs_own_from_photograph_to_descriptor():
     network = dlib.face_recognition_model_v1(str(PRETRAINED["dlib"].weights.fetch()))
     theirs = []
     for photo in photos:
-        pixels = np.ascontiguousarray(photo.permute(1, 2, 0).numpy())
+        pixels = photo_of(photo)
         (face,) = detect(pixels)
         theirs.append(list(network.compute_face_descriptor(pixels, landmarks(pixels, face))))
     assert_same_vectors(ours, torch.tensor(theirs))
@@ -297,7 +296,7 @@ def test_every_tensor_of_lite_lies_in_the_network_under_its_name(number):
     # ImageNet's words for the two: bell cote (or palace, monastery, stupa: a Chinese temple), and daisy (or
     # the honeycomb that Lite2 takes its middle for).
     for image, classes in ((CHINA, {442, 663, 698, 832}), (FLOWER, {985, 599})):
-        pixels = row.transform(image).pixels[None] / 255
+        pixels = seen_of(row.transform, image).pixels[None] / 255
         with torch.inference_mode():
             assert network((pixels - 0.5) / 0.5).argmax().item() in classes
     config = network.pretrained_cfg

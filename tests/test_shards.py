@@ -15,9 +15,10 @@ from retrieval.embedding import Made
 from retrieval.shards import FOLDER, part_path, part_size, read_part, write_part
 
 # The script, with a share that is one image, so that a few images are enough for several processes; it counts
-# the images that it embeds, and process 1 may be killed when its first part is on the disk.
+# the images that it embeds, and process 1 may be killed when its first part and those of process 0 are on the
+# disk.
 SCRIPT = """
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 
 import model_not_tuned
@@ -34,6 +35,8 @@ def make(files, *more):
 def write_part(*part):
     write(*part)
     if Path("kill").exists() and os.environ.get("RANK") == "1":
+        while len(list(part[0].parent.glob("gallery*.npz"))) < 4:  # the other's three are written
+            time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGKILL)
 
 shards.make, shards.write_part, shards.part_size = make, write_part, lambda images, batch: 5

@@ -20,7 +20,7 @@ def photograph(folder, size, name="china.jpg"):
 
 def assert_alike(pixels, expected):
     """Pillow and torchvision round differently: by a grey level, and by two at hardly any pixel."""
-    difference = abs(pixels.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected, int))
+    difference = abs(pixels.transpose(1, 2, 0).astype(int) - np.asarray(expected, int))
     assert difference.max() <= 2
     assert (difference > 1).mean() < 1e-4
 
@@ -79,6 +79,6 @@ def test_of_size_keeps_the_share_that_is_cut_away():
 
 
 def test_a_line_of_pixels_fills_no_memory():
-    line = torch.randint(0, 256, (3, 1, 100_000), dtype=torch.uint8)
-    for image in (line, line.transpose(1, 2)):
+    line = np.random.default_rng(0).integers(0, 256, (1, 100_000, 3), np.uint8)
+    for image in (line, line.transpose(1, 0, 2)):
         assert Transform(224, "bilinear", "center", 256)(image).pixels.shape == (3, 224, 224)
