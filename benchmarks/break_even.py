@@ -15,8 +15,6 @@ from pathlib import Path
 
 from first_run import ROWS, Folders, run_ours, spread, write_weights
 
-MODELS = {"efficientnet_lite0": "timm", "resnet50": "course_1"}  # → the row of first_run.py
-
 
 def some(paths: Sequence[Path], count: int, out: Path) -> Folders:
     """Copies of so many images that are spread over a folder, as queries and gallery."""
@@ -28,14 +26,14 @@ def some(paths: Sequence[Path], count: int, out: Path) -> Folders:
     return Folders(out / "query", out / "gallery", out.parent)
 
 
-def compare(model: str, folders: Folders, pairs: int) -> list[tuple[float, float]]:
+def compare(row: str, folders: Folders, pairs: int) -> list[tuple[float, float]]:
     """The seconds by torch and by ONNX Runtime, of each pair."""
     taken = []
     for _ in range(pairs):
         seconds = []
         for engine in ("torch", "onnx"):
             with tempfile.TemporaryDirectory() as place:
-                ended = run_ours(ROWS[MODELS[model]], folders, Path(place), "--engine", engine)
+                ended = run_ours(ROWS[row], folders, Path(place), "--engine", engine)
             seconds.append(ended.seconds)
         taken.append(tuple(seconds))
     return taken
@@ -45,19 +43,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("image_dir", type=Path)
     parser.add_argument("--images", default="100,200,400")
-    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--rows", default="timm,course_1", help="of first_run.py: those whose network it is")
     parser.add_argument("--pairs", type=int, default=5)
     arguments = parser.parse_args()
     paths = sorted(path for path in arguments.image_dir.resolve().rglob("*") if path.is_file())
     with tempfile.TemporaryDirectory() as name:
-        write_weights(Path(name), {"resnet50.pth"})
-        for model in arguments.models.split(","):
+        rows = arguments.rows.split(",")
+        write_weights(Path(name), {ROWS[row].weights for row in rows})
+        for row in rows:
             for count in map(int, arguments.images.split(",")):
-                folders = some(paths, count, Path(name) / f"{model}-{count}")
-                taken = compare(model, folders, arguments.pairs)
+                folders = some(paths, count, Path(name) / f"{row}-{count}")
+                taken = compare(row, folders, arguments.pairs)
                 torch, onnx = (spread(list(seconds)) for seconds in zip(*taken, strict=True))
                 ratio = spread([by_torch / by_onnx for by_torch, by_onnx in taken])
-                print(f"{model}, {count} images: n = {len(taken)}: torch / onnx {ratio}; "
+                print(f"{ROWS[row].word}, {count} images: n = {len(taken)}: torch / onnx {ratio}; "
                       f"{torch} s and {onnx} s", flush=True)  # fmt: skip
 
 

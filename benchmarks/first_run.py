@@ -5,14 +5,14 @@
 A row is one of the programs in benchmarks/peers, in an environment of its own (see requirements.txt there),
 beside model_not_tuned.py with the same network and weights on the CPU. Each run is a whole process, from the
 first import to the ranking on the disk; the two alternate, ours with an empty cache, and once more with what
-that left. Before it counts, all images have been read once and both have run on a dozen. ResNet-50 and
-FaceNet have random weights, the same on both sides, which are as fast as trained ones. Memory is the peak of
-a program and its worker processes, where shared pages count once (Pss, on Linux).
+that left. Before it counts, all images have been read once, and both have run on a dozen of each folder: what
+that takes is their start. ResNet-50 and FaceNet have random weights, the same on both sides, which are as
+fast as trained ones. Memory is the peak of a program and its worker processes, where shared pages count once
+(Pss, on Linux).
 """
 
 import argparse
 import json
-import resource
 import shutil
 import statistics
 import subprocess
@@ -21,8 +21,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
+
+from server import processor_seconds
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -127,35 +130,31 @@ def megabytes(root: int) -> float:
     return sum(int(line.split()[1]) for line in lines) / 1024
 
 
-def processor_seconds() -> float:
-    """What the runs that have ended used, with their worker processes."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 def run(command: list[str | Path], ranking: Path) -> Ended:
     """Run a program to its end."""
-    peaks = [0.0]
+    peaks, used = [0.0], {}
     with tempfile.TemporaryFile("w+") as said:
-        start, before = time.perf_counter(), processor_seconds()
+        start = time.perf_counter()
         process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
         ended = threading.Event()
 
         def watch() -> None:
-            while not ended.wait(0.25):
+            while not ended.wait(1):
                 peaks.append(megabytes(process.pid))
+                with suppress(OSError):  # of a process that has ended meanwhile
+                    used.update({one: processor_seconds(one) for one in processes(process.pid)})
 
         watcher = threading.Thread(target=watch)
         watcher.start()
         process.wait()
-        seconds, used = time.perf_counter() - start, processor_seconds() - before
+        seconds = time.perf_counter() - start
         ended.set()
         watcher.join()
         said.seek(0)
         if process.returncode:
             raise SystemExit(f"{' '.join(map(str, command))} failed:\n{said.read()[-3000:]}")
     found = json.loads(ranking.read_text())
-    return Ended(seconds, used, max(peaks), found.get("images", found))
+    return Ended(seconds, sum(used.values()), max(peaks), found.get("images", found))
 
 
 def run_ours(row: Row, folders: Folders, place: Path, *more: str) -> Ended:
@@ -187,15 +186,18 @@ def share_right(ranking: dict[str, list[str]], k: int) -> float:
     return sum(hits) / len(hits)
 
 
-def compare(title: str, folders: Folders, python: Path) -> tuple[float, float, float]:
-    """One pair: theirs / ours in seconds, the same in memory, and our second run / our first."""
+def compare(
+    title: str, folders: Folders, python: Path, start: tuple[float, float]
+) -> tuple[float, float, float, float]:
+    """One pair: theirs / ours in seconds, less the start of each, and in memory; our second run / first."""
     row = ROWS[title]
     with tempfile.TemporaryDirectory() as folder:
         theirs = run_peer(row, folders, Path(folder), python)
         ours, again = (run_ours(row, folders, Path(folder)) for _ in range(2))
     alike = [theirs.ranking[query][0] == names[0] for query, names in ours.ranking.items()]
     right = [f"{share_right(found.ranking, k):.3f}" for k in (1, 10) for found in (theirs, ours)]
-    ratios = theirs.seconds / ours.seconds, theirs.megabytes / ours.megabytes, again.seconds / ours.seconds
+    ratios = (theirs.seconds / ours.seconds, (theirs.seconds - start[0]) / (ours.seconds - start[1]),
+              theirs.megabytes / ours.megabytes, again.seconds / ours.seconds)  # fmt: skip
     print(
         f"{title}: theirs {told(theirs)}; ours {told(ours)}, again {again.seconds:.1f} s; "
         f"ratio {ratios[0]:.2f}; top-1 {right[0]} and {right[1]}, top-10 {right[2]} and {right[3]}, "
@@ -231,12 +233,13 @@ def main() -> None:
         write_weights(place, {ROWS[row].weights for row in rows})
         few = Folders(a_dozen(folders.query, place / "q"), a_dozen(folders.gallery, place / "g"), place)
         for row in rows:
-            run_peer(ROWS[row], few, place, python)
-            run_ours(ROWS[row], few, place)
-            ratios = [compare(row, folders, python) for _ in range(arguments.pairs)]
-            seconds, memory, second = (spread(list(each)) for each in zip(*ratios, strict=True))
-            print(f"{row}: n = {len(ratios)}: theirs / ours {seconds} times the seconds, {memory} times the "
-                  f"memory; our second run / our first {second}", flush=True)  # fmt: skip
+            start = (run_peer(ROWS[row], few, place, python).seconds,
+                     run_ours(ROWS[row], few, place, "--engine", "onnx").seconds)  # fmt: skip
+            ratios = [compare(row, folders, python, start) for _ in range(arguments.pairs)]
+            seconds, rest, memory, second = (spread(list(each)) for each in zip(*ratios, strict=True))
+            print(f"{row}: n = {len(ratios)}: theirs / ours {seconds} times the seconds, {rest} less their "
+                  f"start of {start[0]:.1f} and {start[1]:.1f} s; {memory} times the memory; our second "
+                  f"run / our first {second}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

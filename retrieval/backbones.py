@@ -55,7 +55,7 @@ class Backbone:
 
     network: nn.Module  # (images, 3, size, size) float32, normalised → (images, dimension)
     dimension: int
-    prepare: Transform | FaceCrop  # uint8 RGB (3, height, width) → Square; runs in readers
+    prepare: Transform | FaceCrop  # uint8 RGB (height, width, 3) → Square; runs in readers
     mean: tuple[float, float, float]  # of R, G, B, as shares of white
     std: tuple[float, float, float]
     word: str = ""

@@ -33,7 +33,7 @@ from retrieval.transforms import Square
 
 PART = 2**14  # images of which all that is not their vectors is in memory at once
 AHEAD_BYTES = 2**26  # of squares that are read ahead
-QUEUED = 8  # batches that wait for each thread of the network, while the cache is written
+QUEUED = 16  # batches that wait for the network's threads, or are in them, while the cache is written
 KEEP_AT_ONCE = 64  # images that the cache takes at once
 
 log = logging.getLogger("retrieval.embedding")
@@ -177,12 +177,8 @@ def _run(rest: list[ImageFile], engine: Engine, store: _Store) -> Iterator[tuple
     ahead = max(2 * engine.size * engine.threads, AHEAD_BYTES // (3 * backbone.prepare.size**2))
     in_processes, enough = backbone.prepare.looks_for_faces, backbone.prepare.enough
     reading = read_ahead(rest, backbone.prepare, ahead, in_processes, enough, store.crop)
-    with ThreadPoolExecutor(1) as aside, closing(reading):
-        loading = aside.submit(engine.load)  # takes seconds, in which processes read already
-        if not in_processes:
-            loading.result()  # which threads would slow down: they want Python's lock, too
-        first = _first(reading)
-        loading.result()
+    with closing(reading):
+        first = _load_and_read(engine, reading, in_processes)
         if any(read.square is not None for read in first):
             engine.settle(next(in_batches(first, ONNX_BATCH)).pixels())
         batches = in_batches(chain(first, reading), engine.size)
@@ -196,10 +192,22 @@ def _run(rest: list[ImageFile], engine: Engine, store: _Store) -> Iterator[tuple
             for batch in batches:
                 engine.seconds["decode"] += batch.seconds
                 running.append((batch, pool.submit(engine.embed, batch.pixels()) if batch.images else None))
-                if len(running) > QUEUED * engine.threads:
+                if len(running) > max(QUEUED, 2 * engine.threads):
                     yield _result(*running.popleft())
             while running:
                 yield _result(*running.popleft())
+
+
+def _load_and_read(engine: Engine, reading: Iterator[Read], in_processes: bool) -> list[Read]:
+    """Load the network, and read the first images: at once, as far as that does not slow down either."""
+    if not in_processes:  # threads want Python's lock, too
+        engine.load()
+        return _first(reading)
+    with ThreadPoolExecutor(1) as aside:
+        loading = aside.submit(engine.load)
+        first = _first(reading)
+        loading.result()
+    return first
 
 
 def _first(reading: Iterator[Read]) -> list[Read]:

@@ -44,7 +44,7 @@ log = logging.getLogger("retrieval.engines")
 
 @dataclass
 class Engine:
-    """A backbone and what runs it, which is loaded when the first batch comes."""
+    """A backbone and what runs it, which is loaded when the first images are read."""
 
     backbone: Unloaded
     word: str  # TORCH or ONNX; TORCH from `settle` on, where ONNX Runtime does not give the same
@@ -104,8 +104,9 @@ class Engine:
             self.run = session.run
         else:
             self.word = TORCH
-            backbone = (session.backbone or self.backbone.load()) if session else self.loaded
-            self.run = _by_torch(backbone, self.batch, pixels)
+            if session:
+                self.loaded = session.backbone or self.backbone.load()
+            self.run = _by_torch(self.loaded, self.batch, pixels)
         self.seconds["load"] += time.perf_counter() - start
 
     def embed(self, pixels: np.ndarray) -> np.ndarray:

@@ -43,9 +43,9 @@ class FaceCrop:
         return Square(np.ascontiguousarray(crop.transpose(2, 0, 1)), face=face is not None)
 
     @property
-    def modules(self) -> tuple[str, ...]:
-        """Those that it runs."""
-        return tuple(DETECTORS[self.detector].packages.values())
+    def module(self) -> str:
+        """What does the work."""
+        return next(iter(DETECTORS[self.detector].packages.values()))
 
     @property
     def enough(self) -> None:
@@ -108,7 +108,6 @@ def _mtcnn() -> Any:
     import torch
     from facenet_pytorch import MTCNN
 
-    torch.set_num_threads(1)  # the readers, one a core, are the parallelism
     mtcnn = MTCNN()
     for network in (mtcnn.pnet, mtcnn.rnet, mtcnn.onet):
         network.to(memory_format=torch.channels_last)  # its pooling then takes a sixth of the time
@@ -187,7 +186,7 @@ class Detector(NamedTuple):
 
     find: Callable[[np.ndarray, float], np.ndarray]  # and the smallest face → boxes (faces, 4)
     cut: Callable[[np.ndarray, np.ndarray, int, float], np.ndarray]  # and box, size, margin → (size, size, 3)
-    packages: dict[str, str]  # as pip calls them → the modules in them
+    packages: dict[str, str]  # as pip calls them → the modules in them; first the detector's
 
 
 DETECTORS = {

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from retrieval.settings import RunError
+from retrieval.settings import RunError, which_process
 
 LONGEST_WAIT = timedelta(days=7)  # for a slower process: one that has ended is noticed at once
 ENDED = (
@@ -28,7 +28,7 @@ ENDED = (
 
 def number() -> int:
     """Which process of the run this is, from 0; 0 where it is the only one."""
-    return int(os.environ.get("RANK", 0))
+    return which_process()
 
 
 def count() -> int:
@@ -120,14 +120,15 @@ def end_with_the_others() -> None:
         signal.signal(signal.SIGTERM, _end)
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory(most: int = 2**30) -> None:
     """Let glibc keep the memory of one layer for the next instead of returning it to the system: about ×2.
 
-    Without it half of the time goes into page faults. Options and their numbers: man 3 mallopt.
+    Without it half of the time goes into page faults. What takes more than `most` bytes is returned. Options
+    and their numbers: man 3 mallopt.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(libc, "mallopt"):  # musl has none
         return
     # M_MMAP_THRESHOLD: only what is larger comes straight from the system; older releases take 32 MiB.
-    if libc.mallopt(-3, 2**30) or libc.mallopt(-3, 2**25):
+    if libc.mallopt(-3, most) or libc.mallopt(-3, 2**25):
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep what is freed

@@ -6,6 +6,7 @@ import functools
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -56,7 +57,6 @@ class Batch:
 
     def pixels(self) -> np.ndarray:
         """uint8 (images, 3, size, size)"""
-        # By numpy: torch would wake its threads for it, which wait for cores that the readers have.
         return np.stack([image.pixels for image in self.images])
 
 
@@ -74,7 +74,7 @@ def read_ahead(
     a `prepare` that does not, which must then be picklable. `enough` is what read_image takes. A file that
     is `kept` is not read. Raises RunError where a process was killed.
     """
-    pool: Executor = _reader_processes(prepare.modules) if processes else _reader_threads()
+    pool: Executor = _reader_processes(prepare.module) if processes else _reader_threads()
     read = functools.partial(_read, prepare, enough)
     remaining = iter(files)
     coming: deque[tuple[ImageFile, Future | Square]] = deque()
@@ -153,15 +153,15 @@ def _start_reading() -> None:
 
 
 @functools.cache
-def _reader_processes(modules: tuple[str, ...]) -> ProcessPoolExecutor:
+def _reader_processes(module: str) -> ProcessPoolExecutor:
     """The reader processes, one a core, which start at the first call and serve until the program ends.
 
     Not forks of this process: a fork of a process with threads may hang.
     """
     if "forkserver" in multiprocessing.get_all_start_methods():
         context = multiprocessing.get_context("forkserver")
-        # What is imported once for all of them.
-        context.set_forkserver_preload(["__main__", "retrieval.readers", *modules])
+        # Imported once for all of them: what the scripts begin with, and what the work is done in.
+        context.set_forkserver_preload(["retrieval.job", module])
     else:
         context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(cores(), mp_context=context, initializer=_start_reader)
@@ -196,7 +196,10 @@ def _start_without_ctrl_c(pool: ProcessPoolExecutor) -> None:
 
 
 def _start_reader() -> None:
-    keep_freed_memory()
+    keep_freed_memory(2**25)  # not of a huge photograph
+    os.environ["OMP_NUM_THREADS"] = "1"  # for torch, where it is not imported yet
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_program, daemon=True).start()
 

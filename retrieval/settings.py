@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -274,9 +275,8 @@ def run_script(main: Callable[[FormType], None], form: type[FormType]) -> None:
 def run_command(commands: dict[str, tuple[type[Form], Callable[[Any], None]]]) -> None:
     """As run_script, for a script whose first argument chooses one of several commands."""
     _log_to_console()
-    gc.set_threshold(
-        100_000
-    )  # instead of 700 to 2000 objects: torch and timm are imported in nine tenths of the time
+    # Instead of every 700 to 2000 objects: torch and timm are imported in nine tenths of the time.
+    gc.set_threshold(100_000)
     try:
         command, arguments = _choose(commands, sys.argv[1:])
         form, main = commands[command]
@@ -319,15 +319,22 @@ def _log_to_console() -> None:
     warned.setFormatter(logging.Formatter("%(kind)s: %(message)s"))
     rooms = logging.getLogger("retrieval")
     # Of several processes the first one speaks; the others end with a sentence, if with an error.
-    rooms.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    rooms.setLevel(logging.INFO if which_process() == 0 else logging.ERROR)
     rooms.handlers = [told, warned]
+
+
+def which_process() -> int:
+    """Of several that torchrun has started, from 0; 0 where it is the only one, whatever RANK says."""
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    return int(os.environ.get("RANK", 0)) if several else 0
 
 
 def _stop(error: BaseException | str, status: int) -> None:
     if isinstance(error, OSError) and error.strerror:
         error = f"{error.filename or 'the system'}: {error.strerror.lower()}"
-    number = int(os.environ.get("RANK", "0"))
+    number = which_process()
     print(f"process {number + 1}: error: {error}" if number else f"error: {error}", file=sys.stderr)
-    if "RANK" in os.environ:
-        time.sleep(1)  # torchrun ends the other processes when this one ends: they may have something to say
+    if "LOCAL_RANK" in os.environ:  # torchrun ends the others when this one ends: they have something to say
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(1)
     raise SystemExit(status)

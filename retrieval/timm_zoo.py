@@ -87,10 +87,12 @@ def _timm_row(name: str, architecture: str, config: dict[str, Any], weights: OnH
 
     sees = resolve_data_config(pretrained_cfg=config)
     channels, height, width = sees["input_size"]
-    if channels != 3 or height != width or sees["crop_mode"] not in ("center", "squash"):
+    known = sees["crop_mode"] in ("center", "squash") and sees["interpolation"] in ("bilinear", "bicubic")
+    if channels != 3 or height != width or not known:
         raise InputError(
-            f"timm:{name} sees {channels} × {height} × {width} by crop mode {sees['crop_mode']}; supported "
-            "are square RGB images by center or squash"
+            f"timm:{name} sees {channels} × {height} × {width} by {sees['crop_mode']}, "
+            f"{sees['interpolation']}; supported are square RGB images by center or squash, "
+            "bilinear or bicubic"
         )
     return Pretrained(
         lambda file: _timm_network(name, architecture, config, file),

@@ -28,7 +28,7 @@ class Transform:
     crop_mode: str = "squash"
     resize: int = 0  # pixels; 0: as `size`, so that "squash" keeps the whole image
     looks_for_faces: ClassVar[bool] = False
-    modules: ClassVar[tuple[str, ...]] = ("torch",)  # that it runs
+    module: ClassVar[str] = "torch"  # that does the work
 
     def __call__(self, image: np.ndarray) -> Square:
         """uint8 RGB (height, width, 3) → uint8 RGB (3, size, size)."""

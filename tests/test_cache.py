@@ -140,7 +140,7 @@ def test_whatever_decides_a_vector_makes_another_digest(tmp_path, monkeypatch):
 class Half:
     """Prepares two pixels, and says that every image below a level has no face."""
 
-    size, enough, looks_for_faces, modules = 2, None, True, ()
+    size, enough, looks_for_faces, module = 2, None, True, ""
 
     def __call__(self, image):
         return Transform(2, "bicubic")(image)._replace(face=bool(image[0, 0, 0] > 3))
@@ -166,7 +166,7 @@ def read(monkeypatch):
         return plain(prepare, enough, path)
 
     plain = readers._read
-    monkeypatch.setattr(readers, "_reader_processes", lambda modules: readers._reader_threads())
+    monkeypatch.setattr(readers, "_reader_processes", lambda module: readers._reader_threads())
     monkeypatch.setattr(readers, "_read", reading)
     return files
 

@@ -93,6 +93,7 @@ def test_a_process_that_dies_ends_all_with_a_sentence_and_the_next_run_goes_on(f
     ended = together(2, few, tmp_path, "--engine", "onnx")
     assert ended.returncode != 0
     assert "error: another process of this run has ended" in ended.stderr
+    assert 'File "script.py"' not in ended.stderr  # a traceback of ours
     assert not (tmp_path / "results" / "submission.json").exists()
     before = embedded(tmp_path)
     assert 5 <= len(before) < 32
@@ -147,6 +148,13 @@ def test_a_part_is_named_by_what_decides_its_vectors(tmp_path):
     assert part_path(tmp_path, "queries", b"key", files) == paths[-2]
     paths.append(part_path(tmp_path, "queries", b"key", files, verify=True))
     assert len(set(paths)) == len(paths)
+
+
+def test_what_another_launcher_left_in_the_environment_costs_no_submission(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    assert processes.is_first()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert processes.number() == 3
 
 
 def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch):
