@@ -74,13 +74,18 @@ def read_ahead(
     a `prepare` that does not, which must then be picklable. `enough` is what read_image takes. A file that
     is `kept` is not read. Raises RunError where a process was killed.
     """
-    pool: Executor = _reader_processes(prepare.module) if processes else _reader_threads()
     read = functools.partial(_read, prepare, enough)
     remaining = iter(files)
     coming: deque[tuple[ImageFile, Future | Square]] = deque()
 
+    @functools.cache
+    def pool() -> Executor:  # at the first file that is not kept
+        return _reader_processes(prepare.module) if processes else _reader_threads()
+
     def start(count: int) -> None:
-        coming.extend((file, kept(file) or pool.submit(read, file.path)) for file in islice(remaining, count))
+        coming.extend(
+            (file, kept(file) or pool().submit(read, file.path)) for file in islice(remaining, count)
+        )
 
     try:
         start(ahead)
@@ -100,7 +105,7 @@ def read_ahead(
             if isinstance(future, Future):
                 future.cancel()
         if not processes:
-            pool.shutdown()
+            pool().shutdown()
 
 
 def _finished(file: ImageFile, future: Future) -> Read:

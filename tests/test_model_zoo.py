@@ -171,6 +171,14 @@ def test_a_timm_word_is_timms(home, name):
         assert_same_vectors(ours, theirs(pixels))
 
 
+def test_a_transform_that_is_not_ours_is_a_sentence(home):
+    seen = {"input_size": [3, 112, 112], "interpolation": "nearest", "num_classes": 64, "classifier": "fc"}
+    config = {"architecture": "resnet18", "num_classes": 64, "pretrained_cfg": seen}
+    lay_in_hub(home, "owner/near", **{"config.json": lambda file: file.write_text(json.dumps(config))})
+    with pytest.raises(InputError, match="by center, nearest; supported are square RGB images"):
+        find_word("timm:hf-hub:owner/near")
+
+
 @pytest.mark.parametrize(("tag", "dimension"), [("cosface_ms1mv3", 64), ("in1k", 512)])
 def test_a_repository_of_the_hub_by_its_config(home, caplog, tag, dimension):
     """Face networks of a margin loss end in the embedding; of others the classifier is taken off."""
