@@ -3,12 +3,13 @@
     python benchmarks/first_run.py QUERY_DIR GALLERY_DIR --peers .peers/bin/python --rows timm,oml --pairs 5
 
 A row is one of the programs in benchmarks/peers, in an environment of its own (see requirements.txt there),
-beside model_not_tuned.py with the same network and weights on the CPU. Each run is a whole process, from the
-first import to the ranking on the disk; the two alternate, ours with an empty cache, and once more with what
-that left. Before it counts, all images have been read once, and both have run on a dozen of each folder: what
-that takes is their start. ResNet-50 and FaceNet have random weights, the same on both sides, which are as
-fast as trained ones. Memory is the peak of a program and its worker processes, where shared pages count once
-(Pss, on Linux).
+beside model_not_tuned.py with the same network and weights on the CPU. Each run is a whole process, from
+the first import to the ranking on the disk; the two alternate, ours with an empty cache, and once more with
+what that left. Before it counts, all images have been read once, and both have run on a dozen of each
+folder, three times: what that takes is their start. ResNet-50 and FaceNet have random weights, the same on
+both sides, which are as fast as trained ones. Memory is the peak of a program and its worker processes,
+where shared pages count once (Pss, on Linux); that and the seconds of a processor are looked at once a
+second.
 """
 
 import argparse
@@ -141,8 +142,9 @@ def run(command: list[str | Path], ranking: Path) -> Ended:
         def watch() -> None:
             while not ended.wait(1):
                 peaks.append(megabytes(process.pid))
-                with suppress(OSError):  # of a process that has ended meanwhile
-                    used.update({one: processor_seconds(one) for one in processes(process.pid)})
+                for one in list(processes(process.pid)):
+                    with suppress(OSError):  # it has ended meanwhile
+                        used[one] = processor_seconds(one)
 
         watcher = threading.Thread(target=watch)
         watcher.start()
@@ -207,6 +209,16 @@ def compare(
     return ratios
 
 
+def start_of(row: Row, few: Folders, python: Path) -> tuple[float, float]:
+    """The seconds that theirs and ours take on a dozen images."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        return (
+            run_peer(row, few, place, python).seconds,
+            run_ours(row, few, place, "--engine", "onnx").seconds,
+        )
+
+
 def told(run: Ended) -> str:
     return f"{run.seconds:.1f} s ({run.processor:.0f} of processor), {run.megabytes:.0f} MB"
 
@@ -233,8 +245,8 @@ def main() -> None:
         write_weights(place, {ROWS[row].weights for row in rows})
         few = Folders(a_dozen(folders.query, place / "q"), a_dozen(folders.gallery, place / "g"), place)
         for row in rows:
-            start = (run_peer(ROWS[row], few, place, python).seconds,
-                     run_ours(ROWS[row], few, place, "--engine", "onnx").seconds)  # fmt: skip
+            starts = [start_of(ROWS[row], few, python) for _ in range(min(3, arguments.pairs))]
+            start = tuple(statistics.median(each) for each in zip(*starts, strict=True))
             ratios = [compare(row, folders, python, start) for _ in range(arguments.pairs)]
             seconds, rest, memory, second = (spread(list(each)) for each in zip(*ratios, strict=True))
             print(f"{row}: n = {len(ratios)}: theirs / ours {seconds} times the seconds, {rest} less their "

@@ -72,7 +72,7 @@ def embed_both(run: Run, images: Images, backbone: Unloaded) -> Vectors:
     if several():
         take_a_gpu()
         settle_together(engine, images.queries)
-    # First the larger part, of which most can be read while the network loads.
+    # First the larger part: processes that look for faces have the more to do while the network loads.
     gallery = _embed(run, images.gallery, engine, "gallery images", cache)
     queries = _embed(run, images.queries, engine, "queries", cache)
     if not is_first():

@@ -43,7 +43,7 @@ def several() -> bool:
 
 def on_this_machine() -> int:
     """How many processes the run has on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if several() else 1
 
 
 def is_first() -> bool:

@@ -165,7 +165,8 @@ def _reader_processes(module: str) -> ProcessPoolExecutor:
     """
     if "forkserver" in multiprocessing.get_all_start_methods():
         context = multiprocessing.get_context("forkserver")
-        # Imported once for all of them: what the scripts begin with, and what the work is done in.
+        # Imported once for all of them: what the scripts begin with (found where they are run from their own
+        # folder; else each imports it), and what the work is done in.
         context.set_forkserver_preload(["retrieval.job", module])
     else:
         context = multiprocessing.get_context("spawn")
@@ -201,7 +202,7 @@ def _start_without_ctrl_c(pool: ProcessPoolExecutor) -> None:
 
 
 def _start_reader() -> None:
-    keep_freed_memory(2**25)  # not of a huge photograph
+    keep_freed_memory(2**27)  # not of a huge photograph
     os.environ["OMP_NUM_THREADS"] = "1"  # for torch, where it is not imported yet
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)

@@ -332,9 +332,11 @@ def which_process() -> int:
 def _stop(error: BaseException | str, status: int) -> None:
     if isinstance(error, OSError) and error.strerror:
         error = f"{error.filename or 'the system'}: {error.strerror.lower()}"
+    by_torchrun = "LOCAL_RANK" in os.environ
+    if by_torchrun:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends a moment later anyway, with its own sentence
     number = which_process()
     print(f"process {number + 1}: error: {error}" if number else f"error: {error}", file=sys.stderr)
-    if "LOCAL_RANK" in os.environ:  # torchrun ends the others when this one ends: they have something to say
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(1)
+    if by_torchrun:
+        time.sleep(1)  # or the others are ended before they have said theirs
     raise SystemExit(status)

@@ -178,13 +178,17 @@ def test_faces_are_remembered_with_their_vectors(files, backbone, tmp_path, read
     assert len(read) == 7
 
 
-def test_another_network_that_sees_the_same_crops_reads_no_image(files, backbone, tmp_path, read):
+def test_another_network_that_sees_the_same_crops_reads_no_image(
+    files, backbone, tmp_path, read, monkeypatch
+):
     first = embed(files, seeing(backbone, read), cache=Cache(tmp_path / "cache"))
     with torch.no_grad():
         backbone.network.weight[1] = 2
     engine = seeing(backbone, read)
     engine.backbone = replace(engine.backbone, digest=b"another")
-    second = embed(files, engine, cache=Cache(tmp_path / "cache"))
+    with monkeypatch.context() as patch:
+        patch.setattr(readers, "_reader_processes", None)  # nor is a process started
+        second = embed(files, engine, cache=Cache(tmp_path / "cache"))
     assert len(read) == 7
     assert second.without_face == first.without_face
     assert np.array_equal(second.vectors, embed(files, engine).vectors)
