@@ -1,5 +1,6 @@
 """What several tests share: sample images, the default network, a server that misbehaves on demand."""
 
+import gc
 import logging
 import os
 import shutil
@@ -21,6 +22,8 @@ from retrieval.settings import WORDS
 from retrieval.submission import make_submission, save_submission
 
 ROOT = Path(__file__).parent.parent
+THRESHOLD = gc.get_threshold()
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each script that a test starts compiles all of them anew
 GALLERY = [f"{number:032x}.jpg" for number in range(12)]
 RANKING = {"q1.jpg": GALLERY[:11], "q2.jpg": GALLERY[::-1]}
 
@@ -87,6 +90,8 @@ def _no_settings_from_outside(monkeypatch, tmp_path_factory):
     rooms = logging.getLogger("retrieval")
     rooms.handlers.clear()  # what a script's start leaves behind
     rooms.setLevel(logging.NOTSET)
+    gc.set_threshold(*THRESHOLD)
+    gc.unfreeze()
 
 
 def run(*arguments, cwd, **environment):
