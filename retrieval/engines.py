@@ -314,15 +314,14 @@ def _by_torch(backbone: Backbone, batch: int, pixels: np.ndarray) -> Callable[[n
         torch.set_num_threads(processes.cores())  # torchrun says one, and a reader's one is for all to come
     fits = batch
 
-    def _run(pixels: np.ndarray) -> np.ndarray:
+    def _run(seen: np.ndarray) -> np.ndarray:
         nonlocal fits
-        count = len(pixels)
-        images = torch.from_numpy(_filled(pixels, batch))
+        images = torch.from_numpy(_filled(seen, batch))
         if backbone.device == "cuda":
             images = images.pin_memory()  # travels at twice the speed
         with torch.inference_mode(), torch.autocast(backbone.device, dtype=_half(), enabled=half):
             features, fits = embed_what_fits(backbone, images, fits)
-        return features[:count].numpy()
+        return features[: len(seen)].numpy()
 
     return _run
 

@@ -35,13 +35,11 @@ class Transform:
         import torch  # for its resize, which takes a third of Pillow's time; torchvision's takes seconds more
         from torch.nn.functional import interpolate, pad
 
-        sides = [self.resize or self.size] * 2
+        side = self.resize or self.size
+        sides = [side, side]
         if self.crop_mode == "center":
             image = _not_too_long(image)
-            sides = [
-                side * length // min(image.shape[:2])
-                for side, length in zip(sides, image.shape[:2], strict=True)
-            ]
+            sides = [side * length // min(image.shape[:2]) for length in image.shape[:2]]
         pixels = torch.from_numpy(image.reshape(1, *image.shape)).permute(0, 3, 1, 2)
         pixels = interpolate(pixels, sides, mode=self.interpolation, antialias=True)
         lacks = [max(0, self.size - side) for side in sides]

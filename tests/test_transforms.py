@@ -60,8 +60,8 @@ def test_resnet50_sees_what_torchvisions_weights_object_says(tmp_path, word, siz
         "resnet18.a1_in1k",
         "vit_base_patch16_siglip_224.webli",
         "vit_base_patch14_dinov2.lvd142m",
-        "volo_d4_448.sail_in1k",
-    ],  # whose square is larger than what is resized
+        "volo_d4_448.sail_in1k",  # its square is larger than what is resized
+    ],
 )
 def test_timm_words_see_what_timms_own_transform_gives(tmp_path, name, size):
     import timm
