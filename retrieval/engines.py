@@ -6,12 +6,10 @@ of the cache under the digest of all that decides a vector. One thread runs each
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,6 +23,7 @@ import numpy as np
 from retrieval import processes
 from retrieval.backbones import Backbone, Unloaded, digest_of, out_of_memory
 from retrieval.ledger import write_whole
+from retrieval.onnx_network import ONNX_BATCH, OnnxNetwork, export, filled_up, open_exported
 from retrieval.settings import InputError, RunError
 from retrieval.weights import require
 
@@ -32,8 +31,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TORCH, ONNX = "torch", "onnx"
-BREAK_EVEN = 200  # images: for fewer, the export takes longer than it saves (benchmarks/README.md)
-ONNX_BATCH = 4  # images that a thread takes at once: more leave the processor's caches and are slower
+FULL = "torch.float32"
+BREAK_EVEN = 200  # images: from there on the export saves more than it takes, of the smallest network too
 LEAST_COSINE = 0.9999  # of a vector by ONNX Runtime with the network's own
 LEAST_COSINE_HALF = 0.999  # of one in half precision
 PACKAGES = ("onnxruntime", "onnx")
@@ -50,15 +49,19 @@ class Engine:
     word: str  # TORCH or ONNX; TORCH from `settle` on, where ONNX Runtime does not give the same
     batch: int  # images that go through the network at once, by torch
     folder: Path  # of exported networks
-    loaded: _Session | Backbone | None = field(default=None, init=False)  # from `load` on
+    precision: str = ""  # that a GPU computes in, as this run or one before settled it
+    loaded: OnnxNetwork | Backbone | None = field(default=None, init=False)  # from `load` on
     run: Callable[[np.ndarray], np.ndarray] | None = field(default=None, init=False)  # from `settle` on
     seconds: dict[str, float] = field(default_factory=lambda: {"load": 0.0, "decode": 0.0, "network": 0.0})
     lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     @property
     def key(self) -> bytes:
-        """What decides its vectors; but by torch the size of a batch moves them by some 5e-6, too."""
-        return self.backbone.digest + self.word.encode()
+        """What decides its vectors; but by torch the size of a batch moves them by some 5e-6, too.
+
+        On a GPU it is whole when the engine is settled, or was by an earlier run.
+        """
+        return self.backbone.digest + (self.word + self.precision).encode()
 
     @cached_property
     def crops_key(self) -> bytes:
@@ -92,13 +95,14 @@ class Engine:
     def settle(self, pixels: np.ndarray) -> None:
         """Load, and check on the first images, as embed takes them, that it gives what the network gives.
 
-        Of several processes all use torch where one has to. Raises as the backbone's `load`.
+        Of several processes all use torch where one has to. Raises as the backbone's `load`, and RunError
+        where not one image fits into a GPU's memory, or another process has ended.
         """
         if self.run:
             return
         self.load()
         start = time.perf_counter()
-        session = self.loaded if isinstance(self.loaded, _Session) else None
+        session = self.loaded if isinstance(self.loaded, OnnxNetwork) else None
         fine = session is not None and _checked(session, self.backbone, self.folder, pixels)
         if processes.all_say(fine):  # each is asked, whatever it found on its own disk
             self.run = session.run
@@ -106,13 +110,17 @@ class Engine:
             self.word = TORCH
             if session:
                 self.loaded = session.backbone or self.backbone.load()
-            self.run = _by_torch(self.loaded, self.batch, pixels)
+            known, self.precision = self.precision, _precision(self.loaded, self.precision, pixels)
+            if self.precision != known:
+                _keep(_settled(self.backbone, self.folder), self.precision.encode())
+            self.run = _by_torch(self.loaded, self.batch, self.precision not in ("", FULL))
         self.seconds["load"] += time.perf_counter() - start
 
     def embed(self, pixels: np.ndarray) -> np.ndarray:
         """uint8 RGB (images, 3, size, size) → float32 (images, dimension), not of unit length. After settle.
 
-        An image gets the same vector, to the last bit, in whatever batch and place it comes.
+        An image gets the same vector, to the last bit, in whatever batch and place it comes. Raises RunError
+        where not one fits into a GPU's memory.
         """
         start = time.thread_time() if self.word == ONNX else time.perf_counter()
         features = self.run(pixels)
@@ -135,10 +143,14 @@ def choose_engine(backbone: Unloaded, asked: str, images: int, batch_size: int, 
             raise InputError("--engine onnx runs on the CPU: give --device cpu with it, or --engine torch")
     elif asked == "auto":
         asked = ONNX if _worth_it(backbone, images, folder) else TORCH
-    if asked == ONNX and _refused(backbone, folder).is_file():  # by a run with the same versions of all
-        _warn_of(backbone, _refused(backbone, folder).read_text(encoding="utf-8"))
+    refused = _refused(backbone, folder)
+    if asked == ONNX and refused.is_file():  # by a run with the same versions of all
+        why = refused.read_text(encoding="utf-8")
+        _warn_of(backbone, f"{why}; that was kept in {refused}, and without it the next run tries again")
         asked = TORCH
-    return Engine(backbone, asked, min(batch_size, images), folder)
+    settled = _settled(backbone, folder)
+    precision = settled.read_text(encoding="utf-8") if backbone.device == "cuda" and settled.is_file() else ""
+    return Engine(backbone, asked, min(batch_size, images), folder, precision)
 
 
 def _worth_it(backbone: Unloaded, images: int, folder: Path) -> bool:
@@ -159,45 +171,32 @@ def _refused(backbone: Unloaded, folder: Path) -> Path:
     return _exported(backbone, folder).with_suffix(".refused")
 
 
-@dataclass
-class _Session:
-    """A network in ONNX Runtime."""
-
-    network: Any  # onnxruntime.InferenceSession
-    exported: bytes = b""  # this and the next: of one that is not checked yet
-    backbone: Backbone | None = None
-
-    def run(self, images: np.ndarray) -> np.ndarray:
-        """uint8 (images, 3, size, size) → (images, dimension), ONNX_BATCH at once."""
-        parts = [images[start : start + ONNX_BATCH] for start in range(0, len(images), ONNX_BATCH)]
-        return np.concatenate([
-            self.network.run(None, {"images": _filled(part, ONNX_BATCH)})[0][: len(part)] for part in parts
-        ])  # fmt: skip
+def _settled(backbone: Unloaded, folder: Path) -> Path:
+    """A file that says in which precision a GPU runs a network."""
+    return _exported(backbone, folder).with_suffix(".precision")
 
 
-def _session(unloaded: Unloaded, folder: Path) -> _Session | None:
+def _session(unloaded: Unloaded, folder: Path) -> OnnxNetwork | None:
     """The network in ONNX Runtime; None, and it is said, where it cannot be there."""
     file = _exported(unloaded, folder)
     if file.is_file():
         try:
-            session = _Session(_open(file.read_bytes()))
+            session = OnnxNetwork(open_exported(file.read_bytes()))
             with suppress(OSError):  # of a folder that cannot be written
                 os.utime(file)  # it was used
             return session
-        except RunError:  # what torchrun sends
-            raise
         except Exception as error:  # ONNX Runtime has a class of errors for each kind, and no common one
             log.warning("%s is broken (%s): the network is exported again", file, _first_line(error))
 
-    def _exported_now() -> _Session:
+    def _exported_now() -> OnnxNetwork:
         backbone = unloaded.load()
-        exported = _export(backbone)
-        return _Session(_open(exported), exported, backbone)
+        exported = export(backbone)
+        return OnnxNetwork(open_exported(exported), exported, backbone)
 
     return _unless_refused(unloaded, folder, _exported_now)
 
 
-def _checked(session: _Session, unloaded: Unloaded, folder: Path, pixels: np.ndarray) -> bool:
+def _checked(session: OnnxNetwork, unloaded: Unloaded, folder: Path, pixels: np.ndarray) -> bool:
     """Whether it gives the network's own vectors: then it is kept; else that is said."""
     if session.backbone is None:  # it was checked before it was kept
         return True
@@ -235,52 +234,6 @@ def _warn_of(backbone: Unloaded, why: str) -> None:
     log.warning("%s is run by torch, not by ONNX Runtime: %s", backbone.word, why)
 
 
-def _open(exported: bytes) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1  # the batches are what runs at once
-    options.log_severity_level = 3  # errors
-    # With a batch of one size all shapes are known, and padding becomes a part of the convolutions: ×1.2.
-    options.add_free_dimension_override_by_name("n", ONNX_BATCH)
-    return onnxruntime.InferenceSession(exported, options, providers=["CPUExecutionProvider"])
-
-
-def _filled(images: np.ndarray, batch: int) -> np.ndarray:
-    """The images and black ones, as many as a batch has."""
-    if len(images) >= batch:
-        return images
-    filled = np.zeros((batch, *images.shape[1:]), images.dtype)
-    filled[: len(images)] = images
-    return filled
-
-
-def _export(backbone: Backbone) -> bytes:
-    """The network, from uint8 images to what Backbone.embed gives.
-
-    By the exporter that traces: it takes a second where the newer one takes eighteen.
-    """
-    import torch
-
-    class _Whole(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = backbone.network
-
-        def forward(self, images: Tensor) -> Tensor:
-            return backbone.features(images.float(), white=255)
-
-    size = backbone.prepare.size
-    images = torch.zeros(2, 3, size, size, dtype=torch.uint8)
-    buffer = io.BytesIO()
-    with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the tracer, about what is constant: it is checked on real images
-        torch.onnx.export(_Whole().eval(), (images,), buffer, dynamo=False, opset_version=17,
-                          input_names=["images"], output_names=["vectors"],
-                          dynamic_axes={"images": {0: "n"}, "vectors": {0: "n"}})  # fmt: skip
-    return buffer.getvalue()
-
-
 def _keep(file: Path, content: bytes) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -294,29 +247,42 @@ def _first_line(error: Exception) -> str:
 
 
 def exported_networks(folder: Path, unused_for: float = 0.0) -> list[Path]:
-    """The exported networks in the cache's folder, and what says why one is not; unused for so many days."""
-    files = sorted(file for kind in ("*.onnx", "*.refused") for file in (folder / NETWORKS).glob(kind))
+    """The exported networks in the cache's folder, and what is noted of others; unused for so many days."""
+    files = sorted((folder / NETWORKS).glob("*.*"))
     return [file for file in files if time.time() - file.stat().st_mtime >= 86400 * unused_for]
 
 
 # ---- torch ----------------------------------------------------------------------------------------
 
 
-def _by_torch(backbone: Backbone, batch: int, pixels: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """What runs the network by torch, on a GPU in half precision where that gives the same vectors.
+def _precision(backbone: Backbone, settled: str, pixels: np.ndarray) -> str:
+    """What a GPU computes in, the same in all processes: half precision where that gives the same vectors.
+
+    Once that is `settled` for a network it stays, or the cache would mix the vectors of both.
+    """
+    fine = False
+    if backbone.device == "cuda":
+        fine = settled == str(_half()) or (settled != FULL and _half_is_enough(backbone, pixels))
+    half = processes.all_say(fine)
+    if backbone.device != "cuda":
+        return ""
+    return str(_half()) if half else FULL
+
+
+def _by_torch(backbone: Backbone, batch: int, half: bool) -> Callable[[np.ndarray], np.ndarray]:
+    """What runs the network by torch, in half precision if that is wanted.
 
     Batches are filled up to one size: the size of a batch, and nothing else of it, moves a vector.
     """
     import torch
 
-    half = processes.all_say(backbone.device == "cuda" and _half_is_enough(backbone, pixels))
     if backbone.device == "cpu":
         torch.set_num_threads(processes.cores())  # torchrun says one, and a reader's one is for all to come
     fits = batch
 
     def _run(seen: np.ndarray) -> np.ndarray:
         nonlocal fits
-        images = torch.from_numpy(_filled(seen, batch))
+        images = torch.from_numpy(filled_up(seen, batch))
         if backbone.device == "cuda":
             images = images.pin_memory()  # travels at twice the speed
         with torch.inference_mode(), torch.autocast(backbone.device, dtype=_half(), enabled=half):

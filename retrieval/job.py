@@ -14,18 +14,18 @@ from get_images import ImageFile, find_query_and_gallery
 from retrieval.backbones import Unloaded
 from retrieval.cache import Cache
 from retrieval.embedding import embed
-from retrieval.engines import Engine, choose_engine
+from retrieval.engines import choose_engine
 from retrieval.judging import key_of_folders
 from retrieval.ledger import SUBMISSION, Outcome, Run, stop_if_failed
 from retrieval.metrics import measure, require_labels
 from retrieval.neighbours import check_search, rank_by
-from retrieval.processes import cores, end_with_the_others, is_first, several, take_a_gpu
+from retrieval.processes import cores, end_with_the_others, is_first, several, take_a_share
 from retrieval.ranking import Embeddings
 from retrieval.report import Found, write_report
 from retrieval.sending import NOT_SENT, send_submission
 from retrieval.server import local_server
 from retrieval.settings import LOCAL
-from retrieval.shards import embed_together, remove_shards, settle_together
+from retrieval.shards import are_left, embed_together, remove_shards, settle_together
 from retrieval.submission import NAMES_PER_QUERY, make_submission, save_submission
 from retrieval.tracking import check_tracker, track_run
 
@@ -64,32 +64,35 @@ def find(run: Run) -> Images:
 
 
 def embed_both(run: Run, images: Images, backbone: Unloaded) -> Vectors:
-    """The unit vectors of both. Of several processes the first gets them, and the others end here."""
+    """The unit vectors of both. Of several processes the first gets them, and the others end here.
+
+    What a run of several has left in this output folder is gone on from, also by one. Raises as embed and
+    embed_together, and InputError where ONNX Runtime is asked for and cannot be had.
+    """
     settings = run.settings
     count = len(images.queries) + len(images.gallery)
     cache = None if settings.no_cache else Cache(settings.cache_dir, settings.verify_cache)
     engine = choose_engine(backbone, settings.engine, count, settings.batch_size, settings.cache_dir)
-    if several():
-        take_a_gpu()
+    together = several() or are_left(run.folder)
+    if together:
+        take_a_share()
         settle_together(engine, images.queries)
     # First the larger part: processes that look for faces have the more to do while the network loads.
-    gallery = _embed(run, images.gallery, engine, "gallery images", cache)
-    queries = _embed(run, images.queries, engine, "queries", cache)
+    both = []
+    for files, kind in ((images.gallery, "gallery images"), (images.queries, "queries")):
+        if together:
+            both.append(embed_together(run, files, engine, kind, cache))
+        else:
+            both.append(embed(files, engine, kind, settings.save_crops, cache))
     if not is_first():
         raise SystemExit(0)
+    gallery, queries = both
     run.inside = engine.seconds | {"cores": cores()}
     dimension = queries.vectors.shape[1]
     run.done(
         "embed", f"embedded {count} images as {dimension}-d unit vectors ({engine.what}, {backbone.device})"
     )
     return Vectors(queries, gallery)
-
-
-def _embed(run: Run, files: list[ImageFile], engine: Engine, kind: str, cache: Cache | None) -> Embeddings:
-    crops = run.settings.save_crops
-    if several():
-        return embed_together(files, engine, kind, run.folder, crops, cache)
-    return embed(files, engine, kind, crops, cache)
 
 
 def rank_both(run: Run, vectors: Vectors) -> dict[str, list[str]]:
@@ -110,7 +113,7 @@ def save(
     path = save_submission(make_submission(ranking, *images, run.settings.group_name), run.folder)
     run.write_metrics(metrics)
     run.write_without_face(*vectors)
-    remove_shards(run.folder)
+    remove_shards(run)
     run.done("save", f"saved {path}, and metrics.json beside it,")
     return Found(*images, *vectors, ranking, metrics, backbone.trained)
 

@@ -12,11 +12,14 @@ import time
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, Self
 
 from get_images import ImageFile
 from retrieval.ranking import Embeddings
 from retrieval.settings import Form, InputError, RunError
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 # What the next run replaces.
 SUBMISSION = "submission.json"
@@ -24,6 +27,7 @@ PER_RUN = (SUBMISSION, "metrics.json", "reply.txt", "without_face.json", "report
            "tsne.png", "per_class.png", "confusion.png", "similarities.png", "loss.png")  # fmt: skip
 LEDGER = "runs.jsonl"
 EARLIER = "earlier"  # the folder that they move to
+LOCK = ".lock"  # which a run holds on the folder it writes into
 
 log = logging.getLogger("retrieval.ledger")
 
@@ -45,13 +49,25 @@ class Outcome:
 
 @dataclass
 class Run:
-    """One run of a script: where its files go, what it was asked, and how long each step took."""
+    """One run of a script: where its files go, what it was asked, and how long each step took.
+
+    `with` it, no other run writes into the same folder meanwhile, from check_output_dir on.
+    """
 
     settings: Form
     seconds: dict[str, float] = field(default_factory=dict)
     inside: dict[str, float] = field(default_factory=dict)  # the engine's seconds while it embeds; its cores
     search: dict[str, float] = field(default_factory=dict)  # what the search found, unless it is exact
+    parts: list[Path] = field(default_factory=list)  # the files of shards/ that its vectors are from
     started: float = field(default_factory=time.perf_counter)
+    lock: FileLock | None = field(default=None, init=False)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.lock:
+            self.lock.release()
 
     @property
     def folder(self) -> Path:
@@ -61,8 +77,8 @@ class Run:
         """Create the output folders and write as much into them as a submission of these images can take.
 
         So a full disk or a folder that cannot be written is known before the images are embedded. Raises
-        InputError where it is a file, or where the next run would find its pictures among the images;
-        RunError where it cannot be written.
+        InputError where it is a file, where another run writes into it, or where the next run would find its
+        pictures among the images; RunError where it cannot be written.
         """
         written = {"output_dir": self.folder, "save_crops": self.settings.save_crops}
         for images in (self.settings.query_dir, self.settings.gallery_dir):
@@ -87,6 +103,7 @@ class Run:
         for flag, folder in written.items():
             if folder:
                 _try_to_write(folder, needed, flag)
+        self.lock = lock(self.folder, "output_dir")
 
     def done(self, step: str, what: str = "") -> None:
         """End a step: keep the seconds since the one before under its name, and say `what` was done."""
@@ -167,6 +184,23 @@ def _try_to_write(folder: Path, size: int, flag: str) -> None:
             f"{size / 1e6:.0f} MB cannot be written to {folder} ({error.strerror.lower()}): "
             f"make room, or give another --{flag}"
         ) from None
+
+
+def lock(folder: Path, flag: str) -> FileLock:
+    """Hold the folder that a flag names until this is released, or the program ends.
+
+    Raises InputError where another program holds it.
+    """
+    from filelock import FileLock, Timeout
+
+    held = FileLock(folder / LOCK)
+    try:
+        held.acquire(blocking=False)
+    except Timeout:
+        raise InputError(
+            f"another run writes into {folder} now: wait for its end, or give another --{flag}"
+        ) from None
+    return held
 
 
 # ---- files ----------------------------------------------------------------------------------------

@@ -15,11 +15,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
-from retrieval.settings import RunError, which_process
+from retrieval.settings import InputError, OthersEndedError, RunError, which_process
 
+NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 LONGEST_WAIT = timedelta(days=7)  # for a slower process: one that has ended is noticed at once
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds in each so many; or "max"
 ENDED = (
     "another process of this run has ended or cannot be reached; unless it was killed, it says why itself. "
     "Start the same command again: it goes on from what is on the disk"
@@ -52,17 +55,21 @@ def is_first() -> bool:
 
 
 def cores() -> int:
-    """The processor cores for this process: its share of those that this machine gives to the run."""
+    """The processor cores for this process: its share of those that the machine gives the run."""
     given = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = (QUOTA.read_text() if QUOTA.is_file() else "max").partition(" ")
+    if quota.isdecimal():
+        given = min(given, round(int(quota) / int(period)))
     return max(1, given // on_this_machine())
 
 
-def take_a_gpu() -> None:
-    """Let each process of a machine work on a GPU of its own, as far as there are enough."""
+def take_a_share() -> None:
+    """Let each process of a machine work on its share of the cores, and a GPU of its own if there is one."""
     if not several():
         return
     import torch
 
+    torch.set_num_threads(cores())  # torchrun says one
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
 
@@ -111,12 +118,25 @@ def _group() -> Any:
 
 
 def end_with_the_others() -> None:
-    """From here on, what torchrun sends when another process has ended ends this one with a sentence."""
+    """From here on, what torchrun sends when another process has ended ends this one with a sentence.
+
+    Raises InputError where the environment says that there are several processes, but not how they meet.
+    """
+    told = os.environ.get("WORLD_SIZE", "1")
+    if told == "1":
+        return
+    unclear = [word for word in NUMBERS if not os.environ.get(word, "").isdecimal()]
+    if unclear or "MASTER_ADDR" not in os.environ:
+        raise InputError(
+            f"the environment says that this is one of several processes (WORLD_SIZE is {told}), but not as "
+            f"torchrun does, with a number in {', '.join(NUMBERS)}, and MASTER_ADDR: start the script with "
+            "torchrun, or unset WORLD_SIZE"
+        )
 
     def _end(*_: Any) -> None:
-        raise RunError(ENDED)
+        raise OthersEndedError(ENDED)
 
-    if several() and threading.current_thread() is threading.main_thread():
+    if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _end)
 
 

@@ -41,6 +41,10 @@ class RunError(RuntimeError):
     """Something outside failed, such as the server: the sentence says what to do. Exit status 1."""
 
 
+class OthersEndedError(BaseException):
+    """Another process of this run has ended, so this one does: no Exception, as Ctrl-C is none. Status 1."""
+
+
 # ---- the types of the settings --------------------------------------------------------------------
 
 
@@ -283,7 +287,7 @@ def run_command(commands: dict[str, tuple[type[Form], Callable[[Any], None]]]) -
         main(read_form(form, arguments, program=f"{Path(sys.argv[0]).name} {command}".strip()))
     except (InputError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
         _stop(error, 2)
-    except (RunError, OSError) as error:
+    except (RunError, OthersEndedError, OSError) as error:
         _stop(error, 1)
     except ModuleNotFoundError as error:
         _stop(f"{error}: run `pip install -r requirements.txt`", 1)
@@ -325,8 +329,8 @@ def _log_to_console() -> None:
 
 def which_process() -> int:
     """Of several that torchrun has started, from 0; 0 where it is the only one, whatever RANK says."""
-    several = os.environ.get("WORLD_SIZE", "1") != "1"
-    return int(os.environ.get("RANK", 0)) if several else 0
+    several, rank = os.environ.get("WORLD_SIZE", "1") != "1", os.environ.get("RANK", "")
+    return int(rank) if several and rank.isdecimal() else 0
 
 
 def _stop(error: BaseException | str, status: int) -> None:

@@ -10,7 +10,8 @@ import functools
 import hashlib
 import io
 import json
-import shutil
+import re
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,28 +23,29 @@ from retrieval import processes
 from retrieval.cache import Cache, digest_of_file, look
 from retrieval.embedding import Made, folder_of_crops, gather, make
 from retrieval.engines import ONNX_BATCH, Engine
-from retrieval.ledger import write_whole
+from retrieval.ledger import Run, write_whole
 from retrieval.ranking import Embeddings
 from retrieval.settings import RunError
 
 FOLDER = "shards"  # in the output folder
+PART = re.compile(r"\w+-[0-9a-f]{32}\.npz")
 NO_FACE_LOOKED_FOR = -1
 
 
 def embed_together(
-    files: list[ImageFile], engine: Engine, kind: str, output_dir: Path, save_crops: Path | None,
-    cache: Cache | None,
-) -> Embeddings | None:  # fmt: skip
+    run: Run, files: list[ImageFile], engine: Engine, kind: str, cache: Cache | None
+) -> Embeddings | None:
     """As embed, each process a share; the first gets all, the others None when all are done.
 
-    Raises RunError where another process has ended.
+    After settle_together. The run learns which parts its vectors are from. Raises as embed, and RunError
+    where another process has ended, or has not written its parts where this one looks for them.
     """
     size = part_size(len(files), engine.size)
     parts = [files[start : start + size] for start in range(0, len(files), size)]
     share = parts[processes.number() :: processes.count()]
-    verify = cache is not None and cache.verify
-    place = functools.partial(part_path, output_dir / FOLDER, kind, engine.key, verify=verify)
-    folder = folder_of_crops(save_crops, kind)
+    verify = run.settings.verify_cache
+    place = functools.partial(part_path, run.folder / FOLDER, kind, engine.key, verify=verify)
+    folder = folder_of_crops(run.settings.save_crops, kind)
     total = sum(map(len, share))
     with tqdm(total=total, desc=f"share of {kind}", unit="image", disable=not processes.is_first()) as bar:
         for part in share:
@@ -60,14 +62,18 @@ def embed_together(
     if missing:
         raise RunError(
             f"{len(missing)} of {len(parts)} parts of the {kind}, such as that of {missing[0][0].name}, are "
-            f"not in {output_dir / FOLDER}: all processes must see the same --output_dir and the same "
+            f"not in {run.folder / FOLDER}: all processes must see the same --output_dir and the same "
             "images, which may not change during the run, and have the same --device"
         )
+    run.parts += paths
     return gather(files, map(read_part, paths, parts), engine, kind)
 
 
 def settle_together(engine: Engine, files: list[ImageFile]) -> None:
-    """Load the engine in every process, also in one without a share, so that all use the same."""
+    """Load the engine in every process, also in one without a share, so that all use the same.
+
+    Raises as Engine.settle, and RunError where another process has ended.
+    """
     size = engine.backbone.prepare.size
     pixels = np.zeros((ONNX_BATCH, 3, size, size), np.uint8)
     for row, file in enumerate(files[:ONNX_BATCH]):
@@ -76,18 +82,29 @@ def settle_together(engine: Engine, files: list[ImageFile]) -> None:
     engine.settle(pixels)
 
 
-def remove_shards(output_dir: Path) -> None:
-    """Remove the parts of a run whose submission is written."""
-    shutil.rmtree(output_dir / FOLDER, ignore_errors=True)
+def are_left(output_dir: Path) -> bool:
+    """Whether a run that did not come to its end, of any number of processes, has left parts."""
+    return any(PART.fullmatch(path.name) for path in (output_dir / FOLDER).glob("*.npz"))
+
+
+def remove_shards(run: Run) -> None:
+    """Remove the parts that the vectors of a run are from, when its submission is written."""
+    with suppress(OSError):  # what cannot be removed is in nobody's way
+        for path in run.parts:
+            path.unlink(missing_ok=True)
+        if run.parts:
+            run.parts[0].parent.rmdir()  # unless others lie there
 
 
 def part_size(images: int, batch: int) -> int:
-    """How many images a part has: about a 64th of all, so that shares are even, and whole batches.
+    """How many images a part has, in whole batches: few, so that shares are even, but not a file for a few.
 
-    >>> part_size(100, 32), part_size(100_000, 32), part_size(100_000_000, 32)
-    (32, 1568, 16384)
+    A 64th of all, from 16 384 images on 256, and from 262 144 on a 1024th.
+
+    >>> part_size(100, 32), part_size(100_000, 32), part_size(1_000_000, 32), part_size(100_000_000, 32)
+    (32, 256, 992, 16384)
     """
-    size = min(max(images // 64, 16), 2**14)
+    size = min(max(16, min(images // 64, 256), images // 1024), 2**14)
     return -(-size // batch) * batch
 
 
@@ -97,8 +114,10 @@ def part_path(folder: Path, kind: str, key: bytes, files: list[ImageFile], verif
     Of the images it takes the size and the time, as a quick look; to verify, their bytes.
     """
     digest = hashlib.sha256(key)
-    for file in files:
-        told = (file.name, look(file.path), digest_of_file(file) if verify else b"")
+    with ThreadPoolExecutor() as pool:
+        read = pool.map(digest_of_file, files) if verify else [b""] * len(files)
+        all_told = [(file.name, look(file.path), one) for file, one in zip(files, read, strict=True)]
+    for told in all_told:
         digest.update(repr(told).encode("utf-8", "surrogateescape"))
     return folder / f"{kind.replace(' ', '_')}-{digest.hexdigest()[:32]}.npz"
 

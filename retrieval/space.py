@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
+from retrieval.processes import on_this_machine
 from retrieval.settings import RunError
 
 SHARE = 0.25  # of the memory, for one array: queries and gallery have one each, and others need some too
 ELSEWHERE = 2**32  # bytes, where the system does not say how much memory it has
+ON_DISK = "/var/tmp"  # on Unix: Filesystem Hierarchy Standard 3.0, 5.15
 LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes or "max"
 
 log = logging.getLogger("retrieval.space")
@@ -26,9 +28,9 @@ def zeros(shape: tuple[int, ...], dtype: type, what: str) -> np.ndarray:
     Raises RunError where there is no room for that file.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    if size <= SHARE * memory():
+    if size <= SHARE * memory() / on_this_machine():
         return np.zeros(shape, dtype)
-    folder = tempfile.gettempdir()
+    folder = _folder()
     free = shutil.disk_usage(folder).free
     if size > free:
         raise RunError(
@@ -36,8 +38,15 @@ def zeros(shape: tuple[int, ...], dtype: type, what: str) -> np.ndarray:
             "or set TMPDIR to another folder"
         )
     log.info("%.1f GB of %s lie in %s while this runs", size / 1e9, what, folder)
-    with tempfile.TemporaryFile() as file:
+    with tempfile.TemporaryFile(dir=folder) as file:
         return np.memmap(file, dtype=dtype, mode="w+", shape=shape)
+
+
+def _folder() -> str:
+    """Where large files go that nobody is to keep: /tmp may itself lie in memory, and /var/tmp does not."""
+    if "TMPDIR" not in os.environ and os.access(ON_DISK, os.W_OK | os.X_OK):
+        return ON_DISK
+    return tempfile.gettempdir()
 
 
 def memory() -> int:

@@ -181,7 +181,8 @@ def _of_each_class(of_class: Classes, rich: list[str | None], share: float) -> l
 def read_squares(files: list[ImageFile], prepare: Transform | FaceCrop, kind: str) -> Squares:
     """What `prepare` makes of each image, read once for all epochs. Shows a progress bar.
 
-    An unreadable image is left out, named and counted. Raises InputError if not one can be read.
+    An unreadable image is left out, named and counted. Raises InputError if not one can be read, RunError
+    where there is no room for them, or a process that looks for faces was killed.
     """
     shape = (len(files), 3, prepare.size, prepare.size)
     pixels = torch.from_numpy(zeros(shape, np.uint8, "training images"))
@@ -189,7 +190,7 @@ def read_squares(files: list[ImageFile], prepare: Transform | FaceCrop, kind: st
     unreadable: dict[str, str] = {}
     without_face = 0
     with tqdm(total=len(files), desc=kind, unit="image", leave=False, disable=not is_first()) as bar:
-        for batch in read_batches(files, prepare, 64, processes=isinstance(prepare, FaceCrop)):
+        for batch in read_batches(files, prepare, 64, processes=prepare.looks_for_faces):
             for name, square in zip(batch.names, batch.images, strict=True):
                 pixels[len(names)] = torch.from_numpy(square.pixels)
                 names.append(name)

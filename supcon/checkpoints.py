@@ -12,12 +12,15 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrieval.fine_tuned import write_checkpoint
-from retrieval.ledger import as_json, write_whole
+from retrieval.ledger import as_json, lock, write_whole
+from retrieval.processes import is_first
 from retrieval.settings import Form, InputError, RunError
 from retrieval.weights import unpickle
 from supcon.batches import Split
@@ -48,21 +51,30 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-def open_folder(settings: Form, split: Split) -> dict[str, Any] | None:
+@contextmanager
+def open_folder(settings: Form, split: Split) -> Iterator[dict[str, Any] | None]:
     """Make the folder of a training; what lies in it to go on from, if that is asked for.
 
-    Raises InputError where it holds another run and neither --resume nor --overwrite is given, where --resume
-    finds nothing to go on from, or other settings or images than it had. What --overwrite replaces is moved
-    to earlier/ when the new training begins.
+    `with` it, no other training writes into the folder meanwhile.
+
+    Raises InputError where another run writes into it now, where it holds another run and neither --resume
+    nor --overwrite is given, where --resume finds nothing to go on from, or other settings or images than it
+    had. What --overwrite replaces is moved to earlier/ when the new training begins.
     """
     folder = settings.save_dir
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise InputError(f"--save_dir {folder} is not a folder but a file: give another one") from None
-    for name in FILES:
-        for unfinished in folder.glob(f".{name}.unfinished-*"):  # by a training that was killed
-            unfinished.unlink(missing_ok=True)
+    with lock(folder, "save_dir") if is_first() else nullcontext():
+        for name in FILES:
+            for unfinished in folder.glob(f".{name}.unfinished-*"):  # by a training that was killed
+                unfinished.unlink(missing_ok=True)
+        yield _what_lies_there(settings, split)
+
+
+def _what_lies_there(settings: Form, split: Split) -> dict[str, Any] | None:
+    folder = settings.save_dir
     there = [name for name in FILES if (folder / name).exists()]
     if settings.resume and settings.overwrite:
         raise InputError("--resume goes on with a run and --overwrite replaces it: give one of them")

@@ -15,7 +15,7 @@ from get_images import ImageFile
 from retrieval.backbones import Backbone, load_backbone, place
 from retrieval.fine_tuned import Mapped, Recipe, load_tuned_alone
 from retrieval.folding import fold_batch_norms
-from retrieval.processes import take_a_gpu
+from retrieval.processes import take_a_share
 from retrieval.settings import Form, InputError
 from retrieval.weights import is_fine_tuned, unpickle
 
@@ -38,7 +38,7 @@ def load_start(settings: Form, files: list[ImageFile]) -> Start:
     It is that of the word, with --weights in the place of its own; those may be a fine-tuned checkpoint,
     whose tuned network is then the start. `files` say how large the images are. Raises as load_backbone.
     """
-    take_a_gpu()
+    take_a_share()
     if settings.weights and settings.weights.suffix != ".dat" and is_fine_tuned(unpickle(settings.weights)):
         given = [name for name in ("face_margin", "min_face_size") if getattr(settings, name) is not None]
         given += ["crop"] if settings.crop != "auto" else []

@@ -13,7 +13,7 @@ from torch import nn
 
 from retrieval.backbones import Backbone
 from retrieval.ledger import set_aside
-from retrieval.processes import count, end_with_the_others, is_first, number, wait
+from retrieval.processes import count, is_first, number, wait
 from retrieval.settings import Form, InputError, RunError
 from retrieval.tracking import Tracking, start_tracking
 from supcon.batches import Split, Squares, read_squares
@@ -77,7 +77,6 @@ def begin(
     begun: `with training.tracking` ends it.
     """
     started = time.perf_counter() if started is None else started
-    end_with_the_others()
     wait()  # none writes into the folder before all have looked at what it holds
     variant, (untuned, tuned, folded) = VARIANTS[settings.loss], start
     if not saved:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import platform
@@ -33,7 +34,7 @@ from retrieval.metrics import compare
 from retrieval.processes import all_say, is_first
 from retrieval.settings import RunError
 from retrieval.timm_zoo import hub_config
-from retrieval.weights import unpickle
+from retrieval.weights import unpickle, version_of
 from supcon.batches import by_class, shuffled
 from supcon.checkpoints import BEST, BEST_EPOCH, CURVE, write_history
 from supcon.gather import from_the_first
@@ -42,6 +43,7 @@ from supcon.state import Training, save
 from supcon.steps import Prepared, prepared, step
 from supcon.validation import COLLAPSED, Candidate, best_of, candidates, is_better, mixed, validate
 
+PACKAGES = ("torch", "torchvision", "timm")  # whose versions a checkpoint names
 SAVE_EVERY = 300  # seconds
 FIRST_STEPS = 3
 FOLLOWED = ("top_1", "top_3", "score", "mean_cosine")  # by a tracker
@@ -287,7 +289,8 @@ def choose(training: Training) -> None:
         return
     started = time.perf_counter()
     kept = unpickle(folder / BEST_EPOCH)
-    best = replace(training.tuned, network=training.judged.network)
+    # A copy: last.pth keeps the weights that its optimiser has come to.
+    best = replace(training.tuned, network=copy.deepcopy(training.judged.network))
     best.network.load_state_dict(kept["tuned"])
     found = candidates(training.validation, training.untuned, best)
     chosen = best_of(found, progress.untuned, by_view=training.validation.views is not None)
@@ -338,13 +341,10 @@ def recipe_of(
     training: Training, metrics: dict[str, Any], embedding: str = ALONE, weight: float = 1.0
 ) -> Recipe:
     """What the checkpoint says of itself."""
-    import timm
-    import torchvision
-
     tuned, untuned, settings = training.tuned, training.untuned, training.settings
     prepare = untuned.prepare if embedding == JOINED else tuned.prepare
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__),
-                "torchvision": torchvision.__version__, "timm": timm.__version__}  # fmt: skip
+    # Of what is installed: to import timm and torchvision for them would take seconds.
+    versions = {"python": platform.python_version()} | {name: version_of(name) for name in PACKAGES}
     return Recipe(
         word=settings.model,
         prepare=asdict(prepare),

@@ -225,8 +225,8 @@ def begun(settings):
     from supcon.variants import choices_of
 
     choices, split = choices_of(settings), find_and_split(settings)
-    saved = open_folder(settings, split)
-    return begin(settings, choices, split, load_start(settings, split.train), saved)
+    with open_folder(settings, split) as saved:
+        return begin(settings, choices, split, load_start(settings, split.train), saved)
 
 
 def assert_same(weights, others):

@@ -139,8 +139,8 @@ def test_an_export_that_gives_other_vectors_is_refused(tmp_path, caplog, monkeyp
     other = Small()
     with torch.no_grad():
         other.conv.weight[0, 0] += 0.05
-    wrong = engines._export(unloaded(other).load())
-    monkeypatch.setattr(engines, "_export", lambda backbone: wrong)
+    wrong = engines.export(unloaded(other).load())
+    monkeypatch.setattr(engines, "export", lambda backbone: wrong)
     assert settled(unloaded(Small()), tmp_path).word == TORCH
     assert "its vectors are others, cosine 0.9" in caplog.text
     assert not list(tmp_path.rglob("*.onnx"))
@@ -167,7 +167,7 @@ def test_a_want_of_memory_is_tried_again_by_the_next_run(tmp_path, caplog, monke
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engines, "_export", full)
+        patch.setattr(engines, "export", full)
         assert settled(unloaded(Small()), tmp_path).word == TORCH
     assert "can't allocate memory: you tried to allocate 10 bytes; the next run tries again" in caplog.text
     assert settled(unloaded(Small()), tmp_path, "auto").word == ONNX
@@ -215,3 +215,22 @@ def test_half_precision_is_used_only_where_the_vectors_stay_the_same(caplog):
 
     assert not engines._half_is_enough(unloaded(Fine()).load(), images(4))
     assert "needs full precision" in caplog.text
+
+
+def test_the_precision_of_a_gpu_is_settled_once_for_a_network(monkeypatch, tmp_path):
+    on_gpu = replace(unloaded(Small()), device="cuda")
+    backbone, answers = replace(on_gpu.load(), device="cuda"), iter([True, False])
+    monkeypatch.setattr(engines, "_half_is_enough", lambda *_: next(answers))
+    half = str(engines._half())
+    assert engines._precision(backbone, "", images(4)) == half
+    assert engines._precision(backbone, half, images(4)) == half  # without a second look
+    assert engines._precision(backbone, "", images(4)) == engines.FULL
+    assert engines._precision(backbone, engines.FULL, images(4)) == engines.FULL
+    assert engines._precision(replace(backbone, device="cpu"), "", images(4)) == ""
+    first = choose_engine(on_gpu, "auto", 10, 32, tmp_path)
+    settled = engines._settled(on_gpu, first.folder)
+    settled.parent.mkdir()
+    settled.write_text(half)
+    again = choose_engine(on_gpu, "auto", 10, 32, tmp_path)
+    assert again.precision == half
+    assert again.key == first.key + half.encode()  # no vector of the other precision is taken for one of this

@@ -49,10 +49,12 @@ BELOW = {
         "retrieval.timm_zoo",
     },
     "retrieval.processes": {"retrieval.settings"},
-    "retrieval.space": {"retrieval.settings"},
+    "retrieval.space": {"retrieval.processes", "retrieval.settings"},
+    "retrieval.onnx_network": {"retrieval.backbones"},
     "retrieval.engines": {
         "retrieval.settings",
         "retrieval.backbones",
+        "retrieval.onnx_network",
         "retrieval.ledger",
         "retrieval.processes",
         "retrieval.weights",

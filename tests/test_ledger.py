@@ -60,7 +60,7 @@ def test_room_is_asked_for_as_much_as_the_submission_takes(tmp_path, monkeypatch
     ranking = {query.name: names[:10] for query in queries}
     path = save_submission(make_submission(ranking, queries, gallery, "team"), tmp_path)
     assert path.stat().st_size + 2**22 < written[0] < path.stat().st_size * 1.3 + 2**22
-    assert os.listdir(tmp_path) == ["submission.json"]
+    assert sorted(os.listdir(tmp_path)) == [".lock", "submission.json"]
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
@@ -93,6 +93,18 @@ def test_a_run_never_overwrites_the_files_of_another(tmp_path):
     kept = sorted((tmp_path / "earlier").glob("*/submission.json"))
     assert sorted(path.read_text() for path in kept) == ["first", "second", "third"]
     assert all(path.with_name("reply.txt").read_text() == path.read_text() for path in kept)
+
+
+def test_a_folder_is_of_one_run_at_a_time(tmp_path):
+    settings = Settings(output_dir=tmp_path / "out")
+    other = [sys.executable, "-c", "import sys; from pathlib import Path; from retrieval.ledger import lock; "
+             "lock(Path(sys.argv[1]), 'output_dir'); print('held')", tmp_path / "out"]  # fmt: skip
+    with Run(settings) as run:
+        run.check_output_dir(images(1), images(2))
+        second = subprocess.run(other, cwd=ROOT, capture_output=True, text=True)
+        assert "InputError: another run writes into" in second.stderr
+        assert "wait for its end, or give another --output_dir" in second.stderr
+    assert subprocess.run(other, cwd=ROOT, capture_output=True, text=True).stdout == "held\n"
 
 
 @pytest.mark.parametrize("folder", ["query", "query/results", "gallery/../query"])

@@ -1,7 +1,9 @@
 """Several processes, as torchrun starts them: the ranking of one, and what is left when one of them dies."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -12,7 +14,8 @@ from conftest import ROOT, run
 from get_images import ImageFile
 from retrieval import processes
 from retrieval.embedding import Made
-from retrieval.shards import FOLDER, part_path, part_size, read_part, write_part
+from retrieval.settings import OthersEndedError
+from retrieval.shards import FOLDER, are_left, part_path, part_size, read_part, write_part
 
 # The script, with a share that is one image, so that a few images are enough for several processes; it counts
 # the images that it embeds, and process 1 may be killed when its first part and those of process 0 are on the
@@ -98,10 +101,12 @@ def test_a_process_that_dies_ends_all_with_a_sentence_and_the_next_run_goes_on(f
     before = embedded(tmp_path)
     assert 5 <= len(before) < 32
     (tmp_path / "kill").unlink()
-    ended = together(3, few, tmp_path, "--engine", "onnx")
+    (tmp_path / "results" / FOLDER / "mine.tar").touch()
+    ended = together(1, few, tmp_path, "--engine", "onnx")  # as any number of processes does
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "results" / "submission.json").read_bytes() == alone["onnx"]
     assert len(embedded(tmp_path)) == 32  # none twice
+    assert os.listdir(tmp_path / "results" / FOLDER) == ["mine.tar"]  # what is not of this run stays
 
 
 def test_wrong_input_is_a_sentence_of_each_process(few, tmp_path):
@@ -150,6 +155,43 @@ def test_a_part_is_named_by_what_decides_its_vectors(tmp_path):
     assert len(set(paths)) == len(paths)
 
 
+def test_parts_of_a_run_that_did_not_end_are_seen(tmp_path):
+    assert not are_left(tmp_path)
+    (tmp_path / FOLDER).mkdir()
+    (tmp_path / FOLDER / "train-0001.npz").touch()
+    assert not are_left(tmp_path)
+    part_path(tmp_path / FOLDER, "gallery images", b"key", []).touch()
+    assert are_left(tmp_path)
+
+
+def test_an_environment_that_says_half_of_it_is_a_sentence(few, tmp_path):
+    script = ("model_not_tuned.py", "--query_dir", few / "query", "--gallery_dir", few / "gallery")
+    for told in ({"WORLD_SIZE": "4"}, {"WORLD_SIZE": "many", "RANK": "x"}):
+        ended = run(*script, cwd=tmp_path, **told)
+        assert ended.returncode == 2, ended.stderr
+        assert ended.stderr.startswith("error: the environment says that this is one of several processes")
+        assert "start the script with torchrun, or unset WORLD_SIZE" in ended.stderr
+
+
+def test_the_end_of_another_process_is_no_fault_of_what_is_going_on(monkeypatch):
+    """What looks at a broken image, or a network that will not do, goes on; this must not."""
+    handler = signal.getsignal(signal.SIGTERM)
+    for word in processes.NUMBERS:
+        monkeypatch.setenv(word, "2")
+    monkeypatch.setenv("MASTER_ADDR", "here")
+
+    def tried():
+        with contextlib.suppress(Exception):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        processes.end_with_the_others()
+        with pytest.raises(OthersEndedError, match="another process of this run has ended"):
+            tried()
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
 def test_what_another_launcher_left_in_the_environment_costs_no_submission(monkeypatch):
     monkeypatch.setenv("RANK", "3")
     assert processes.is_first()
@@ -166,3 +208,11 @@ def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch):
     assert processes.cores() == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "30")
     assert processes.cores() == 1
+
+
+def test_cores_are_those_that_a_container_may_use(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(processes, "QUOTA", tmp_path / "cpu.max")
+    for told, cores in (("max 100000\n", 8), ("250000 100000\n", 2), ("50000 100000\n", 1)):
+        (tmp_path / "cpu.max").write_text(told)
+        assert processes.cores() == cores

@@ -13,7 +13,7 @@ import torch
 from conftest import assert_same, begun, settings_of
 
 from retrieval.fine_tuned import ALONE, JOINED, load_fine_tuned, read_fine_tuned
-from retrieval.settings import RunError
+from retrieval.settings import InputError, RunError
 from supcon import state, steps, training
 from supcon.batches import Split, find_and_split
 from supcon.checkpoints import open_folder
@@ -43,9 +43,8 @@ def test_every_variant_overfits_a_tiny_set_and_then_retrieves_it_perfectly(loss,
     choices, split = choices_of(settings), find_and_split(settings)
     everything = sorted([*split.train, *split.validation], key=lambda file: file.name)
     split = Split(everything, everything, split.by)  # to overfit: what it learns from is what it retrieves
-    run = state.begin(
-        settings, choices, split, load_start(settings, split.train), open_folder(settings, split)
-    )
+    with open_folder(settings, split) as saved:
+        run = state.begin(settings, choices, split, load_start(settings, split.train), saved)
     training.fit(run)
     history = run.progress.history
     assert history[-1]["loss"] < FALLS_BELOW[loss] < history[0]["loss"]
@@ -238,7 +237,13 @@ def test_a_training_that_goes_on_after_its_minutes_chooses_again_and_keeps_the_b
     run = begun(settings)
     run.settings = settings.model_copy(update={"epochs": 2})
     training.fit(run)
+    kept = torch.load(settings.save_dir / "best.pth", weights_only=True)
+    kept["tuned"] = run.untuned.network.state_dict()  # as if an earlier epoch had been the best
+    torch.save(kept, settings.save_dir / "best.pth")
     training.choose(run)
+    last = torch.load(settings.save_dir / "last.pth", weights_only=True)["tuned"]
+    assert_same(last, run.tuned.network.state_dict())  # it goes on from where its optimiser is
+    assert any(not torch.equal(tensor, kept["tuned"][name]) for name, tensor in last.items())
     run.progress.kept = 2000.0  # what was chosen is better than any epoch to come
     run.settings = settings
     state.save(run)
@@ -248,6 +253,20 @@ def test_a_training_that_goes_on_after_its_minutes_chooses_again_and_keeps_the_b
     assert (settings.save_dir / "fine_tuned_model.pth").read_bytes() == before
     training.choose(run)
     assert run.progress.chosen == 4
+
+
+def test_a_folder_is_of_one_training_at_a_time(tiny, tmp_path):
+    settings = settings_of(tiny, tmp_path)
+    split = find_and_split(settings)
+    unfinished = settings.save_dir / ".last.pth.unfinished-1"
+    with open_folder(settings, split) as saved:
+        assert saved is None
+        unfinished.touch()
+        with pytest.raises(InputError, match="another run writes into"), open_folder(settings, split):
+            pass
+        assert unfinished.exists()  # of the training that runs
+    with open_folder(settings, split):
+        assert not unfinished.exists()
 
 
 def test_of_epochs_that_validation_cannot_tell_apart_the_latest_is_kept(tiny, tmp_path, monkeypatch):
