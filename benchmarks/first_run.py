@@ -141,9 +141,9 @@ def run(command: list[str | Path], ranking: Path) -> Ended:
 
         def watch() -> None:
             while not ended.wait(1):
-                peaks.append(megabytes(process.pid))
-                for one in list(processes(process.pid)):
-                    with suppress(OSError):  # it has ended meanwhile
+                with suppress(OSError):  # one of them has ended meanwhile: the next second says
+                    peaks.append(megabytes(process.pid))
+                    for one in processes(process.pid):
                         used[one] = processor_seconds(one)
 
         watcher = threading.Thread(target=watch)

@@ -176,6 +176,14 @@ def main() -> None:
     form = parser.parse_args()
     if not (form.loss_only or form.folder):
         parser.error("give a folder with a folder a class, or --loss_only")
+    if form.folder:
+        from get_images import find_images
+
+        images = len(find_images(form.folder))
+        there = int(0.8 * images) // BATCH - WARM_UP  # a fifth is set aside, and an epoch is what is timed
+        if there < form.steps:
+            parser.error(f"{form.folder} holds {images} images, which is enough for {max(0, there)} steps: "
+                         "give one with more, or a smaller --steps")  # fmt: skip
     if form.run:
         program = loss_alone if form.loss_only else {"usual": usual, "ours": ours}[form.run]
         print(json.dumps(program(form)))

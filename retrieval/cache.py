@@ -90,8 +90,8 @@ class Cache:
 
     def keep_vectors(self, maker: Maker, known: dict[bytes, Known]) -> None:
         """Keep what was made of the images with these digests."""
-        self._keep("vectors", [(maker.key, digest, made.face, made.vector.tobytes())
-                               for digest, made in known.items()])  # fmt: skip
+        self._keep("vectors", maker, [(digest, made.face, made.vector.tobytes())
+                                      for digest, made in known.items()])  # fmt: skip
 
     def crops(self, maker: Maker, digests: Collection[bytes]) -> set[bytes]:
         """Of which of these images the crop is kept."""
@@ -109,15 +109,17 @@ class Cache:
 
     def keep_crops(self, maker: Maker, crops: dict[bytes, Square]) -> None:
         """Keep the crops of the images with these digests."""
-        self._keep("crops", [(maker.key, digest, crop.face, crop.pixels.tobytes())
-                             for digest, crop in crops.items()])  # fmt: skip
+        self._keep("crops", maker, [(digest, crop.face, crop.pixels.tobytes())
+                                    for digest, crop in crops.items()])  # fmt: skip
 
     def _used(self, maker: Maker) -> None:
         self._excused(lambda: self.write(USED, [(*maker, time.time())]))
 
-    def _keep(self, table: str, rows: list[tuple]) -> None:
+    def _keep(self, table: str, maker: Maker, rows: list[tuple]) -> None:
         if rows:
-            self._excused(lambda: self.write(f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?, ?)", rows))
+            self._used(maker)  # again: somebody may have removed it meanwhile
+            values = [(maker.key, *row) for row in rows]
+            self._excused(lambda: self.write(f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?, ?)", values))
 
     def _kept(self, table: str, column: str, maker: Maker, digests: list[bytes]) -> list[tuple]:
         return self.rows_of(
@@ -250,9 +252,17 @@ def contents(cache: Cache) -> list[tuple[str, int, int, float]]:
 def prune(cache: Cache, days: float) -> int:
     """Remove what was made of images by what was not used for so many days; of how many that was."""
     before = sum(count for _, count, *_ in contents(cache))
-    old = [(maker,) for (maker,) in
-           cache.rows("SELECT maker FROM makers WHERE used < ?", time.time() - 86400 * days)]  # fmt: skip
-    for table in ("vectors", "crops", "makers"):
-        cache.write(f"DELETE FROM {table} WHERE maker = ?", old)
+    cache.write("DELETE FROM makers WHERE used < ?", [(time.time() - 86400 * days,)])
+    for table in ("vectors", "crops"):
+        cache.write(f"DELETE FROM {table} WHERE maker NOT IN (SELECT maker FROM makers)", [()])
+    cache.write("DELETE FROM files WHERE digest NOT IN (SELECT digest FROM vectors UNION "
+                "SELECT digest FROM crops)", [()])  # fmt: skip
     cache.connection.execute("VACUUM")  # gives the room back to the disk
     return before - sum(count for _, count, *_ in contents(cache))
+
+
+def left_over(folder: Path, days: float) -> list[Path]:
+    """The files that were set aside, or that other versions of the project use, unchanged for so long."""
+    files = folder.glob("embeddings-*.sqlite*")
+    others = sorted(file for file in files if file.name not in (FILE, f"{FILE}-wal", f"{FILE}-shm"))
+    return [file for file in others if time.time() - file.stat().st_mtime >= 86400 * days]

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from get_images import ImageFile
 from retrieval import settings
-from retrieval.cache import Cache, Known, Maker, contents, prune
-from retrieval.engines import ONNX_BATCH, TORCH, Engine, exported_networks
+from retrieval.cache import FILE, Cache, Known, Maker, contents, left_over, prune
+from retrieval.engines import NETWORKS, ONNX_BATCH, TORCH, Engine, exported_networks
 from retrieval.ranking import Embeddings
 from retrieval.readers import Batch, Read, in_batches, read_ahead
 from retrieval.settings import InputError, RunError
@@ -47,6 +47,8 @@ class Settings(settings.Form):
 
 
 def main(form: Settings) -> None:
+    if not any((form.cache_dir / name).exists() for name in (FILE, NETWORKS)):
+        raise InputError(f"there is no cache in {form.cache_dir}: give the --cache_dir of runs")
     cache = Cache(form.cache_dir)
     if cache.connection is None:
         raise RunError(f"{form.cache_dir} cannot be read: give another --cache_dir")
@@ -61,11 +63,13 @@ def main(form: Settings) -> None:
 
 
 def _remove(cache: Cache, days: float) -> None:
-    old = exported_networks(cache.folder, days)
-    for file in old:
-        file.unlink()
+    networks, others = exported_networks(cache.folder, days), left_over(cache.folder, days)
+    for file in [*networks, *others]:
+        file.unlink(missing_ok=True)
     log.info("removed what was kept of %d images, and %d exported networks: unused for %g days",
-             prune(cache, days), len(old), days)  # fmt: skip
+             prune(cache, days), _count(networks), days)  # fmt: skip
+    if others:
+        log.info("removed %d files of broken or earlier caches, such as %s", len(others), others[0].name)
 
 
 def _tell(cache: Cache) -> None:
@@ -73,8 +77,12 @@ def _tell(cache: Cache) -> None:
         when = datetime.fromtimestamp(used).strftime("%Y-%m-%d %H:%M")
         log.info("%s: %d images, %.1f MB, used %s", what, count, size / 1e6, when)
     networks = exported_networks(cache.folder)
-    log.info("exported networks: %d, %.1f MB", len(networks), _megabytes(networks))
+    log.info("exported networks: %d, %.1f MB", _count(networks), _megabytes(networks))
     log.info("%s holds %.1f MB", cache.folder, _megabytes([*networks, *cache.folder.glob("*.sqlite*")]))
+
+
+def _count(networks: list[Path]) -> int:
+    return sum(file.suffix == ".onnx" for file in networks)
 
 
 def _megabytes(files: list[Path]) -> float:

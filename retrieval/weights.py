@@ -14,7 +14,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import requests
 from tqdm import tqdm
 
 from retrieval.settings import InputError, RunError
@@ -101,6 +100,8 @@ class Download:
 
     def _download(self, file: Path) -> None:
         digest = hashlib.sha256()
+        import requests
+
         with requests.get(self.url, stream=True, timeout=60) as reply, open(file, "wb") as out:
             reply.raise_for_status()
             size = int(reply.headers.get("Content-Length", 0)) or None

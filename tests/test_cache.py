@@ -15,7 +15,7 @@ from torch import nn
 from get_images import find_images
 from retrieval import backbones, readers
 from retrieval.backbones import Backbone, Unloaded, find_backbone, load_backbone
-from retrieval.cache import FILE, Cache, contents, prune
+from retrieval.cache import FILE, Cache, Known, Maker, contents, prune
 from retrieval.embedding import embed
 from retrieval.settings import InputError
 from retrieval.transforms import Transform
@@ -275,7 +275,17 @@ def test_what_it_holds_and_what_nobody_used(files, backbone, tmp_path):
     assert prune(cache, 1) == 0
     assert prune(cache, 0) == 7
     assert contents(cache) == []
+    assert cache.rows("SELECT * FROM files") == []
     assert embedded(files, backbone, tmp_path / "cache")[1] == 7
+
+
+def test_what_is_kept_while_somebody_removes_all_is_still_seen(tmp_path):
+    cache, other = Cache(tmp_path / "cache"), Cache(tmp_path / "cache")
+    maker, known = Maker(b"a network", "a network"), {b"an image": Known(np.zeros(3, np.float32), None)}
+    assert cache.vectors(maker, []) == {}
+    assert prune(other, 0) == 0
+    cache.keep_vectors(maker, known)
+    assert prune(other, 0) == 1
 
 
 def test_the_command_says_what_there_is_and_removes_what_is_old(few, tmp_path):
@@ -290,10 +300,16 @@ def test_the_command_says_what_there_is_and_removes_what_is_old(few, tmp_path):
         "removed what was kept of 0 images, and 0 exported"
         in run(*command, "--older_than", "1", cwd=tmp_path).stdout
     )
+    (tmp_path / "cache" / f"{FILE}.broken-20260101-000000").touch()
     told = run(*command, "--older_than", "0", cwd=tmp_path).stdout
+    assert f"removed 1 files of broken or earlier caches, such as {FILE}.broken-2026" in told
     assert "removed what was kept of 32 images, and 1 exported networks: unused for 0 days" in told
     assert "exported networks: 0, 0.0 MB" in told
-    assert run("-m", "retrieval.embedding", "--cache_dir", "/proc/none", cwd=tmp_path).returncode == 1
+    assert not list((tmp_path / "cache").glob("*.broken-*"))
+    mistyped = run("-m", "retrieval.embedding", "--cache_dir", "cash", cwd=tmp_path)
+    assert mistyped.returncode == 2
+    assert "error: there is no cache in cash: give the --cache_dir of runs" in mistyped.stderr
+    assert not (tmp_path / "cash").exists()
 
 
 def test_a_cache_that_the_command_cannot_use_is_a_sentence(files, backbone, tmp_path):
