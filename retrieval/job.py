@@ -77,16 +77,17 @@ def embed_both(run: Run, images: Images, backbone: Unloaded) -> Vectors:
     if together:
         take_a_share()
         settle_together(engine, images.queries)
-    # First the larger part: processes that look for faces have the more to do while the network loads.
-    both = []
-    for files, kind in ((images.gallery, "gallery images"), (images.queries, "queries")):
+
+    def vectors_of(files: list[ImageFile], kind: str) -> Embeddings:
         if together:
-            both.append(embed_together(run, files, engine, kind, cache))
-        else:
-            both.append(embed(files, engine, kind, settings.save_crops, cache))
+            return embed_together(run, files, engine, kind, cache)
+        return embed(files, engine, kind, settings.save_crops, cache)
+
+    # First the larger part: processes that look for faces have the more to do while the network loads.
+    gallery = vectors_of(images.gallery, "gallery images")
+    queries = vectors_of(images.queries, "queries")
     if not is_first():
         raise SystemExit(0)
-    gallery, queries = both
     run.inside = engine.seconds | {"cores": cores()}
     dimension = queries.vectors.shape[1]
     run.done(

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from get_images import HIDDEN, ImageFile, find_images, label_of
 from retrieval.faces import FaceCrop
-from retrieval.processes import is_first
+from retrieval.processes import count, is_first
 from retrieval.readers import read_batches
 from retrieval.settings import Form, InputError
 from retrieval.space import zeros
@@ -91,7 +91,18 @@ def find_and_split(settings: Form) -> Split:
         raise InputError(
             f"{settings.train_dir} holds {len(files)} images: too few to learn from and to validate"
         )
+    check_shares(settings.batch_size, len(found.train))
     return found
+
+
+def check_shares(batch_size: int, images: int) -> None:
+    """Raise InputError where a batch of so many images has no share for each process of the run."""
+    least = min(batch_size, images)
+    if least < count():
+        raise InputError(
+            f"a batch of {least} images has no share for each of {count()} processes: give a larger "
+            "--batch_size, more images, or torchrun a smaller --nproc_per_node"
+        )
 
 
 def find_labelled(folder: Path) -> list[ImageFile]:

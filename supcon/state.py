@@ -13,10 +13,10 @@ from torch import nn
 
 from retrieval.backbones import Backbone
 from retrieval.ledger import set_aside
-from retrieval.processes import count, is_first, number, wait
+from retrieval.processes import is_first, number, wait
 from retrieval.settings import Form, InputError, RunError
 from retrieval.tracking import Tracking, start_tracking
-from supcon.batches import Split, Squares, read_squares
+from supcon.batches import Split, Squares, check_shares, read_squares
 from supcon.checkpoints import FILES, Progress, check_room, digest, write_last
 from supcon.gather import from_the_first
 from supcon.layers import freeze, parameter_groups, stages
@@ -123,12 +123,7 @@ def begin(
 
 def _check_shares(settings: Form, squares: Squares) -> None:
     """Raise InputError where a process has no share of a batch, RunError where it has read other images."""
-    least = min(settings.batch_size, len(squares.names))
-    if least < count():
-        raise InputError(
-            f"a batch of {least} images has no share for each of {count()} processes: give a larger "
-            "--batch_size, more images, or torchrun a smaller --nproc_per_node"
-        )
+    check_shares(settings.batch_size, len(squares.names))
     digest = zlib.crc32("\n".join(squares.names).encode("utf-8", "surrogateescape"))
     if digest != from_the_first(digest):
         raise RunError(

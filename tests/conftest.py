@@ -94,6 +94,25 @@ def _no_settings_from_outside(monkeypatch, tmp_path_factory):
     gc.unfreeze()
 
 
+@pytest.fixture(scope="session")
+def exported_once(tmp_path_factory):
+    """EfficientNet-Lite0 for ONNX Runtime, in the folder of a cache."""
+    from retrieval.backbones import find_backbone
+    from retrieval.engines import ONNX, choose_engine
+
+    folder = tmp_path_factory.mktemp("exported")
+    engine = choose_engine(find_backbone("efficientnet_lite0", "cpu"), ONNX, 1, 1, folder)
+    engine.settle(np.random.default_rng(0).integers(0, 256, (4, 3, 224, 224), np.uint8))
+    assert engine.word == ONNX
+    return folder
+
+
+@pytest.fixture
+def exported(exported_once, tmp_path):
+    """The cache that a machine has after a first run, without an embedding: a script needs no torch then."""
+    shutil.copytree(exported_once, os.environ["CACHE_DIR"], dirs_exist_ok=True, copy_function=os.link)
+
+
 def run(*arguments, cwd, **environment):
     """Run a script of the project, or `-m module`, as a user does; its status, output and errors."""
     command = [str(ROOT / part) if part.endswith(".py") else part for part in map(str, arguments)]
@@ -212,8 +231,9 @@ def settings_of(folder, tmp_path, **given):
     """Settings of a training that takes a moment."""
     import fine_tuning
 
-    small = {"image_size": 32, "batch_size": 8, "epochs": 2, "device": "cpu", "val_share": 0.34}
-    return fine_tuning.Settings(train_dir=folder, save_dir=tmp_path / "save", **(small | given))
+    small = {"image_size": 32, "batch_size": 8, "epochs": 2, "device": "cpu", "val_share": 0.34,
+             "save_dir": tmp_path / "save"}  # fmt: skip
+    return fine_tuning.Settings(train_dir=folder, **(small | given))
 
 
 def begun(settings):

@@ -42,7 +42,7 @@ def test_from_a_folder_to_a_checkpoint_to_a_score(trainable):
     ):
         assert words in ended.stdout
     assert sorted(os.listdir(trainable / "checkpoints")) == [
-        "best.pth", "fine_tuned_model.pth", "history.jsonl", "last.pth", "loss.png"
+        ".lock", "best.pth", "fine_tuned_model.pth", "history.jsonl", "last.pth", "loss.png"
     ]  # fmt: skip
     lines = [
         json.loads(line) for line in (trainable / "checkpoints" / "history.jsonl").read_text().splitlines()

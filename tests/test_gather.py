@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -10,9 +11,10 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, assert_same, run
+from conftest import ROOT, assert_same, begun, run, settings_of
 
-from supcon import gather
+import fine_tuning
+from supcon import gather, steps
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 FLAGS = ("--image_size", 32, "--device", "cpu", "--val_share", 0.34)
@@ -66,9 +68,17 @@ def after_three_steps(folder, tmp_path, count, *more):
     script, out = tmp_path / "steps.py", tmp_path / "-".join([str(count), *more]).replace("=", "")
     script.write_text(STEPS.format(paths=[str(ROOT), str(ROOT / "tests")]))
     out.mkdir()
-    before = (*TORCHRUN, count) if count > 1 else ()
-    done = run(*before, script, out, folder, *more, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    if count == 1:
+        threads, features = torch.get_num_threads(), steps._features
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [str(script), str(out), str(folder), *more])
+            patch.setattr(sys, "path", list(sys.path))
+            runpy.run_path(str(script))
+        torch.set_num_threads(threads)
+        steps._features = features
+    else:
+        done = run(*TORCHRUN, count, script, out, folder, *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
     return [torch.load(file, weights_only=True) for file in sorted(out.glob("*.pt"))]
 
 
@@ -135,15 +145,13 @@ def test_the_script_trains_in_two_processes_and_the_first_alone_speaks_and_write
     done = run(*TORCHRUN, 2, *flags(tiny, tmp_path / "two", "--epochs", 2), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 2 of 2: loss") == 1
-    one = run(*flags(tiny, tmp_path / "one", "--epochs", 2), cwd=tmp_path)
-    assert one.returncode == 0, one.stderr
-    lines = [[json.loads(line) for line in (tmp_path / word / "history.jsonl").read_text().splitlines()]
-             for word in ("one", "two")]  # fmt: skip
-    for alone, both in zip(*lines, strict=True):
-        assert both["loss"] == pytest.approx(alone["loss"], abs=1e-3)
-    assert {file.name for file in (tmp_path / "one").iterdir()} == {
-        file.name for file in (tmp_path / "two").iterdir()
-    }
+    alone = settings_of(tiny, tmp_path, epochs=2)
+    fine_tuning.main(alone)
+    lines = [[json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+             for folder in (alone.save_dir, tmp_path / "two")]  # fmt: skip
+    for one, both in zip(*lines, strict=True):
+        assert both["loss"] == pytest.approx(one["loss"], abs=1e-3)
+    assert set(os.listdir(alone.save_dir)) == set(os.listdir(tmp_path / "two"))
     again = run(*TORCHRUN, 2, *flags(tiny, tmp_path / "two", "--epochs", 2, "--resume"), cwd=tmp_path)
     assert "this training had come to its end" in again.stdout
     assert again.returncode == 0, again.stderr
@@ -154,12 +162,6 @@ def test_more_processes_than_a_batch_has_images_are_a_sentence(tiny, tmp_path):
     done = run(*TORCHRUN, 3, *flags(tiny, tmp_path / "three", *more), cwd=tmp_path)
     assert done.returncode != 0
     assert "error: a batch of 2 images has no share for each of 3 processes: give a larger" in done.stderr
-
-
-def test_minutes_end_all_processes_at_once(tiny, tmp_path):
-    done = run(*TORCHRUN, 2, *flags(tiny, tmp_path / "two", "--epochs", 1000, "--minutes", 0.4), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "two" / "fine_tuned_model.pth").exists()
 
 
 @pytest.fixture
@@ -186,7 +188,7 @@ def begun_two(tiny, tmp_path):
         log.close()
 
 
-def test_ctrl_c_ends_all_processes_between_steps_and_one_goes_on(begun_two, tiny, tmp_path):
+def test_ctrl_c_and_minutes_end_all_processes_between_steps_and_one_goes_on(begun_two, tiny, tmp_path):
     training, children, said = begun_two
     training.send_signal(signal.SIGINT)
     training.wait(timeout=200)
@@ -197,10 +199,19 @@ def test_ctrl_c_ends_all_processes_between_steps_and_one_goes_on(begun_two, tiny
     for child in children:
         with pytest.raises(ProcessLookupError):
             os.kill(child, 0)
+    two = tmp_path / "two"
     more = ("--epochs", 1000, "--resume", "--minutes", 0.3)
-    done = run(*flags(tiny, tmp_path / "two", *more), cwd=tmp_path)  # in one process
+    done = run(*TORCHRUN, 2, *flags(tiny, two, *more), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "going on in epoch" in done.stdout
+    assert f"wrote {two / 'fine_tuned_model.pth'}" in done.stdout
+    settings = settings_of(tiny, tmp_path, save_dir=two, epochs=1000, resume=True)
+    alone = begun(settings)
+    epoch = alone.progress.epoch
+    assert epoch > 0
+    alone.settings = settings.model_copy(update={"epochs": epoch + 1})
+    training.fit(alone)
+    assert alone.progress.epoch == epoch + 1
 
 
 def test_a_process_that_is_killed_ends_the_others_with_a_sentence(begun_two):

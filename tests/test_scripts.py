@@ -13,6 +13,7 @@ import pytest
 from conftest import ROOT, Server, answer, lay_in_hub, run
 from PIL import Image
 
+AFTER_A_FIRST_RUN = pytest.mark.usefixtures("exported")  # which takes seconds: the README's commands are ones
 FOLDERS = ("--query_dir", "query", "--gallery_dir", "gallery")
 
 
@@ -94,6 +95,7 @@ def test_without_the_packages_a_sentence_says_how_to_get_them():
 # ---- model_not_tuned.py
 
 
+@AFTER_A_FIRST_RUN
 def test_a_competition_from_two_flat_folders_to_the_servers_score(flat):
     reply = b'{"groupname": "Team AAA", "accuracy": 698.0, "date": "2026-05-21 14:20:40", "scores": {}}'
     flags = (*FOLDERS, "--top_k", "10", "--group_name", "Team AAA")
@@ -141,6 +143,7 @@ def test_a_competition_from_two_flat_folders_to_the_servers_score(flat):
     assert ended.stdout.index("the server's score") < ended.stdout.index("drew results/report.html")
 
 
+@AFTER_A_FIRST_RUN
 def test_practice_on_labelled_folders_sends_nothing_and_is_right_about_the_digits(few):
     flags = (*FOLDERS, "--top_k", "3", "--custom_dataset", "--output_dir", "out")
     with Server(answer()) as server:
@@ -163,6 +166,7 @@ def test_practice_on_labelled_folders_sends_nothing_and_is_right_about_the_digit
     assert all("/" in name for name in images)
 
 
+@AFTER_A_FIRST_RUN
 def test_broken_images_cost_nothing_but_themselves(flat):
     for name, content in (("0.jpg", b""), ("a.JPG", b"text"), ("z.png", b"\x89PNG\r\n\x1a\n")):
         (flat / "query" / name).write_bytes(content)
@@ -183,6 +187,7 @@ def test_broken_images_cost_nothing_but_themselves(flat):
     assert not any({"0.jpg", "a.JPG", "z.png"} & set(names) for names in readable)
 
 
+@AFTER_A_FIRST_RUN
 def test_a_server_that_fails_loses_nothing(flat):
     (flat / ".env").write_text("QUERY_DIR=query\nGALLERY_DIR=gallery\nGROUP_NAME=Team AAA\n")
     with Server(answer(404, b"<html><h1>Not Found</h1></html>", "text/html")) as server:
@@ -201,6 +206,7 @@ def test_a_server_that_fails_loses_nothing(flat):
     assert [line["outcome"]["word"] for line in ledger(flat / "results")] == ["failed", "scored"]
 
 
+@AFTER_A_FIRST_RUN
 def test_a_rehearsal_with_a_server_of_the_runs_own(few):
     proxy = "http://127.0.0.1:9"  # where nobody listens: this machine itself needs none
     flags = (*FOLDERS, "--server_url", "local", "--output_dir", "local", "--group_token", "secret-word")
@@ -222,7 +228,8 @@ def test_a_rehearsal_without_labels_is_refused_before_the_work(flat):
     assert "embedded" not in ended.stdout
 
 
-def test_a_second_run_embeds_nothing_and_ranks_the_same(few, tmp_path):
+def test_a_second_run_embeds_nothing_and_ranks_the_same(few, exported_once, tmp_path):
+    shutil.copytree(exported_once, tmp_path / "kept")
     flags = (*FOLDERS, "--custom_dataset", "--no_report", "--cache_dir", tmp_path / "kept")
     told = []
     for number, more in enumerate(((), (), ("--no_cache",), ("--verify_cache",))):
@@ -232,19 +239,20 @@ def test_a_second_run_embeds_nothing_and_ranks_the_same(few, tmp_path):
     assert told == [False, True, False, True]
     assert len({(tmp_path / str(number) / "submission.json").read_bytes() for number in range(4)}) == 1
     ended = run("-m", "retrieval.embedding", "--cache_dir", tmp_path / "kept", cwd=tmp_path)
-    assert "efficientnet_lite0 by torch: 32 images, 0.2 MB, used " in ended.stdout
+    assert "efficientnet_lite0 by ONNX Runtime: 32 images, 0.2 MB, used " in ended.stdout
     ended = run(
         "-m", "retrieval.embedding", "--cache_dir", tmp_path / "kept", "--older_than", "0", cwd=tmp_path
     )
-    assert "removed what was kept of 32 images, and 0 exported networks" in ended.stdout
+    assert "removed what was kept of 32 images, and 1 exported networks" in ended.stdout
 
 
+@AFTER_A_FIRST_RUN
 def test_no_report_draws_nothing(flat):
     ended = run("model_not_tuned.py", *FOLDERS, "--no_report", cwd=flat)
     assert ended.returncode == 0, ended.stderr
     (names,) = (flat / "results").glob("names-*.json")
     assert {path.name for path in (flat / "results").iterdir()} == {
-        "submission.json", "metrics.json", "runs.jsonl", names.name,
+        ".lock", "submission.json", "metrics.json", "runs.jsonl", names.name,
     }  # fmt: skip
     assert "report" not in metrics(flat / "results")["seconds"]
 
@@ -300,7 +308,7 @@ def test_ctrl_c_leaves_no_half_written_file(flat):
     assert process.returncode == 130
     assert "stopped by Ctrl-C" in errors
     assert "Traceback" not in errors
-    assert os.listdir(flat / "results") == []
+    assert os.listdir(flat / "results") == [".lock"]
 
 
 # ---- the README, the Makefile
@@ -362,6 +370,10 @@ def test_every_other_command_of_the_readme_runs(few, tmp_path):
                 ["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True
             )
             assert ended.returncode == 0, f"{command}\n{ended.stdout}{ended.stderr}"
+    from retrieval.fine_tuned import read_fine_tuned
+
+    recipe = read_fine_tuned(tmp_path / "checkpoints" / "intel" / "fine_tuned_model.pth")[0]
+    assert (recipe.word, recipe.mean) == ("simclr", (0, 0, 0))  # its input is not normalised
     assert len(server.received) == 2  # the submission, and the same one again
     assert server.received[0][3] == server.received[1][3]
 

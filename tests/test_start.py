@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 import torch
 from conftest import begun, lay_in_hub, settings_of
 
@@ -27,20 +26,20 @@ def test_small_images_are_learned_from_in_small_squares(backbone, tiny, tmp_path
     assert size_for(find_images(tiny), replace(backbone, prepare=FaceCrop("dlib", 150, 0.3, 0.1))) == 150
 
 
-@pytest.mark.parametrize("word", ["simclr", "resnet50"])
-def test_the_study_s_networks_take_the_same_path(word, tiny, tmp_path, monkeypatch):
+def test_the_study_s_networks_take_the_same_path(tiny, tmp_path):
+    """ResNet-50 here; SimCLR's is fine-tuned by a command of the README."""
     from torchvision.models import resnet50
 
     torch.manual_seed(0)
     torch.save(resnet50().state_dict(), tmp_path / "weights.pth")
     settings = settings_of(
-        tiny, tmp_path, model=word, weights=tmp_path / "weights.pth", loss="supcon", epochs=1
+        tiny, tmp_path, model="resnet50", weights=tmp_path / "weights.pth", loss="supcon", epochs=1
     )
     run = begun(settings)
     training.fit(run)
     training.choose(run)
     recipe, _, _ = read_fine_tuned(settings.save_dir / "fine_tuned_model.pth")
-    assert recipe.mean == ((0.0,) * 3 if word == "simclr" else (0.485, 0.456, 0.406))
+    assert recipe.mean == (0.485, 0.456, 0.406)
     assert load_fine_tuned(settings.save_dir / "fine_tuned_model.pth", "cpu").dimension in (2048, 4096)
 
 
