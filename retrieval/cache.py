@@ -263,6 +263,6 @@ def prune(cache: Cache, days: float) -> int:
 
 def left_over(folder: Path, days: float) -> list[Path]:
     """The files that were set aside, or that other versions of the project use, unchanged for so long."""
-    files = folder.glob("embeddings-*.sqlite*")
-    others = sorted(file for file in files if file.name not in (FILE, f"{FILE}-wal", f"{FILE}-shm"))
+    own = {FILE, *(f"{FILE}-{part}" for part in ("wal", "shm", "journal"))}
+    others = sorted(file for file in folder.glob("embeddings-*.sqlite*") if file.name not in own)
     return [file for file in others if time.time() - file.stat().st_mtime >= 86400 * days]

@@ -144,12 +144,10 @@ def choose_engine(backbone: Unloaded, asked: str, images: int, batch_size: int, 
     elif asked == "auto":
         asked = ONNX if _worth_it(backbone, images, folder) else TORCH
     refused = _refused(backbone, folder)
-    if asked == ONNX and refused.is_file():  # by a run with the same versions of all
-        why = refused.read_text(encoding="utf-8")
+    if asked == ONNX and (why := _noted(refused)):  # by a run with the same versions of all
         _warn_of(backbone, f"{why}; that was kept in {refused}, and without it the next run tries again")
         asked = TORCH
-    settled = _settled(backbone, folder)
-    precision = settled.read_text(encoding="utf-8") if backbone.device == "cuda" and settled.is_file() else ""
+    precision = _noted(_settled(backbone, folder)) if backbone.device == "cuda" else ""
     return Engine(backbone, asked, min(batch_size, images), folder, precision)
 
 
@@ -169,6 +167,15 @@ def _exported(backbone: Unloaded, folder: Path) -> Path:
 def _refused(backbone: Unloaded, folder: Path) -> Path:
     """A file that says why a network is not run by ONNX Runtime."""
     return _exported(backbone, folder).with_suffix(".refused")
+
+
+def _noted(file: Path) -> str:
+    """What a run before noted there; nothing where none did."""
+    if not file.is_file():
+        return ""
+    with suppress(OSError):  # of a folder that cannot be written
+        os.utime(file)  # it was used
+    return file.read_text(encoding="utf-8")
 
 
 def _settled(backbone: Unloaded, folder: Path) -> Path:
@@ -239,7 +246,7 @@ def _keep(file: Path, content: bytes) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, content)
     except OSError as error:
-        log.warning("%s cannot be kept (%s): the next run exports the network again", file, error.strerror)
+        log.warning("%s cannot be kept (%s): the next run makes it again", file, error.strerror)
 
 
 def _first_line(error: Exception) -> str:
@@ -248,7 +255,7 @@ def _first_line(error: Exception) -> str:
 
 def exported_networks(folder: Path, unused_for: float = 0.0) -> list[Path]:
     """The exported networks in the cache's folder, and what is noted of others; unused for so many days."""
-    files = sorted((folder / NETWORKS).glob("*.*"))
+    files = sorted((folder / NETWORKS).glob("[!.]*.*"))  # not what is being written
     return [file for file in files if time.time() - file.stat().st_mtime >= 86400 * unused_for]
 
 

@@ -73,19 +73,19 @@ def embed_both(run: Run, images: Images, backbone: Unloaded) -> Vectors:
     count = len(images.queries) + len(images.gallery)
     cache = None if settings.no_cache else Cache(settings.cache_dir, settings.verify_cache)
     engine = choose_engine(backbone, settings.engine, count, settings.batch_size, settings.cache_dir)
-    together = several() or are_left(run.folder)
+    sides = {"gallery images": images.gallery, "queries": images.queries}
+    together = several() or any(are_left(run, files, engine, kind) for kind, files in sides.items())
     if together:
         take_a_share()
         settle_together(engine, images.queries)
 
-    def vectors_of(files: list[ImageFile], kind: str) -> Embeddings:
+    def vectors_of(kind: str) -> Embeddings:
         if together:
-            return embed_together(run, files, engine, kind, cache)
-        return embed(files, engine, kind, settings.save_crops, cache)
+            return embed_together(run, sides[kind], engine, kind, cache)
+        return embed(sides[kind], engine, kind, settings.save_crops, cache)
 
     # First the larger part: processes that look for faces have the more to do while the network loads.
-    gallery = vectors_of(images.gallery, "gallery images")
-    queries = vectors_of(images.queries, "queries")
+    gallery, queries = vectors_of("gallery images"), vectors_of("queries")
     if not is_first():
         raise SystemExit(0)
     run.inside = engine.seconds | {"cores": cores()}

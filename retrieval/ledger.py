@@ -9,17 +9,16 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Self
+from typing import IO, Any, Self
 
 from get_images import ImageFile
 from retrieval.ranking import Embeddings
 from retrieval.settings import Form, InputError, RunError
-
-if TYPE_CHECKING:
-    from filelock import FileLock
 
 # What the next run replaces.
 SUBMISSION = "submission.json"
@@ -60,14 +59,13 @@ class Run:
     search: dict[str, float] = field(default_factory=dict)  # what the search found, unless it is exact
     parts: list[Path] = field(default_factory=list)  # the files of shards/ that its vectors are from
     started: float = field(default_factory=time.perf_counter)
-    lock: FileLock | None = field(default=None, init=False)
+    held: ExitStack = field(default_factory=ExitStack, init=False)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.lock:
-            self.lock.release()
+        self.held.close()
 
     @property
     def folder(self) -> Path:
@@ -87,7 +85,7 @@ class Run:
                     raise InputError(
                         f"--{flag} {folder} lies in the images' folder {images}: give another one"
                     )
-        for name in (*PER_RUN, LEDGER):
+        for name in (*PER_RUN, LEDGER, LOCK):
             if (self.folder / name).is_dir():
                 raise InputError(
                     f"{self.folder / name} is a folder in the way of a file: give another --output_dir"
@@ -103,7 +101,7 @@ class Run:
         for flag, folder in written.items():
             if folder:
                 _try_to_write(folder, needed, flag)
-        self.lock = lock(self.folder, "output_dir")
+        self.held.enter_context(lock(self.folder, "output_dir"))
 
     def done(self, step: str, what: str = "") -> None:
         """End a step: keep the seconds since the one before under its name, and say `what` was done."""
@@ -186,10 +184,11 @@ def _try_to_write(folder: Path, size: int, flag: str) -> None:
         ) from None
 
 
-def lock(folder: Path, flag: str) -> FileLock:
-    """Hold the folder that a flag names until this is released, or the program ends.
+@contextmanager
+def lock(folder: Path, flag: str) -> Iterator[None]:
+    """`with` it, no other program holds the folder that a flag names.
 
-    Raises InputError where another program holds it.
+    Raises InputError where one does. Where the folder's disk knows no locks, that is said, and it goes on.
     """
     from filelock import FileLock, Timeout
 
@@ -200,7 +199,12 @@ def lock(folder: Path, flag: str) -> FileLock:
         raise InputError(
             f"another run writes into {folder} now: wait for its end, or give another --{flag}"
         ) from None
-    return held
+    except (OSError, NotImplementedError) as error:
+        log.warning("%s cannot be locked (%s): let no other run write into it", folder, error)
+    try:
+        yield
+    finally:
+        held.release()
 
 
 # ---- files ----------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import io
 import json
-import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +27,6 @@ from retrieval.ranking import Embeddings
 from retrieval.settings import RunError
 
 FOLDER = "shards"  # in the output folder
-PART = re.compile(r"\w+-[0-9a-f]{32}\.npz")
 NO_FACE_LOOKED_FOR = -1
 
 
@@ -40,11 +38,9 @@ def embed_together(
     After settle_together. The run learns which parts its vectors are from. Raises as embed, and RunError
     where another process has ended, or has not written its parts where this one looks for them.
     """
-    size = part_size(len(files), engine.size)
-    parts = [files[start : start + size] for start in range(0, len(files), size)]
+    parts = _parts(files, engine)
     share = parts[processes.number() :: processes.count()]
-    verify = run.settings.verify_cache
-    place = functools.partial(part_path, run.folder / FOLDER, kind, engine.key, verify=verify)
+    place = functools.partial(_place, run, engine, kind)
     folder = folder_of_crops(run.settings.save_crops, kind)
     total = sum(map(len, share))
     with tqdm(total=total, desc=f"share of {kind}", unit="image", disable=not processes.is_first()) as bar:
@@ -82,29 +78,42 @@ def settle_together(engine: Engine, files: list[ImageFile]) -> None:
     engine.settle(pixels)
 
 
-def are_left(output_dir: Path) -> bool:
-    """Whether a run that did not come to its end, of any number of processes, has left parts."""
-    return any(PART.fullmatch(path.name) for path in (output_dir / FOLDER).glob("*.npz"))
+def are_left(run: Run, files: list[ImageFile], engine: Engine, kind: str) -> bool:
+    """Whether the same run, of any number of processes, has left a part of these files before it ended."""
+    if not (run.folder / FOLDER).is_dir():
+        return False
+    return any(_place(run, engine, kind, part).is_file() for part in _parts(files, engine))
 
 
 def remove_shards(run: Run) -> None:
     """Remove the parts that the vectors of a run are from, when its submission is written."""
-    with suppress(OSError):  # what cannot be removed is in nobody's way
-        for path in run.parts:
-            path.unlink(missing_ok=True)
-        if run.parts:
-            run.parts[0].parent.rmdir()  # unless others lie there
+    folder = run.folder / FOLDER
+    for path in [*run.parts, *folder.glob(".*.npz.unfinished-*")]:  # by a process that was killed
+        with suppress(OSError):
+            path.unlink()
+    with suppress(OSError):  # of others, which lie there, or where there is none
+        folder.rmdir()
+
+
+def _parts(files: list[ImageFile], engine: Engine) -> list[list[ImageFile]]:
+    size = part_size(len(files), engine.size)
+    return [files[start : start + size] for start in range(0, len(files), size)]
+
+
+def _place(run: Run, engine: Engine, kind: str, part: list[ImageFile]) -> Path:
+    """The file of a part of this run."""
+    return part_path(run.folder / FOLDER, kind, engine.key, part, run.settings.verify_cache)
 
 
 def part_size(images: int, batch: int) -> int:
     """How many images a part has, in whole batches: few, so that shares are even, but not a file for a few.
 
-    A 64th of all, from 16 384 images on 256, and from 262 144 on a 1024th.
+    A 64th of all, from 65 536 images on 1024, and from 2**20 on a 1024th.
 
-    >>> part_size(100, 32), part_size(100_000, 32), part_size(1_000_000, 32), part_size(100_000_000, 32)
-    (32, 256, 992, 16384)
+    >>> part_size(100, 32), part_size(100_000, 32), part_size(10_000_000, 32), part_size(100_000_000, 32)
+    (32, 1024, 9792, 16384)
     """
-    size = min(max(16, min(images // 64, 256), images // 1024), 2**14)
+    size = min(max(16, min(images // 64, 1024), images // 1024), 2**14)
     return -(-size // batch) * batch
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from retrieval.processes import on_this_machine
 from retrieval.settings import RunError
 
 SHARE = 0.25  # of the memory, for one array: queries and gallery have one each, and others need some too
@@ -22,13 +21,15 @@ LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes or "max"
 log = logging.getLogger("retrieval.space")
 
 
-def zeros(shape: tuple[int, ...], dtype: type, what: str) -> np.ndarray:
+def zeros(shape: tuple[int, ...], dtype: type, what: str, makers: int = 1) -> np.ndarray:
     """An array of zeros, of `what`: in memory, or in a file that goes with the program.
+
+    So many processes of this machine make one like it.
 
     Raises RunError where there is no room for that file.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    if size <= SHARE * memory() / on_this_machine():
+    if size <= SHARE * memory() / makers:
         return np.zeros(shape, dtype)
     folder = _folder()
     free = shutil.disk_usage(folder).free
@@ -44,7 +45,7 @@ def zeros(shape: tuple[int, ...], dtype: type, what: str) -> np.ndarray:
 
 def _folder() -> str:
     """Where large files go that nobody is to keep: /tmp may itself lie in memory, and /var/tmp does not."""
-    if "TMPDIR" not in os.environ and os.access(ON_DISK, os.W_OK | os.X_OK):
+    if not {"TMPDIR", "TEMP", "TMP"} & os.environ.keys() and os.access(ON_DISK, os.W_OK | os.X_OK):
         return ON_DISK
     return tempfile.gettempdir()
 

@@ -99,9 +99,9 @@ class Download:
         return file
 
     def _download(self, file: Path) -> None:
-        digest = hashlib.sha256()
-        import requests
+        import requests  # here, since readers, which download nothing, import this module
 
+        digest = hashlib.sha256()
         with requests.get(self.url, stream=True, timeout=60) as reply, open(file, "wb") as out:
             reply.raise_for_status()
             size = int(reply.headers.get("Content-Length", 0)) or None

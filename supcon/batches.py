@@ -15,8 +15,7 @@ import torch
 from tqdm import tqdm
 
 from get_images import HIDDEN, ImageFile, find_images, label_of
-from retrieval.faces import FaceCrop
-from retrieval.processes import count, is_first
+from retrieval.processes import count, is_first, on_this_machine
 from retrieval.readers import read_batches
 from retrieval.settings import Form, InputError
 from retrieval.space import zeros
@@ -25,6 +24,7 @@ from supcon.variants import VARIANTS
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from retrieval.faces import FaceCrop
     from retrieval.transforms import Transform
 
 ENOUGH_IDENTITIES = 20
@@ -75,7 +75,7 @@ class Split:
 def find_and_split(settings: Form) -> Split:
     """The images of the training folder, a part of them set aside for validation.
 
-    Raises InputError for a folder that the loss cannot learn from.
+    Raises InputError for a folder that the loss cannot learn from, or a batch too small for all processes.
     """
     labelled = VARIANTS[settings.loss].labels
     files = find_labelled(settings.train_dir) if labelled else find_images(settings.train_dir)
@@ -196,7 +196,7 @@ def read_squares(files: list[ImageFile], prepare: Transform | FaceCrop, kind: st
     where there is no room for them, or a process that looks for faces was killed.
     """
     shape = (len(files), 3, prepare.size, prepare.size)
-    pixels = torch.from_numpy(zeros(shape, np.uint8, "training images"))
+    pixels = torch.from_numpy(zeros(shape, np.uint8, "training images", on_this_machine()))
     names: list[str] = []
     unreadable: dict[str, str] = {}
     without_face = 0

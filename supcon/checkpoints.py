@@ -67,7 +67,7 @@ def open_folder(settings: Form, split: Split) -> Iterator[dict[str, Any] | None]
     except (FileExistsError, NotADirectoryError):
         raise InputError(f"--save_dir {folder} is not a folder but a file: give another one") from None
     with lock(folder, "save_dir") if is_first() else nullcontext():
-        for name in FILES:
+        for name in FILES if is_first() else ():
             for unfinished in folder.glob(f".{name}.unfinished-*"):  # by a training that was killed
                 unfinished.unlink(missing_ok=True)
         yield _what_lies_there(settings, split)

@@ -108,7 +108,7 @@ def exported_once(tmp_path_factory):
 
 
 @pytest.fixture
-def exported(exported_once, tmp_path):
+def exported(exported_once):
     """The cache that a machine has after a first run, without an embedding: a script needs no torch then."""
     shutil.copytree(exported_once, os.environ["CACHE_DIR"], dirs_exist_ok=True, copy_function=os.link)
 

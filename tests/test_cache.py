@@ -306,6 +306,10 @@ def test_the_command_says_what_there_is_and_removes_what_is_old(few, tmp_path):
     assert "removed what was kept of 32 images, and 1 exported networks: unused for 0 days" in told
     assert "exported networks: 0, 0.0 MB" in told
     assert not list((tmp_path / "cache").glob("*.broken-*"))
+    (tmp_path / "odd" / FILE).mkdir(parents=True)
+    unusable = run("-m", "retrieval.embedding", "--cache_dir", "odd", cwd=tmp_path)
+    assert unusable.returncode == 1
+    assert "error: odd cannot be read: give another --cache_dir" in unusable.stderr
     mistyped = run("-m", "retrieval.embedding", "--cache_dir", "cash", cwd=tmp_path)
     assert mistyped.returncode == 2
     assert "error: there is no cache in cash: give the --cache_dir of runs" in mistyped.stderr

@@ -14,7 +14,10 @@ import torch
 from conftest import ROOT, assert_same, begun, run, settings_of
 
 import fine_tuning
+from retrieval.settings import InputError
 from supcon import gather, steps
+from supcon.batches import check_shares
+from supcon.training import fit
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 FLAGS = ("--image_size", 32, "--device", "cpu", "--val_share", 0.34)
@@ -69,13 +72,16 @@ def after_three_steps(folder, tmp_path, count, *more):
     script.write_text(STEPS.format(paths=[str(ROOT), str(ROOT / "tests")]))
     out.mkdir()
     if count == 1:
-        threads, features = torch.get_num_threads(), steps._features
+        threads = torch.get_num_threads()
         with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path)
             patch.setattr(sys, "argv", [str(script), str(out), str(folder), *more])
             patch.setattr(sys, "path", list(sys.path))
-            runpy.run_path(str(script))
-        torch.set_num_threads(threads)
-        steps._features = features
+            patch.setattr(steps, "_features", steps._features)  # what the script puts there goes with it
+            try:
+                runpy.run_path(str(script))
+            finally:
+                torch.set_num_threads(threads)
     else:
         done = run(*TORCHRUN, count, script, out, folder, *more, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -132,6 +138,13 @@ def test_shares_are_as_large_as_each_other_but_for_one(monkeypatch):
     assert torch.equal(
         gather.own_part(torch.arange(16).view(16, 1), 2, 8).flatten(), torch.tensor([6, 7, 14, 15])
     )
+
+
+def test_of_the_images_that_could_be_read_each_process_has_a_share(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    check_shares(8, 3)
+    with pytest.raises(InputError, match="a batch of 2 images has no share for each of 3 processes"):
+        check_shares(8, 2)
 
 
 # ---- the script
@@ -210,7 +223,7 @@ def test_ctrl_c_and_minutes_end_all_processes_between_steps_and_one_goes_on(begu
     epoch = alone.progress.epoch
     assert epoch > 0
     alone.settings = settings.model_copy(update={"epochs": epoch + 1})
-    training.fit(alone)
+    fit(alone)
     assert alone.progress.epoch == epoch + 1
 
 

@@ -49,7 +49,7 @@ BELOW = {
         "retrieval.timm_zoo",
     },
     "retrieval.processes": {"retrieval.settings"},
-    "retrieval.space": {"retrieval.processes", "retrieval.settings"},
+    "retrieval.space": {"retrieval.settings"},
     "retrieval.onnx_network": {"retrieval.backbones"},
     "retrieval.engines": {
         "retrieval.settings",

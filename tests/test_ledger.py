@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import resource
@@ -7,11 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import filelock
 import pytest
 from conftest import ROOT
 
 from get_images import ImageFile
-from retrieval.ledger import Outcome, Run, append_line, set_aside, stop_if_failed, write_whole
+from retrieval.ledger import Outcome, Run, append_line, lock, set_aside, stop_if_failed, write_whole
 from retrieval.settings import Form, InputError, NewFolder, RunError
 
 SAVED = Outcome("saved", "saved, not sent")
@@ -95,10 +97,19 @@ def test_a_run_never_overwrites_the_files_of_another(tmp_path):
     assert all(path.with_name("reply.txt").read_text() == path.read_text() for path in kept)
 
 
+def test_a_disk_without_locks_costs_a_warning(tmp_path, monkeypatch, caplog):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    with lock(tmp_path, "output_dir"):
+        assert f"{tmp_path} cannot be locked" in caplog.text
+
+
 def test_a_folder_is_of_one_run_at_a_time(tmp_path):
     settings = Settings(output_dir=tmp_path / "out")
     other = [sys.executable, "-c", "import sys; from pathlib import Path; from retrieval.ledger import lock; "
-             "lock(Path(sys.argv[1]), 'output_dir'); print('held')", tmp_path / "out"]  # fmt: skip
+             "\nwith lock(Path(sys.argv[1]), 'output_dir'): print('held')", tmp_path / "out"]  # fmt: skip
     with Run(settings) as run:
         run.check_output_dir(images(1), images(2))
         second = subprocess.run(other, cwd=ROOT, capture_output=True, text=True)

@@ -21,9 +21,8 @@ def test_memory_is_that_of_the_container_and_what_does_not_fit_lies_in_a_file(tm
     monkeypatch.delenv("TMPDIR", raising=False)
     monkeypatch.setattr(space, "ON_DISK", str(tmp_path))
     assert space._folder() == str(tmp_path)  # not /tmp, which may lie in memory
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-    assert isinstance(space.zeros((100, 100), np.float32, "vectors"), np.memmap)  # each has an eighth
+    assert not isinstance(space.zeros((100, 100), np.float32, "vectors"), np.memmap)
+    assert isinstance(space.zeros((100, 100), np.float32, "vectors", 8), np.memmap)  # each has an eighth
     large[999] = 1
     assert large.sum() == 100
     with pytest.raises(RunError, match="of vectors do not fit into"):

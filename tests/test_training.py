@@ -255,7 +255,7 @@ def test_a_training_that_goes_on_after_its_minutes_chooses_again_and_keeps_the_b
     assert run.progress.chosen == 4
 
 
-def test_a_folder_is_of_one_training_at_a_time(tiny, tmp_path):
+def test_a_folder_is_of_one_training_at_a_time(tiny, tmp_path, monkeypatch):
     settings = settings_of(tiny, tmp_path)
     split = find_and_split(settings)
     unfinished = settings.save_dir / ".last.pth.unfinished-1"
@@ -264,6 +264,11 @@ def test_a_folder_is_of_one_training_at_a_time(tiny, tmp_path):
         unfinished.touch()
         with pytest.raises(InputError, match="another run writes into"), open_folder(settings, split):
             pass
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", "1")
+        with open_folder(settings, split):  # another process of the one that is refused
+            pass
+        monkeypatch.delenv("WORLD_SIZE")
         assert unfinished.exists()  # of the training that runs
     with open_folder(settings, split):
         assert not unfinished.exists()
