@@ -255,8 +255,9 @@ def _first_line(error: Exception) -> str:
 
 def exported_networks(folder: Path, unused_for: float = 0.0) -> list[Path]:
     """The exported networks in the cache's folder, and what is noted of others; unused for so many days."""
-    files = sorted((folder / NETWORKS).glob("[!.]*.*"))  # not what is being written
-    return [file for file in files if time.time() - file.stat().st_mtime >= 86400 * unused_for]
+    ages = {file: time.time() - file.stat().st_mtime for file in sorted((folder / NETWORKS).glob("*.*"))}
+    written = {file for file, age in ages.items() if file.name.startswith(".") and age < 3600}  # just now
+    return [file for file, age in ages.items() if age >= 86400 * unused_for and file not in written]
 
 
 # ---- torch ----------------------------------------------------------------------------------------

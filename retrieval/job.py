@@ -79,13 +79,13 @@ def embed_both(run: Run, images: Images, backbone: Unloaded) -> Vectors:
         take_a_share()
         settle_together(engine, images.queries)
 
-    def vectors_of(kind: str) -> Embeddings:
+    def _vectors_of(kind: str) -> Embeddings:
         if together:
             return embed_together(run, sides[kind], engine, kind, cache)
         return embed(sides[kind], engine, kind, settings.save_crops, cache)
 
     # First the larger part: processes that look for faces have the more to do while the network loads.
-    gallery, queries = vectors_of("gallery images"), vectors_of("queries")
+    gallery, queries = _vectors_of("gallery images"), _vectors_of("queries")
     if not is_first():
         raise SystemExit(0)
     run.inside = engine.seconds | {"cores": cores()}

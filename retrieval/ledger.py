@@ -192,7 +192,7 @@ def lock(folder: Path, flag: str) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    held = FileLock(folder / LOCK)
+    held = FileLock(folder / LOCK, fallback_to_soft=False)  # that would outlive a run that is killed
     try:
         held.acquire(blocking=False)
     except Timeout:

@@ -80,8 +80,11 @@ def settle_together(engine: Engine, files: list[ImageFile]) -> None:
 
 def are_left(run: Run, files: list[ImageFile], engine: Engine, kind: str) -> bool:
     """Whether the same run, of any number of processes, has left a part of these files before it ended."""
-    if not (run.folder / FOLDER).is_dir():
+    folder = run.folder / FOLDER
+    if not folder.is_dir():
         return False
+    if engine.backbone.device == "cuda" and not engine.precision:  # of which their names are not known yet
+        return any(folder.glob(f"{_word(kind)}-*.npz"))
     return any(_place(run, engine, kind, part).is_file() for part in _parts(files, engine))
 
 
@@ -128,7 +131,11 @@ def part_path(folder: Path, kind: str, key: bytes, files: list[ImageFile], verif
         all_told = [(file.name, look(file.path), one) for file, one in zip(files, read, strict=True)]
     for told in all_told:
         digest.update(repr(told).encode("utf-8", "surrogateescape"))
-    return folder / f"{kind.replace(' ', '_')}-{digest.hexdigest()[:32]}.npz"
+    return folder / f"{_word(kind)}-{digest.hexdigest()[:32]}.npz"
+
+
+def _word(kind: str) -> str:
+    return kind.replace(" ", "_")
 
 
 def write_part(path: Path, files: list[ImageFile], made: Made) -> None:

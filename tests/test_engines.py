@@ -1,5 +1,6 @@
 """ONNX Runtime beside the network itself: the same vectors, to the bit in every batch, or torch, and said."""
 
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from get_images import find_images, read_image
 from retrieval import engines
 from retrieval.backbones import Backbone, Unloaded, find_backbone, place
 from retrieval.embedding import embed
-from retrieval.engines import BREAK_EVEN, ONNX, TORCH, choose_engine
+from retrieval.engines import BREAK_EVEN, ONNX, TORCH, choose_engine, exported_networks
 from retrieval.fine_tuned import Joined
 from retrieval.settings import InputError
 from retrieval.transforms import Transform
@@ -159,7 +160,7 @@ def test_a_broken_file_is_exported_again(tmp_path, caplog):
 def test_a_folder_that_cannot_be_written_costs_the_next_run_an_export(tmp_path, caplog):
     (tmp_path / "networks").write_text("in the way")
     assert settled(unloaded(Small()), tmp_path).word == ONNX
-    assert "the next run exports the network again" in caplog.text
+    assert "the next run makes it again" in caplog.text
 
 
 def test_a_want_of_memory_is_tried_again_by_the_next_run(tmp_path, caplog, monkeypatch):
@@ -231,6 +232,8 @@ def test_the_precision_of_a_gpu_is_settled_once_for_a_network(monkeypatch, tmp_p
     settled = engines._settled(on_gpu, first.folder)
     settled.parent.mkdir()
     settled.write_text(half)
+    os.utime(settled, (0, 0))
     again = choose_engine(on_gpu, "auto", 10, 32, tmp_path)
+    assert exported_networks(tmp_path, 1) == []  # the note was used just now
     assert again.precision == half
     assert again.key == first.key + half.encode()  # no vector of the other precision is taken for one of this

@@ -15,8 +15,8 @@ from conftest import ROOT, assert_same, begun, run, settings_of
 
 import fine_tuning
 from retrieval.settings import InputError
-from supcon import gather, steps
-from supcon.batches import check_shares
+from supcon import gather, state, steps
+from supcon.batches import Squares
 from supcon.training import fit
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
@@ -140,11 +140,12 @@ def test_shares_are_as_large_as_each_other_but_for_one(monkeypatch):
     )
 
 
-def test_of_the_images_that_could_be_read_each_process_has_a_share(monkeypatch):
+def test_of_the_images_that_could_be_read_each_process_has_a_share(tiny, tmp_path, monkeypatch):
+    """Whoever has read fewer than there are processes knows it before the first step."""
     monkeypatch.setenv("WORLD_SIZE", "3")
-    check_shares(8, 3)
+    two = Squares(["0/a.png", "1/b.png"], torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(InputError, match="a batch of 2 images has no share for each of 3 processes"):
-        check_shares(8, 2)
+        state._check_shares(settings_of(tiny, tmp_path), two)
 
 
 # ---- the script

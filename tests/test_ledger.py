@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -8,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import filelock
 import pytest
 from conftest import ROOT
 
@@ -97,11 +97,12 @@ def test_a_run_never_overwrites_the_files_of_another(tmp_path):
     assert all(path.with_name("reply.txt").read_text() == path.read_text() for path in kept)
 
 
-def test_a_disk_without_locks_costs_a_warning(tmp_path, monkeypatch, caplog):
-    def refuse(*_, **__):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_disk_without_locks_costs_a_warning(number, tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     with lock(tmp_path, "output_dir"):
         assert f"{tmp_path} cannot be locked" in caplog.text
 

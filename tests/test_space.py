@@ -18,9 +18,12 @@ def test_memory_is_that_of_the_container_and_what_does_not_fit_lies_in_a_file(tm
     large = space.zeros((1000, 100), np.float32, "vectors")
     assert isinstance(large, np.memmap)
     assert "0.0 GB of vectors lie in" in caplog.text
-    monkeypatch.delenv("TMPDIR", raising=False)
+    for word in ("TMPDIR", "TEMP", "TMP"):
+        monkeypatch.delenv(word, raising=False)
     monkeypatch.setattr(space, "ON_DISK", str(tmp_path))
     assert space._folder() == str(tmp_path)  # not /tmp, which may lie in memory
+    monkeypatch.setenv("TMP", "/elsewhere")
+    assert space._folder() != str(tmp_path)
     assert not isinstance(space.zeros((100, 100), np.float32, "vectors"), np.memmap)
     assert isinstance(space.zeros((100, 100), np.float32, "vectors", 8), np.memmap)  # each has an eighth
     large[999] = 1
