@@ -257,7 +257,8 @@ def prune(cache: Cache, days: float) -> int:
         cache.write(f"DELETE FROM {table} WHERE maker NOT IN (SELECT maker FROM makers)", [()])
     cache.write("DELETE FROM files WHERE digest NOT IN (SELECT digest FROM vectors UNION "
                 "SELECT digest FROM crops)", [()])  # fmt: skip
-    cache.connection.execute("VACUUM")  # gives the room back to the disk
+    cache.connection.execute("VACUUM")  # gives the room back to the disk, when it is no longer in -wal
+    cache.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     return before - sum(count for _, count, *_ in contents(cache))
 
 

@@ -126,11 +126,11 @@ def end_with_the_others() -> None:
     if told == "1":
         return
     unclear = [word for word in NUMBERS if not os.environ.get(word, "").isdecimal()]
-    if unclear or "MASTER_ADDR" not in os.environ:
+    unclear += [] if os.environ.get("MASTER_ADDR") else ["MASTER_ADDR"]
+    if unclear:
         raise InputError(
-            f"the environment says that this is one of several processes (WORLD_SIZE is {told}), but not as "
-            f"torchrun does, with a number in {', '.join(NUMBERS)}, and MASTER_ADDR: start the script with "
-            "torchrun, or unset WORLD_SIZE"
+            f"WORLD_SIZE is {told}, as of several processes, but {', '.join(unclear)} is not set as torchrun "
+            "sets it: start the script with torchrun, or unset WORLD_SIZE"
         )
 
     def _end(*_: Any) -> None:

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import io
 import json
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,8 @@ from retrieval.engines import ONNX_BATCH, Engine
 from retrieval.ledger import Run, write_whole
 from retrieval.ranking import Embeddings
 from retrieval.settings import RunError
+
+log = logging.getLogger("retrieval.shards")
 
 FOLDER = "shards"  # in the output folder
 NO_FACE_LOOKED_FOR = -1
@@ -42,12 +45,13 @@ def embed_together(
     share = parts[processes.number() :: processes.count()]
     place = functools.partial(_place, run, engine, kind)
     folder = folder_of_crops(run.settings.save_crops, kind)
-    total = sum(map(len, share))
+    total, there = sum(map(len, share)), 0
     with tqdm(total=total, desc=f"share of {kind}", unit="image", disable=not processes.is_first()) as bar:
         for part in share:
             path = place(part)
             if path.is_file() and not folder:  # crops are to be looked at: each is made
                 bar.update(len(part))
+                there += len(part)
             else:
                 write_part(path, part, make(part, engine, folder, cache, bar))
     processes.wait()
@@ -61,6 +65,8 @@ def embed_together(
             f"not in {run.folder / FOLDER}: all processes must see the same --output_dir and the same "
             "images, which may not change during the run, and have the same --device"
         )
+    if there:
+        log.info("%d %s of this process's %d were embedded by a run before it ended", there, kind, total)
     run.parts += paths
     return gather(files, map(read_part, paths, parts), engine, kind)
 

@@ -294,7 +294,7 @@ def choose(training: Training) -> None:
     best.network.load_state_dict(kept["tuned"])
     found = candidates(training.validation, training.untuned, best)
     chosen = best_of(found, progress.untuned, by_view=training.validation.views is not None)
-    log.info("%d ways to embed compared in %.1f s: the best is %s", len(found),
+    log.info("%d ways to embed compared in %.1f s: %s is chosen", len(found),
              time.perf_counter() - started, chosen)  # fmt: skip
     network = best.network.state_dict()
     if chosen.embedding == MIXED:

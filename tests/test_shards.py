@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -106,6 +107,7 @@ def test_a_process_that_dies_ends_all_with_a_sentence_and_the_next_run_goes_on(f
     (tmp_path / "results" / FOLDER / "mine.tar").touch()
     ended = together(1, few, tmp_path, "--engine", "onnx")  # as any number of processes does
     assert ended.returncode == 0, ended.stderr
+    assert re.search(r"\d+ gallery images of this process's 24 were embedded by a run before", ended.stdout)
     assert (tmp_path / "results" / "submission.json").read_bytes() == alone["onnx"]
     assert len(embedded(tmp_path)) == 32  # none twice
     assert os.listdir(tmp_path / "results" / FOLDER) == ["mine.tar"]  # what is not of this run stays
@@ -180,8 +182,8 @@ def test_an_environment_that_says_half_of_it_is_a_sentence(few, tmp_path):
     for told in ({"WORLD_SIZE": "4"}, {"WORLD_SIZE": "many", "RANK": "x"}):
         ended = run(*script, cwd=tmp_path, **told)
         assert ended.returncode == 2, ended.stderr
-        assert ended.stderr.startswith("error: the environment says that this is one of several processes")
-        assert "start the script with torchrun, or unset WORLD_SIZE" in ended.stderr
+        assert ended.stderr.startswith(f"error: WORLD_SIZE is {told['WORLD_SIZE']}, as of several processes")
+        assert "MASTER_ADDR is not set as torchrun sets it: start the script with torchrun" in ended.stderr
 
 
 def test_the_end_of_another_process_is_no_fault_of_what_is_going_on(monkeypatch):
