@@ -29,6 +29,7 @@ from retrieval.transforms import Square
 
 VERSION = 2  # of the tables: each has a file of its own
 FILE = f"embeddings-{VERSION}.sqlite"
+FILES = "embeddings-*.sqlite*"  # of all versions, and what lies beside them
 SCHEMA = f"""
 CREATE TABLE files (path BLOB PRIMARY KEY, size INTEGER, changed INTEGER, digest BLOB) WITHOUT ROWID;
 CREATE TABLE makers (maker BLOB PRIMARY KEY, what TEXT, used REAL) WITHOUT ROWID;
@@ -265,5 +266,5 @@ def prune(cache: Cache, days: float) -> int:
 def left_over(folder: Path, days: float) -> list[Path]:
     """The files that were set aside, or that other versions of the project use, unchanged for so long."""
     own = {FILE, *(f"{FILE}-{part}" for part in ("wal", "shm", "journal"))}
-    others = sorted(file for file in folder.glob("embeddings-*.sqlite*") if file.name not in own)
+    others = sorted(file for file in folder.glob(FILES) if file.name not in own)
     return [file for file in others if time.time() - file.stat().st_mtime >= 86400 * days]

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from get_images import ImageFile
 from retrieval import settings
-from retrieval.cache import Cache, Known, Maker, contents, left_over, prune
+from retrieval.cache import FILES, Cache, Known, Maker, contents, left_over, prune
 from retrieval.engines import NETWORKS, ONNX_BATCH, TORCH, Engine, exported_networks
 from retrieval.ranking import Embeddings
 from retrieval.readers import Batch, Read, in_batches, read_ahead
@@ -47,7 +47,7 @@ class Settings(settings.Form):
 
 
 def main(form: Settings) -> None:
-    if not [*form.cache_dir.glob("embeddings-*.sqlite*"), *form.cache_dir.glob(NETWORKS)]:
+    if not [*form.cache_dir.glob(FILES), *form.cache_dir.glob(NETWORKS)]:
         raise InputError(f"there is no cache in {form.cache_dir}: give the --cache_dir of runs")
     cache = Cache(form.cache_dir)
     if cache.connection is None:

@@ -173,9 +173,13 @@ def _noted(file: Path) -> str:
     """What a run before noted there; nothing where none did."""
     if not file.is_file():
         return ""
-    with suppress(OSError):  # of a folder that cannot be written
-        os.utime(file)  # it was used
+    _was_used(file)
     return file.read_text(encoding="utf-8")
+
+
+def _was_used(file: Path) -> None:
+    with suppress(OSError):  # of a folder that cannot be written
+        os.utime(file)
 
 
 def _settled(backbone: Unloaded, folder: Path) -> Path:
@@ -189,8 +193,7 @@ def _session(unloaded: Unloaded, folder: Path) -> OnnxNetwork | None:
     if file.is_file():
         try:
             session = OnnxNetwork(open_exported(file.read_bytes()))
-            with suppress(OSError):  # of a folder that cannot be written
-                os.utime(file)  # it was used
+            _was_used(file)
             return session
         except Exception as error:  # ONNX Runtime has a class of errors for each kind, and no common one
             log.warning("%s is broken (%s): the network is exported again", file, _first_line(error))
@@ -256,8 +259,9 @@ def _first_line(error: Exception) -> str:
 def exported_networks(folder: Path, unused_for: float = 0.0) -> list[Path]:
     """The exported networks in the cache's folder, and what is noted of others; unused for so many days."""
     ages = {file: time.time() - file.stat().st_mtime for file in sorted((folder / NETWORKS).glob("*.*"))}
-    written = {file for file, age in ages.items() if file.name.startswith(".") and age < 3600}  # just now
-    return [file for file, age in ages.items() if age >= 86400 * unused_for and file not in written]
+    least = 86400 * unused_for
+    # What is hidden is being written, unless that began long ago.
+    return [file for file, age in ages.items() if age >= max(least, 3600 * file.name.startswith("."))]
 
 
 # ---- torch ----------------------------------------------------------------------------------------

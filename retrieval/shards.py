@@ -134,9 +134,9 @@ def part_path(folder: Path, kind: str, key: bytes, files: list[ImageFile], verif
     digest = hashlib.sha256(key)
     with ThreadPoolExecutor() as pool:
         read = pool.map(digest_of_file, files) if verify else [b""] * len(files)
-        all_told = [(file.name, look(file.path), one) for file, one in zip(files, read, strict=True)]
-    for told in all_told:
-        digest.update(repr(told).encode("utf-8", "surrogateescape"))
+        for file, content in zip(files, read, strict=True):
+            told = (file.name, look(file.path), content)
+            digest.update(repr(told).encode("utf-8", "surrogateescape"))
     return folder / f"{_word(kind)}-{digest.hexdigest()[:32]}.npz"
 
 

@@ -13,7 +13,7 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,10 +66,12 @@ def open_folder(settings: Form, split: Split) -> Iterator[dict[str, Any] | None]
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise InputError(f"--save_dir {folder} is not a folder but a file: give another one") from None
-    with lock(folder, "save_dir") if is_first() else nullcontext():
-        for name in FILES if is_first() else ():
-            for unfinished in folder.glob(f".{name}.unfinished-*"):  # by a training that was killed
-                unfinished.unlink(missing_ok=True)
+    with ExitStack() as held:
+        if is_first():
+            held.enter_context(lock(folder, "save_dir"))
+            for name in FILES:
+                for unfinished in folder.glob(f".{name}.unfinished-*"):  # by a training that was killed
+                    unfinished.unlink(missing_ok=True)
         yield _what_lies_there(settings, split)
 
 
