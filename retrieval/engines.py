@@ -317,9 +317,10 @@ def _half_is_enough(backbone: Backbone, pixels: np.ndarray) -> bool:
     plain = _embedded(backbone, pixels)
     with torch.autocast(backbone.device, dtype=_half()):
         cosine = _least_cosine(_embedded(backbone, pixels), plain)
-    if cosine < LEAST_COSINE_HALF:
+    enough = cosine >= LEAST_COSINE_HALF  # not where it is NaN
+    if not enough:
         log.info("%s needs full precision: in half, cosines fall to %.4f", backbone.word, cosine)
-    return cosine >= LEAST_COSINE_HALF
+    return enough
 
 
 def _embedded(backbone: Backbone, pixels: np.ndarray) -> np.ndarray:
