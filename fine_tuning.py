@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from retrieval.console import run_script
 from retrieval.model_zoo import ModelType
 from retrieval.processes import end_with_the_others
 from retrieval.settings import (
@@ -30,7 +31,6 @@ from retrieval.settings import (
     Share,
     Side,
     Tracker,
-    run_script,
 )
 from retrieval.tracking import check_tracker
 from supcon.variants import Loss, choices_of

@@ -204,7 +204,7 @@ def _reason(error: Exception, path: Path | str) -> str:
 
 
 def main() -> None:
-    from retrieval import layout, settings  # only the command line needs them
+    from retrieval import console, layout, settings  # only the command line needs them
 
     class Sample(settings.Form):
         """Lay out scikit-learn's handwritten digits as train, test/query and test/gallery."""
@@ -238,7 +238,7 @@ def main() -> None:
     def with_all(lay_out: Callable[..., None]) -> Callable[[settings.Form], None]:
         return lambda form: lay_out(**dict(form))
 
-    settings.run_command(
+    console.run_command(
         {
             "sample": (Sample, with_all(layout.lay_out_sample)),
             "intel": (Intel, with_all(layout.lay_out_intel)),

@@ -10,6 +10,7 @@ Edit the settings below, or give them as flags, in the environment or in .env (t
 from pathlib import Path
 from typing import ClassVar
 
+from retrieval.console import run_script
 from retrieval.job import embed_both, find, rank_both, save, send, show
 from retrieval.ledger import Run
 from retrieval.settings import (
@@ -26,7 +27,6 @@ from retrieval.settings import (
     Search,
     ServerUrl,
     Tracker,
-    run_script,
 )
 
 

@@ -9,6 +9,7 @@ Edit the settings below, or give them as flags, in the environment or in .env (t
 from pathlib import Path
 
 from retrieval.backbones import ModelType, find_backbone
+from retrieval.console import run_script
 from retrieval.job import embed_both, find, rank_both, save, send, show
 from retrieval.ledger import Run
 from retrieval.settings import (
@@ -29,7 +30,6 @@ from retrieval.settings import (
     Share,
     Side,
     Tracker,
-    run_script,
 )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
 from get_images import is_image
-from retrieval.settings import InputError, RunError
+from retrieval.errors import InputError, RunError
 
 # Images hardly shrink in an archive: what grows more than this is made to fill a disk.
 MOST_GROWTH, ALWAYS_ALLOWED = 100, 2**30  # times its size; bytes

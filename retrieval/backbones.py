@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 from pydantic_settings import CliPositionalArg
 
 from retrieval import settings
+from retrieval.console import run_script
+from retrieval.errors import InputError, RunError
 from retrieval.faces import DETECTORS, FaceCrop
+from retrieval.machine import keep_freed_memory, out_of_memory, require, version_of
 from retrieval.model_zoo import ALIASES, FACES, PRETRAINED, ModelType, Pretrained, known_word
-from retrieval.processes import keep_freed_memory
-from retrieval.settings import InputError, RunError
 from retrieval.timm_zoo import find_timm, hub_config
 from retrieval.transforms import Transform
-from retrieval.weights import require, version_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -208,12 +208,6 @@ def _numbers_of_one_image(backbone: Backbone) -> tuple[int, ...]:
     return tuple(vectors.shape[1:])
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device had no room: torch.OutOfMemoryError on CUDA, a RuntimeError on MPS and the CPU."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return any(part in str(error) for part in words)
-
-
 def choose_device(name: str) -> str:
     """`auto` becomes cuda, mps or cpu, the first that is there. Raises InputError for one that is not."""
     if name == "cpu" or (name == "auto" and _no_accelerator()):
@@ -274,4 +268,4 @@ def _described(word: str, row: Pretrained) -> str:
 
 
 if __name__ == "__main__":
-    settings.run_script(main, Settings)
+    run_script(main, Settings)

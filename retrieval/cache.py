@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from get_images import ImageFile
-from retrieval.settings import InputError
+from retrieval.errors import InputError
 from retrieval.transforms import Square
 
 VERSION = 2  # of the tables: each has a file of its own

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from retrieval.ledger import EARLIER, LEDGER, write_whole
+from retrieval.errors import InputError
+from retrieval.files import write_whole
+from retrieval.ledger import EARLIER, LEDGER
 from retrieval.metrics import compare, points_of
 from retrieval.page import render
-from retrieval.settings import InputError
 
 PAGE, TABLE = "comparison.html", "comparison.md"
 # Settings that make two runs of a network on the same images different ones.

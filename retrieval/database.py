@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from retrieval.settings import InputError
+from retrieval.errors import InputError
 
 APPLICATION = 0x52657472  # in the file's header, so that no other program's file is taken for ours
 SCHEMA = f"""

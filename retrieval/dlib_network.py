@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from retrieval.settings import InputError
+from retrieval.errors import InputError
 
 # (channels, whether the block halves the sides), from the input to the output
 BLOCKS = [(32, False)] * 3 + [(64, True)] + [(64, False)] * 3 + [(128, True)] + [(128, False)] * 2

@@ -23,11 +23,12 @@ from tqdm import tqdm
 from get_images import ImageFile
 from retrieval import settings
 from retrieval.cache import FILES, Cache, Known, Maker, contents, left_over, prune
+from retrieval.console import run_script
 from retrieval.engines import NETWORKS, ONNX_BATCH, TORCH, Engine, exported_networks
-from retrieval.ranking import Embeddings
+from retrieval.errors import InputError, RunError
+from retrieval.machine import zeros
 from retrieval.readers import Batch, Read, in_batches, read_ahead
-from retrieval.settings import InputError, RunError
-from retrieval.space import zeros
+from retrieval.records import Embeddings
 from retrieval.thumbnails import write_png
 from retrieval.transforms import Square
 
@@ -321,4 +322,4 @@ def _save_crops(batch: Batch, folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    settings.run_script(main, Settings)
+    run_script(main, Settings)

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from retrieval import processes
-from retrieval.backbones import Backbone, Unloaded, digest_of, out_of_memory
-from retrieval.ledger import write_whole
+from retrieval.backbones import Backbone, Unloaded, digest_of
+from retrieval.errors import InputError, RunError
+from retrieval.files import write_whole
+from retrieval.machine import out_of_memory, require
 from retrieval.onnx_network import ONNX_BATCH, OnnxNetwork, export, filled_up, open_exported
-from retrieval.settings import InputError, RunError
-from retrieval.weights import require
 
 if TYPE_CHECKING:
     from torch import Tensor

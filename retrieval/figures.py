@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retrieval.ledger import write_whole
+from retrieval.files import write_whole
 from retrieval.thumbnails import RIGHT, UNKNOWN, WRONG
 
 if TYPE_CHECKING:

@@ -24,10 +24,10 @@ from retrieval.backbones import (
     find_word,
     place,
 )
+from retrieval.errors import InputError
 from retrieval.faces import FaceCrop
+from retrieval.files import write_whole
 from retrieval.folding import fold_batch_norms
-from retrieval.ledger import write_whole
-from retrieval.settings import InputError
 from retrieval.timm_zoo import network_of_hub_config
 from retrieval.transforms import Transform
 from retrieval.weights import does_not_fit, is_fine_tuned, unpickle

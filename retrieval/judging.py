@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from get_images import ImageFile, label_of
+from retrieval.errors import InputError
 from retrieval.metrics import POINTS, competition_score, first_hits, require_labels
-from retrieval.settings import InputError
 
 MOST_NAMES = 10  # of gallery images, for each query
 LONGEST_GROUP = 100  # characters

@@ -16,8 +16,8 @@ from PIL import Image
 from get_images import ImageFile, find_images, label_of
 from retrieval.archives import unpacked
 from retrieval.duplicates import find_twins
-from retrieval.ledger import as_json
-from retrieval.settings import InputError, RunError
+from retrieval.errors import InputError, RunError
+from retrieval.files import as_json
 
 TRAIN, QUERY, GALLERY = "train", "test/query", "test/gallery"
 QUERIES = 0.4  # of a class's test images, the rest being its gallery: as in the SimCLR-SupCon study

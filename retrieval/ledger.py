@@ -9,16 +9,17 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from get_images import ImageFile
-from retrieval.ranking import Embeddings
-from retrieval.settings import Form, InputError, RunError
+from retrieval.errors import InputError, RunError
+from retrieval.files import LOCK, as_json, lock, write_through, write_whole
+from retrieval.records import Embeddings
+from retrieval.settings import Form
 
 # What the next run replaces.
 SUBMISSION = "submission.json"
@@ -26,7 +27,6 @@ PER_RUN = (SUBMISSION, "metrics.json", "reply.txt", "without_face.json", "report
            "tsne.png", "per_class.png", "confusion.png", "similarities.png", "loss.png")  # fmt: skip
 LEDGER = "runs.jsonl"
 EARLIER = "earlier"  # the folder that they move to
-LOCK = ".lock"  # which a run holds on the folder it writes into
 
 log = logging.getLogger("retrieval.ledger")
 
@@ -174,7 +174,7 @@ def _try_to_write(folder: Path, size: int, flag: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as trial:
-            _write_through(trial, bytes(size))
+            write_through(trial, bytes(size))
     except (FileExistsError, NotADirectoryError):
         raise InputError(f"--{flag} {folder} is not a folder but a file: give another one") from None
     except OSError as error:
@@ -184,63 +184,7 @@ def _try_to_write(folder: Path, size: int, flag: str) -> None:
         ) from None
 
 
-@contextmanager
-def lock(folder: Path, flag: str) -> Iterator[None]:
-    """`with` it, no other program holds the folder that a flag names.
-
-    Raises InputError where one does. Where the folder's disk knows no locks, that is said, and it goes on.
-    """
-    from filelock import FileLock, Timeout
-
-    held = FileLock(folder / LOCK, fallback_to_soft=False)  # that would outlive a run that is killed
-    try:
-        held.acquire(blocking=False)
-    except Timeout:
-        raise InputError(
-            f"another run writes into {folder} now: wait for its end, or give another --{flag}"
-        ) from None
-    except (OSError, NotImplementedError) as error:
-        log.warning("%s cannot be locked (%s): let no other run write into it", folder, error)
-    try:
-        yield
-    finally:
-        held.release()
-
-
 # ---- files ----------------------------------------------------------------------------------------
-
-
-def as_json(value: Any, indent: int | None = None) -> bytes:
-    """JSON as ASCII bytes, so that no server can read the names in another encoding."""
-    return (json.dumps(value, indent=indent, allow_nan=False) + ("\n" if indent else "")).encode("ascii")
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that at any moment it is the old one or the new one, and on the disk when done."""
-    unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
-    try:
-        with open(unfinished, "wb") as file:
-            _write_through(file, data)
-        os.replace(unfinished, path)
-        _sync_folder(path.parent)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def _write_through(file: IO[bytes], data: bytes) -> None:
-    """Write, and go on when it is on the disk."""
-    file.write(data)
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # Windows has no such call, and keeps a rename without it
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def set_aside(folder: Path, names: tuple[str, ...] = PER_RUN) -> None:
@@ -267,7 +211,7 @@ def append_line(folder: Path, settings: Form, outcome: Outcome, **more: Any) -> 
     with open(path, "a+b") as file:
         if file.tell() and not _ends_in_newline(path):
             line = b"\n" + line  # a line that a crash tore must not take this one with it
-        _write_through(file, line)
+        write_through(file, line)
 
 
 def _ends_in_newline(path: Path) -> bool:

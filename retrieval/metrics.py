@@ -12,8 +12,8 @@ from math import sqrt
 import numpy as np
 
 from get_images import ImageFile, label_of
-from retrieval.ranking import Embeddings
-from retrieval.settings import InputError
+from retrieval.errors import InputError
+from retrieval.records import Embeddings
 
 CUTS = (1, 3, 5, 10)
 POINTS = {1: 600, 5: 300, 10: 100}  # for a right image among so many: a hit at rank 1 earns all three

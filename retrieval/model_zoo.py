@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator
 
+from retrieval.errors import InputError, did_you_mean
 from retrieval.faces import DLIB_MODELS, FaceCrop
-from retrieval.settings import InputError, did_you_mean
 from retrieval.transforms import Transform
 from retrieval.weights import Download, InPackage, OnHub, load_weights
 

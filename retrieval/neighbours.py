@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from retrieval.ranking import Embeddings, chunks, rank, rows_of_chunk, zero_rows
-from retrieval.settings import InputError, Search
+from retrieval.errors import InputError
+from retrieval.ranking import rank
+from retrieval.records import Embeddings, chunks, rows_of_chunk, zero_rows
+from retrieval.settings import Search
 
 if TYPE_CHECKING:
     import faiss

@@ -6,23 +6,20 @@ torchrun --nproc_per_node 2 model_not_tuned.py ...      # or accelerate launch; 
 from __future__ import annotations
 
 import atexit
-import ctypes
 import functools
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
-from retrieval.settings import InputError, OthersEndedError, RunError, which_process
+from retrieval.errors import InputError, OthersEndedError, RunError
+from retrieval.machine import cores
 
 NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
 LONGEST_WAIT = timedelta(days=7)  # for a slower process: one that has ended is noticed at once
-QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds in each so many; or "max"
 ENDED = (
     "another process of this run has ended or cannot be reached; unless it was killed, it says why itself. "
     "Start the same command again: it goes on from what is on the disk"
@@ -44,23 +41,9 @@ def several() -> bool:
     return count() > 1
 
 
-def on_this_machine() -> int:
-    """How many processes the run has on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if several() else 1
-
-
 def is_first() -> bool:
     """Whether this is the process that ranks, sends, and writes the files of the run."""
     return number() == 0
-
-
-def cores() -> int:
-    """The processor cores for this process: its share of those that the machine gives the run."""
-    given = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, _, period = (QUOTA.read_text() if QUOTA.is_file() else "max").partition(" ")
-    if quota.isdecimal():
-        given = min(given, round(int(quota) / int(period)))
-    return max(1, given // on_this_machine())
 
 
 def take_a_share() -> None:
@@ -140,15 +123,7 @@ def end_with_the_others() -> None:
         signal.signal(signal.SIGTERM, _end)
 
 
-def keep_freed_memory(most: int = 2**30) -> None:
-    """Let glibc keep the memory of one layer for the next instead of returning it to the system: about ×2.
-
-    Without it half of the time goes into page faults. What takes more than `most` bytes is returned. Options
-    and their numbers: man 3 mallopt.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(libc, "mallopt"):  # musl has none
-        return
-    # M_MMAP_THRESHOLD: only what is larger comes straight from the system; older releases take 32 MiB.
-    if libc.mallopt(-3, most) or libc.mallopt(-3, 2**25):
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep what is freed
+def which_process() -> int:
+    """Of several that torchrun has started, from 0; 0 where it is the only one, whatever RANK says."""
+    several, rank = os.environ.get("WORLD_SIZE", "1") != "1", os.environ.get("RANK", "")
+    return int(rank) if several and rank.isdecimal() else 0

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from retrieval.records import Embeddings, chunks, rows_of_chunk, zero_rows, zero_rows_of
+
 # What rank() holds at a time, whatever the sizes are.
 TILE = 2**23  # similarities, float32: 32 MiB
-CHUNK_BYTES = 2**26  # of gallery vectors: 64 MiB
 BEST_BYTES = 2**26  # of the best found so far; at most so many queries share a pass over the gallery
 PAIRS = 2**19  # pairs of a query and an image that float64 decides between
 PIECE = 2**18  # numbers of a float64 product: they stay in the processor's cache
@@ -22,25 +22,6 @@ LAST = -2.0  # below every cosine: of a gallery image that could not be read
 NONE = -3.0  # below that: a place that no image holds yet
 
 log = logging.getLogger("retrieval.ranking")
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """Unit vectors with their names: row i of `vectors` (images, dimension), float32, belongs to names[i].
-
-    An image that could not be embedded has a row of zeros. `without_face` are the names of those in which a
-    face was looked for and not found; None if none was looked for. The vectors may be a numpy.memmap, a file
-    larger than the memory: it is read in chunks.
-    """
-
-    names: list[str]
-    vectors: np.ndarray
-    without_face: list[str] | None = None
-
-    @property
-    def unreadable(self) -> list[str]:
-        """The names whose rows are zeros."""
-        return [self.names[row] for row in zero_rows(self.vectors)]
 
 
 def rank(queries: Embeddings, gallery: Embeddings, keep: int = 10) -> dict[str, list[str]]:
@@ -69,31 +50,6 @@ def rank(queries: Embeddings, gallery: Embeddings, keep: int = 10) -> dict[str, 
 
 
 # ---- chunks ---------------------------------------------------------------------------------------
-
-
-def chunks(vectors: np.ndarray, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the first row of each chunk of so many rows, and the chunk: of a file a copy in memory."""
-    for start in range(0, len(vectors), rows):
-        chunk = vectors[start : start + rows]
-        yield start, np.array(chunk) if isinstance(chunk, np.memmap) else chunk
-
-
-def rows_of_chunk(vectors: np.ndarray) -> int:
-    """How many rows of these vectors fit into CHUNK_BYTES."""
-    return max(1, CHUNK_BYTES // (4 * vectors.shape[1]))
-
-
-def zero_rows(vectors: np.ndarray) -> np.ndarray:
-    """The rows that are all zeros, ascending, int64; one chunk in memory at a time."""
-    return np.concatenate(
-        [np.empty(0, np.int64)]
-        + [start + _zero_rows(chunk) for start, chunk in chunks(vectors, rows_of_chunk(vectors))]
-    )
-
-
-def _zero_rows(chunk: np.ndarray) -> np.ndarray:
-    suspects = np.flatnonzero(chunk[:, 0] == 0)  # few: so the rest is not looked at
-    return suspects[~chunk[suspects].any(axis=1)]
 
 
 def _in_order(gallery: np.ndarray, keep: int) -> np.ndarray:
@@ -131,7 +87,7 @@ def _best_rows(queries: np.ndarray, gallery: np.ndarray, keep: int) -> Iterator[
         part = np.asarray(queries[first : first + block])
         best = _Best(np.full((len(part), keep), NONE), np.zeros((len(part), keep), dtype=np.int64))
         for start, vectors in chunks(gallery, images):
-            chunk = _Chunk(vectors, start, _zero_rows(vectors), len(vectors) == len(gallery))
+            chunk = _Chunk(vectors, start, zero_rows_of(vectors), len(vectors) == len(gallery))
             for i in range(0, len(part), tile):
                 _look_at(part[i : i + tile], chunk, _Best(*(array[i : i + tile] for array in best)))
         yield from best.rows

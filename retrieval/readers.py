@@ -21,8 +21,8 @@ from typing import NamedTuple
 import numpy as np
 
 from get_images import ImageFile, UnreadableImageError, read_image
-from retrieval.processes import cores, keep_freed_memory
-from retrieval.settings import RunError
+from retrieval.errors import RunError
+from retrieval.machine import cores, keep_freed_memory
 from retrieval.transforms import Square
 
 Prepare = Callable[[np.ndarray], Square]  # uint8 RGB (height, width, 3) → what a network sees of it

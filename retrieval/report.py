@@ -23,13 +23,15 @@ from get_images import ImageFile, label_of
 from retrieval import figures, settings
 from retrieval.backbones import Trained
 from retrieval.comparison import compare_ledgers
+from retrieval.console import run_script
 from retrieval.figures import Chart, Points
-from retrieval.ledger import Outcome, Run, write_whole
+from retrieval.files import write_whole
+from retrieval.ledger import Outcome, Run
+from retrieval.machine import version_of
 from retrieval.metrics import CUTS, are_labelled, first_hits
 from retrieval.page import render
-from retrieval.ranking import Embeddings
+from retrieval.records import Embeddings
 from retrieval.thumbnails import draw_matches, small_pictures
-from retrieval.weights import version_of
 
 PAGE, SHEET = "report.html", "similar_images.png"
 SHOWN = 10  # matches of a query
@@ -312,4 +314,4 @@ def places(vectors: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    settings.run_script(main, Settings)
+    run_script(main, Settings)

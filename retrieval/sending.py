@@ -17,7 +17,8 @@ from urllib.parse import urljoin, urlsplit
 import requests
 from urllib3.exceptions import HTTPError, LocationValueError, NewConnectionError, ReadTimeoutError
 
-from retrieval.ledger import Outcome, set_aside, write_whole
+from retrieval.files import write_whole
+from retrieval.ledger import Outcome, set_aside
 
 REPLY_BYTES = 2**25  # a reply with more is not the server's
 REDIRECTS = 3

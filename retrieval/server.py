@@ -25,9 +25,10 @@ import numpy as np
 
 from get_images import find_query_and_gallery
 from retrieval import settings
+from retrieval.console import run_script
 from retrieval.database import Database
+from retrieval.errors import InputError, RunError
 from retrieval.judging import AnswerKey, Rules, key_of_folders, key_of_table, read_pairs
-from retrieval.settings import InputError, RunError
 
 if TYPE_CHECKING:
     import uvicorn
@@ -171,4 +172,4 @@ def local_server(key: AnswerKey, database: Path, rules: Rules | None = None) -> 
 
 
 if __name__ == "__main__":
-    settings.run_script(main, Settings)
+    run_script(main, Settings)

@@ -23,9 +23,10 @@ from retrieval import processes
 from retrieval.cache import Cache, digest_of_file, look
 from retrieval.embedding import Made, folder_of_crops, gather, make
 from retrieval.engines import ONNX_BATCH, Engine
-from retrieval.ledger import Run, write_whole
-from retrieval.ranking import Embeddings
-from retrieval.settings import RunError
+from retrieval.errors import RunError
+from retrieval.files import write_whole
+from retrieval.ledger import Run
+from retrieval.records import Embeddings
 
 log = logging.getLogger("retrieval.shards")
 

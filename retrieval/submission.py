@@ -16,9 +16,12 @@ from pydantic_settings import CliPositionalArg
 
 from get_images import ImageFile
 from retrieval import settings
-from retrieval.ledger import SUBMISSION, append_line, as_json, say, set_aside, stop_if_failed, write_whole
+from retrieval.console import run_script
+from retrieval.errors import InputError
+from retrieval.files import as_json, write_whole
+from retrieval.ledger import SUBMISSION, append_line, say, set_aside, stop_if_failed
 from retrieval.sending import send_submission
-from retrieval.settings import LOCAL, GroupToken, InputError, ServerUrl
+from retrieval.settings import LOCAL, GroupToken, ServerUrl
 
 NAMES_PER_QUERY = 10  # gallery names, best first
 
@@ -122,4 +125,4 @@ def save_submission(submission: dict[str, Any], folder: Path) -> Path:
 
 
 if __name__ == "__main__":
-    settings.run_script(main, Settings)
+    run_script(main, Settings)

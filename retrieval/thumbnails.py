@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from get_images import ImageFile, UnreadableImageError, label_of, read_image
-from retrieval.ledger import write_whole
+from retrieval.files import write_whole
 
 SIDE, GAP, FRAME = 96, 12, 4  # pixels of a thumbnail, around it, and of its frame
 RIGHT, WRONG, UNKNOWN = "#1a7f37", "#cf222e", "#8c959f"

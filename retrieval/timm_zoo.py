@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrieval.errors import InputError, did_you_mean
 from retrieval.model_zoo import FACES, Pretrained, torch_checkpoints
-from retrieval.settings import InputError, did_you_mean
 from retrieval.transforms import Transform
 from retrieval.weights import Download, OnHub, does_not_fit, read_checkpoint, without_heads
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from retrieval.settings import Form, InputError, Tracker
+from retrieval.errors import InputError
+from retrieval.settings import Form, Tracker
 
 PROJECT = "image-retrieval"  # at Weights & Biases, unless WANDB_PROJECT names another
 LONGEST_START, LONGEST_END = 20, 60  # seconds that a run waits for wandb's network

@@ -9,14 +9,14 @@ import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from retrieval.settings import InputError, RunError
+from retrieval.errors import InputError, RunError
+from retrieval.machine import require
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -25,20 +25,6 @@ log = logging.getLogger("retrieval.weights")
 
 
 # ---- where a file lies ----------------------------------------------------------------------------
-
-
-def require(package: str, module: str) -> None:
-    """Raise InputError, with the line that installs it, unless `package` is here to import `module` from."""
-    if find_spec(module) is None:
-        raise InputError(f"the package {package} is not installed: run `pip install {package}`")
-
-
-def version_of(package: str) -> str:
-    """Of an installed package; nothing where it is not there."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ import torch
 from tqdm import tqdm
 
 from get_images import HIDDEN, ImageFile, find_images, label_of
-from retrieval.processes import count, is_first, on_this_machine
+from retrieval.errors import InputError
+from retrieval.machine import on_this_machine, zeros
+from retrieval.processes import count, is_first
 from retrieval.readers import read_batches
-from retrieval.settings import Form, InputError
-from retrieval.space import zeros
+from retrieval.settings import Form
 from supcon.variants import VARIANTS
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, distributed
 
 from retrieval import processes
-from retrieval.backbones import out_of_memory
+from retrieval.machine import out_of_memory
 
 
 class NoRoomError(RuntimeError):

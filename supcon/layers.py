@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from retrieval.errors import InputError
 from retrieval.fine_tuned import Mapped
-from retrieval.settings import Freeze, InputError
+from retrieval.settings import Freeze
 
 STACKS = ("blocks", "stages", "layers", "levels", "features", "body")  # what libraries call a list of stages
 DEPTH = 8  # steps of the layer-wise decay from the output to the input, as EfficientNet has

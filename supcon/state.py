@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from retrieval.backbones import Backbone
+from retrieval.errors import InputError, RunError
 from retrieval.ledger import set_aside
 from retrieval.processes import is_first, number, wait
-from retrieval.settings import Form, InputError, RunError
+from retrieval.settings import Form
 from retrieval.tracking import Tracking, start_tracking
 from supcon.batches import Split, Squares, check_shares, read_squares
 from supcon.checkpoints import FILES, Progress, check_room, digest, write_last

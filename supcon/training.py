@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from retrieval.errors import RunError
 from retrieval.figures import draw_curves
 from retrieval.fine_tuned import (
     ALONE,
@@ -30,11 +31,11 @@ from retrieval.fine_tuned import (
     write_checkpoint,
     write_fine_tuned,
 )
+from retrieval.machine import version_of
 from retrieval.metrics import compare
 from retrieval.processes import all_say, is_first
-from retrieval.settings import RunError
 from retrieval.timm_zoo import hub_config
-from retrieval.weights import unpickle, version_of
+from retrieval.weights import unpickle
 from supcon.batches import by_class, shuffled
 from supcon.checkpoints import BEST, BEST_EPOCH, CURVE, write_history
 from supcon.gather import from_the_first

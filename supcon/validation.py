@@ -14,7 +14,8 @@ from retrieval.backbones import Backbone
 from retrieval.engines import embed_what_fits
 from retrieval.fine_tuned import ALONE, JOINED, MIXED, Shrunk, how, join
 from retrieval.metrics import compare, figures_of
-from retrieval.ranking import Embeddings, rank
+from retrieval.ranking import rank
+from retrieval.records import Embeddings
 from supcon.batches import Split, Squares, read_squares
 from supcon.views import AUGMENTATIONS, Draw, augment, draw
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator
 
-from retrieval.settings import Form, InputError, did_you_mean
+from retrieval.errors import InputError, did_you_mean
+from retrieval.settings import Form
 
 if TYPE_CHECKING:
     from torch import nn

@@ -260,7 +260,7 @@ def assert_same(weights, others):
 
 def vectors_of(rows):
     """Embeddings with these vectors, made unit: a name → its vector."""
-    from retrieval.ranking import Embeddings
+    from retrieval.records import Embeddings
 
     vectors = np.array(list(rows.values()), dtype=np.float32)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from retrieval import archives
 from retrieval.archives import unpacked
-from retrieval.settings import InputError, RunError
+from retrieval.errors import InputError, RunError
 
 
 @pytest.fixture

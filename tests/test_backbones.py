@@ -8,9 +8,9 @@ from conftest import run
 
 from retrieval import backbones, model_zoo
 from retrieval.backbones import choose_device, load_backbone
+from retrieval.errors import InputError, RunError
 from retrieval.faces import FaceCrop
 from retrieval.model_zoo import PRETRAINED
-from retrieval.settings import InputError, RunError
 from retrieval.transforms import Transform
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import image_files
 
-from retrieval import space
-from retrieval.settings import InputError
+from retrieval import machine
+from retrieval.errors import InputError
 from retrieval.transforms import Transform
 from supcon import batches
 from supcon.batches import by_class, find_labelled, read_squares, shuffled, split
@@ -122,7 +122,7 @@ def test_more_squares_than_memory_is_meant_for_lie_in_a_file(few, monkeypatch):
 
     files, prepare = find_images(few / "gallery"), Transform(20, "bilinear")
     in_memory = read_squares(files, prepare, "images")
-    monkeypatch.setattr(space, "memory", lambda: 1000)
+    monkeypatch.setattr(machine, "memory", lambda: 1000)
     in_a_file = read_squares(files, prepare, "images")
     assert torch.equal(in_memory.pixels, in_a_file.pixels)
 

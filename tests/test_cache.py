@@ -18,7 +18,7 @@ from retrieval import backbones, readers
 from retrieval.backbones import Backbone, Unloaded, find_backbone, load_backbone
 from retrieval.cache import FILE, Cache, Known, Maker, contents, prune
 from retrieval.embedding import embed
-from retrieval.settings import InputError
+from retrieval.errors import InputError
 from retrieval.transforms import Transform
 
 

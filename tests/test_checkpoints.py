@@ -6,7 +6,7 @@ from collections import namedtuple
 import pytest
 from conftest import begun, settings_of
 
-from retrieval.settings import InputError, RunError
+from retrieval.errors import InputError, RunError
 from supcon import checkpoints, training
 
 

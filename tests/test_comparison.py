@@ -7,9 +7,10 @@ from conftest import run
 from test_report import STRANGE
 
 from retrieval.comparison import compare_ledgers, holm, mcnemar, read_ledgers
+from retrieval.errors import InputError
 from retrieval.ledger import Outcome, Run
 from retrieval.metrics import competition_score, figures_of, first_hits
-from retrieval.settings import Form, InputError, NewFolder
+from retrieval.settings import Form, NewFolder
 
 NAMES = [f"a/{number}.jpg" for number in range(10)]
 OTHERS = [f"b/{number}.jpg" for number in range(10)]

@@ -9,7 +9,7 @@ from contextlib import closing
 import pytest
 
 from retrieval.database import Database, Judged
-from retrieval.settings import InputError
+from retrieval.errors import InputError
 
 
 def judged(team="a", accuracy=500.0, when="2026-06-01T12:00:00.000+00:00", digest=None, body=b"{}"):

@@ -7,9 +7,9 @@ import torch
 from conftest import face_photograph, seen_of
 
 from retrieval.dlib_network import MEAN, DlibFaceNetwork, read_dlib_weights
+from retrieval.errors import InputError
 from retrieval.faces import FaceCrop
 from retrieval.model_zoo import PRETRAINED
-from retrieval.settings import InputError
 
 FILE = PRETRAINED["dlib"].weights.fetch()
 

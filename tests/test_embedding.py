@@ -9,8 +9,8 @@ from PIL import Image
 
 from get_images import find_images, read_image
 from retrieval.embedding import embed
-from retrieval.processes import cores
-from retrieval.settings import InputError, RunError
+from retrieval.errors import InputError, RunError
+from retrieval.machine import cores
 from retrieval.transforms import Transform
 
 

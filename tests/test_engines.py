@@ -14,8 +14,8 @@ from retrieval import engines
 from retrieval.backbones import Backbone, Unloaded, find_backbone, place
 from retrieval.embedding import embed
 from retrieval.engines import BREAK_EVEN, ONNX, TORCH, choose_engine, exported_networks
+from retrieval.errors import InputError
 from retrieval.fine_tuned import Joined
-from retrieval.settings import InputError
 from retrieval.transforms import Transform
 
 

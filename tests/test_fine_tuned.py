@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from retrieval import fine_tuned
 from retrieval.backbones import load_backbone
+from retrieval.errors import InputError
 from retrieval.faces import FaceCrop
 from retrieval.fine_tuned import (
     JOINED,
@@ -19,7 +20,6 @@ from retrieval.fine_tuned import (
     write_fine_tuned,
 )
 from retrieval.folding import fold_batch_norms
-from retrieval.settings import InputError
 from retrieval.transforms import Transform
 from retrieval.weights import is_fine_tuned, unpickle
 
@@ -136,7 +136,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(networks, tmp_path, monkeypatc
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("retrieval.ledger._write_through", full)
+    monkeypatch.setattr("retrieval.ledger.write_through", full)
     with pytest.raises(OSError, match="No space left"):
         write_fine_tuned(tmp_path / "a.pth", RECIPE, networks[1].state_dict())
     assert (tmp_path / "a.pth").read_bytes() == before

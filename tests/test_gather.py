@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, assert_same, begun, run, settings_of
 
 import fine_tuning
-from retrieval.settings import InputError
+from retrieval.errors import InputError
 from supcon import gather, state, steps
 from supcon.batches import Squares
 from supcon.training import fit

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from retrieval.backbones import find_word
+from retrieval.errors import InputError
 from retrieval.fine_tuned import Mapped
 from retrieval.folding import fold_batch_norms
-from retrieval.settings import InputError
 from supcon.layers import freeze, parameter_groups, share_of_rate, stages
 
 SETTINGS = SimpleNamespace(lr=1e-3, layer_decay=0.5, head_lr=5e-3, weight_decay=0.02)

@@ -12,8 +12,8 @@ from skimage import data
 
 from get_images import find_images
 from retrieval import layout
+from retrieval.errors import InputError, RunError
 from retrieval.layout import lay_out_competition, lay_out_intel, lay_out_sample, lay_out_split
-from retrieval.settings import InputError, RunError
 
 
 def touch(folder, *names):

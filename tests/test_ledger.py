@@ -13,8 +13,10 @@ import pytest
 from conftest import ROOT
 
 from get_images import ImageFile
-from retrieval.ledger import Outcome, Run, append_line, lock, set_aside, stop_if_failed, write_whole
-from retrieval.settings import Form, InputError, NewFolder, RunError
+from retrieval.errors import InputError, RunError
+from retrieval.files import lock, write_whole
+from retrieval.ledger import Outcome, Run, append_line, set_aside, stop_if_failed
+from retrieval.settings import Form, NewFolder
 
 SAVED = Outcome("saved", "saved, not sent")
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from get_images import ImageFile
+from retrieval.errors import InputError
 from retrieval.metrics import (
     are_labelled,
     competition_score,
@@ -10,8 +11,7 @@ from retrieval.metrics import (
     require_labels,
     wilson_interval,
 )
-from retrieval.ranking import Embeddings
-from retrieval.settings import InputError
+from retrieval.records import Embeddings
 
 
 def embeddings(*names):

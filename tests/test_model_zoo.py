@@ -15,8 +15,8 @@ from torchvision.models import ResNet50_Weights, resnet50
 from torchvision.transforms.v2.functional import resize
 
 from retrieval.backbones import find_word, load_backbone
+from retrieval.errors import InputError, RunError
 from retrieval.model_zoo import PRETRAINED, known_word, lite_name_in_timm
-from retrieval.settings import InputError, RunError
 from retrieval.weights import load_weights
 
 CHINA = torch.from_numpy(load_sample_image("china.jpg").copy()).permute(2, 0, 1)

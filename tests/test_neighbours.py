@@ -10,9 +10,10 @@ from conftest import run
 from test_ranking import embeddings, unit
 
 from retrieval import neighbours
+from retrieval.errors import InputError
 from retrieval.neighbours import cells_for, check_search, rank_by
-from retrieval.ranking import Embeddings, rank
-from retrieval.settings import InputError
+from retrieval.ranking import rank
+from retrieval.records import Embeddings
 
 
 @pytest.fixture(scope="module")

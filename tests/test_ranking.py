@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retrieval import ranking
-from retrieval.ranking import Embeddings, rank
+from retrieval.ranking import rank
+from retrieval.records import Embeddings
 
 
 def unit(vectors):

@@ -13,8 +13,8 @@ from hall import body_of, key_of, post, process, raw, table
 from test_database import limit
 
 from retrieval import api
+from retrieval.errors import InputError
 from retrieval.server import public_queries, read_tokens
-from retrieval.settings import InputError
 
 STRANGE = [
     "<script>hacked=1</script>",

@@ -9,17 +9,8 @@ from conftest import ROOT
 from dotenv import dotenv_values
 
 from retrieval import settings
-from retrieval.settings import (
-    WORDS,
-    Device,
-    Folder,
-    Form,
-    GroupName,
-    InputError,
-    PositiveInt,
-    ServerUrl,
-    read_form,
-)  # fmt: skip
+from retrieval.errors import InputError
+from retrieval.settings import WORDS, Device, Folder, Form, GroupName, PositiveInt, ServerUrl, read_form
 
 
 class Example(Form):

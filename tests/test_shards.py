@@ -14,10 +14,10 @@ from conftest import ROOT, by_torch, run
 
 import model_not_tuned
 from get_images import ImageFile
-from retrieval import processes
+from retrieval import machine, processes
 from retrieval.embedding import Made
+from retrieval.errors import OthersEndedError
 from retrieval.ledger import Run
-from retrieval.settings import OthersEndedError
 from retrieval.shards import FOLDER, are_left, part_path, part_size, read_part, remove_shards, write_part
 
 # The script, with a share that is one image, so that a few images are enough for several processes; it counts
@@ -91,7 +91,7 @@ def test_the_ranking_is_byte_for_byte_that_of_one_process(few, alone, tmp_path, 
     assert len(embedded(tmp_path)) == 32  # each once
     assert not (results / FOLDER).exists()
     seconds = json.loads((results / "metrics.json").read_text())["embedding_seconds"]
-    assert seconds["cores"] == max(1, processes.cores() // count)
+    assert seconds["cores"] == max(1, machine.cores() // count)
 
 
 def test_a_process_that_dies_ends_all_with_a_sentence_and_the_next_run_goes_on(few, alone, tmp_path):
@@ -213,20 +213,20 @@ def test_what_another_launcher_left_in_the_environment_costs_no_submission(monke
 
 
 def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch, tmp_path):
-    monkeypatch.setattr(processes, "QUOTA", tmp_path / "none")
+    monkeypatch.setattr(machine, "QUOTA", tmp_path / "none")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    assert processes.cores() == 8
+    assert machine.cores() == 8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert processes.cores() == 8  # another launcher's: this is the only process
+    assert machine.cores() == 8  # another launcher's: this is the only process
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert processes.cores() == 2
+    assert machine.cores() == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "30")
-    assert processes.cores() == 1
+    assert machine.cores() == 1
 
 
 def test_cores_are_those_that_a_container_may_use(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setattr(processes, "QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setattr(machine, "QUOTA", tmp_path / "cpu.max")
     for told, cores in (("max 100000\n", 8), ("250000 100000\n", 2), ("50000 100000\n", 1)):
         (tmp_path / "cpu.max").write_text(told)
-        assert processes.cores() == cores
+        assert machine.cores() == cores

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import assert_same, begun, settings_of
 
-from retrieval.settings import RunError
+from retrieval.errors import RunError
 from supcon import steps
 
 

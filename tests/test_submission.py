@@ -3,7 +3,7 @@ import json
 import pytest
 from conftest import GALLERY, RANKING, Server, answer, image_files, run, submission_of
 
-from retrieval.settings import InputError
+from retrieval.errors import InputError
 from retrieval.submission import check_submission, make_submission, read_submission, save_submission
 
 # ---- make and check

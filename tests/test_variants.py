@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from retrieval.settings import InputError
+from retrieval.errors import InputError
 from supcon.heads import Memory, Projection, remember
 from supcon.variants import CHOICES, VARIANTS, choices_of, known_loss
 
