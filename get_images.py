@@ -204,7 +204,8 @@ def _reason(error: Exception, path: Path | str) -> str:
 
 
 def main() -> None:
-    from retrieval import console, layout, settings  # only the command line needs them
+    from retrieval import console, settings
+    from retrieval.datasets import layouts
 
     class Sample(settings.Form):
         """Lay out scikit-learn's handwritten digits as train, test/query and test/gallery."""
@@ -240,10 +241,10 @@ def main() -> None:
 
     console.run_command(
         {
-            "sample": (Sample, with_all(layout.lay_out_sample)),
-            "intel": (Intel, with_all(layout.lay_out_intel)),
-            "split": (Split, with_all(layout.lay_out_split)),
-            "competition": (Competition, with_all(layout.lay_out_competition)),
+            "sample": (Sample, with_all(layouts.lay_out_sample)),
+            "intel": (Intel, with_all(layouts.lay_out_intel)),
+            "split": (Split, with_all(layouts.lay_out_split)),
+            "competition": (Competition, with_all(layouts.lay_out_competition)),
         }
     )
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from get_images import ImageFile
-from retrieval.layout import lay_out_sample
+from retrieval.datasets.layouts import lay_out_sample
 from retrieval.settings import WORDS
 from retrieval.submission import make_submission, save_submission
 

@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 from skimage import data
 
-from retrieval.duplicates import find_twins
+from retrieval.datasets.duplicates import find_twins
 
 
 def test_a_picture_saved_again_is_found_and_a_similar_one_is_not(tmp_path):

@@ -9,8 +9,8 @@ import zipfile
 import pytest
 from PIL import Image
 
-from retrieval import archives
-from retrieval.archives import unpacked
+from retrieval.datasets import archives
+from retrieval.datasets.archives import unpacked
 from retrieval.errors import InputError, RunError
 
 

@@ -11,9 +11,9 @@ from PIL import Image
 from skimage import data
 
 from get_images import find_images
-from retrieval import layout
+from retrieval.datasets import layouts
+from retrieval.datasets.layouts import lay_out_competition, lay_out_intel, lay_out_sample, lay_out_split
 from retrieval.errors import InputError, RunError
-from retrieval.layout import lay_out_competition, lay_out_intel, lay_out_sample, lay_out_split
 
 
 def touch(folder, *names):
@@ -151,8 +151,8 @@ def test_no_image_is_on_two_sides(tmp_path, caplog):
 @pytest.fixture
 def intel(tmp_path):
     folder = tmp_path / "archive"
-    classes(folder / "seg_train/seg_train", 4, *layout.INTEL)
-    for label in layout.INTEL:
+    classes(folder / "seg_train/seg_train", 4, *layouts.INTEL)
+    for label in layouts.INTEL:
         paint(folder / "seg_test/seg_test", *[f"{label}/{n}.png" for n in range(5)], seed=hash_of(label))
     return paint(folder, "seg_pred/seg_pred/3.png", seed=99)
 
@@ -167,7 +167,7 @@ def test_the_intel_scenes_are_laid_out_from_the_zip_and_from_the_folder(intel, t
     assert set(everything(tmp_path / "a")) == set(everything(tmp_path / "b"))
     counts = json.loads((tmp_path / "a" / "split.json").read_bytes())["counts"]
     assert counts == {"test/query": 12, "test/gallery": 18, "train": 24}
-    assert {name.split("/")[0] for name in names(tmp_path / "a" / "test" / "query")} == set(layout.INTEL)
+    assert {name.split("/")[0] for name in names(tmp_path / "a" / "test" / "query")} == set(layouts.INTEL)
 
 
 def test_another_set_is_not_taken_for_the_intel_scenes(intel, tmp_path):

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from get_images import ImageFile, find_images, label_of
-from retrieval.archives import unpacked
-from retrieval.duplicates import find_twins
+from retrieval.datasets.archives import unpacked
+from retrieval.datasets.duplicates import find_twins
 from retrieval.errors import InputError, RunError
 from retrieval.files import as_json
 
