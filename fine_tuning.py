@@ -12,8 +12,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from retrieval.backbones.zoo import ModelType
 from retrieval.console import run_script
-from retrieval.model_zoo import ModelType
 from retrieval.processes import end_with_the_others
 from retrieval.settings import (
     Amount,

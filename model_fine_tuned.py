@@ -60,7 +60,7 @@ class Settings(Form):
 
 
 def main(settings: Settings) -> None:
-    from retrieval.fine_tuned import find_fine_tuned  # torch comes with it
+    from retrieval.backbones.fine_tuned import find_fine_tuned
 
     with Run(settings) as run:  # its clock, its files, its line in the ledger
         images = find(run)

@@ -88,8 +88,8 @@ def lite0() -> Callable:
     """timm's network with the weights of the package, and with its classifier."""
     import timm
 
-    from retrieval.model_zoo import PRETRAINED, lite_name_in_timm
-    from retrieval.weights import load_weights
+    from retrieval.backbones.weights import load_weights
+    from retrieval.backbones.zoo import PRETRAINED, lite_name_in_timm
 
     network = timm.create_model("tf_efficientnet_lite0")
     blocks = [(stage, i) for stage, depth in enumerate(network.blocks) for i in range(len(depth))]

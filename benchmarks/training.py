@@ -96,7 +96,7 @@ def usual(form: argparse.Namespace) -> dict[str, float]:
     from pytorch_metric_learning.losses import SupConLoss
     from torch import nn
 
-    from retrieval.backbones import choose_device, find_word
+    from retrieval.backbones.backbone import choose_device, find_word
     from supcon.layers import freeze
 
     start, device, row = time.perf_counter(), choose_device(form.device), find_word(WORD)

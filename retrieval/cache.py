@@ -24,8 +24,8 @@ from typing import NamedTuple
 import numpy as np
 
 from get_images import ImageFile
+from retrieval.backbones.transform import Square
 from retrieval.errors import InputError
-from retrieval.transforms import Square
 
 VERSION = 2  # of the tables: each has a file of its own
 FILE = f"embeddings-{VERSION}.sqlite"

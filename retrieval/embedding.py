@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from get_images import ImageFile
 from retrieval import settings
+from retrieval.backbones.transform import Square
 from retrieval.cache import FILES, Cache, Known, Maker, contents, left_over, prune
 from retrieval.console import run_script
 from retrieval.engines import NETWORKS, ONNX_BATCH, TORCH, Engine, exported_networks
@@ -30,7 +31,6 @@ from retrieval.machine import zeros
 from retrieval.readers import Batch, Read, in_batches, read_ahead
 from retrieval.records import Embeddings
 from retrieval.thumbnails import write_png
-from retrieval.transforms import Square
 
 PART = 2**14  # images of which all that is not their vectors is in memory at once
 AHEAD_BYTES = 2**26  # of squares that are read ahead

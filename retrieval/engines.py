@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from retrieval import processes
-from retrieval.backbones import Backbone, Unloaded, digest_of
+from retrieval.backbones.backbone import Backbone, Unloaded, digest_of
 from retrieval.errors import InputError, RunError
 from retrieval.files import write_whole
 from retrieval.machine import out_of_memory, require

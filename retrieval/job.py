@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from get_images import ImageFile, find_query_and_gallery
-from retrieval.backbones import Unloaded
+from retrieval.backbones.backbone import Unloaded
 from retrieval.cache import Cache
 from retrieval.embedding import embed
 from retrieval.engines import choose_engine

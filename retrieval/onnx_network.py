@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retrieval.backbones import Backbone
+from retrieval.backbones.backbone import Backbone
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import numpy as np
 
 from get_images import ImageFile, UnreadableImageError, read_image
+from retrieval.backbones.transform import Square
 from retrieval.errors import RunError
 from retrieval.machine import cores, keep_freed_memory
-from retrieval.transforms import Square
 
 Prepare = Callable[[np.ndarray], Square]  # uint8 RGB (height, width, 3) → what a network sees of it
 

@@ -21,7 +21,7 @@ from pydantic_settings import CliPositionalArg
 
 from get_images import ImageFile, label_of
 from retrieval import figures, settings
-from retrieval.backbones import Trained
+from retrieval.backbones.backbone import Trained
 from retrieval.comparison import compare_ledgers
 from retrieval.console import run_script
 from retrieval.figures import Chart, Points

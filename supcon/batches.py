@@ -25,8 +25,8 @@ from supcon.variants import VARIANTS
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from retrieval.faces import FaceCrop
-    from retrieval.transforms import Transform
+    from retrieval.backbones.face_crop import FaceCrop
+    from retrieval.backbones.transform import Transform
 
 ENOUGH_IDENTITIES = 20
 ENOUGH_IMAGES = 50

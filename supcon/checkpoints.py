@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrieval.backbones.fine_tuned import write_checkpoint
+from retrieval.backbones.weights import unpickle
 from retrieval.errors import InputError, RunError
 from retrieval.files import as_json, lock, write_whole
-from retrieval.fine_tuned import write_checkpoint
 from retrieval.processes import is_first
 from retrieval.settings import Form
-from retrieval.weights import unpickle
 from supcon.batches import Split
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from retrieval.backbones.fine_tuned import Mapped
 from retrieval.errors import InputError
-from retrieval.fine_tuned import Mapped
 from retrieval.settings import Freeze
 
 STACKS = ("blocks", "stages", "layers", "levels", "features", "body")  # what libraries call a list of stages

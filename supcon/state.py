@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from retrieval.backbones import Backbone
+from retrieval.backbones.backbone import Backbone
 from retrieval.errors import InputError, RunError
 from retrieval.ledger import set_aside
 from retrieval.processes import is_first, number, wait

@@ -19,9 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from retrieval.errors import RunError
-from retrieval.figures import draw_curves
-from retrieval.fine_tuned import (
+from retrieval.backbones.fine_tuned import (
     ALONE,
     JOINED,
     MIXED,
@@ -31,11 +29,13 @@ from retrieval.fine_tuned import (
     write_checkpoint,
     write_fine_tuned,
 )
+from retrieval.backbones.timm_zoo import hub_config
+from retrieval.backbones.weights import unpickle
+from retrieval.errors import RunError
+from retrieval.figures import draw_curves
 from retrieval.machine import version_of
 from retrieval.metrics import compare
 from retrieval.processes import all_say, is_first
-from retrieval.timm_zoo import hub_config
-from retrieval.weights import unpickle
 from supcon.batches import by_class, shuffled
 from supcon.checkpoints import BEST, BEST_EPOCH, CURVE, write_history
 from supcon.gather import from_the_first

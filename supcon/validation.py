@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from retrieval.backbones import Backbone
+from retrieval.backbones.backbone import Backbone
+from retrieval.backbones.fine_tuned import ALONE, JOINED, MIXED, Shrunk, how, join
 from retrieval.engines import embed_what_fits
-from retrieval.fine_tuned import ALONE, JOINED, MIXED, Shrunk, how, join
 from retrieval.metrics import compare, figures_of
 from retrieval.ranking import rank
 from retrieval.records import Embeddings

@@ -74,7 +74,7 @@ def saved(tmp_path):
 
 @pytest.fixture(scope="session")
 def backbone():
-    from retrieval.backbones import load_backbone
+    from retrieval.backbones.backbone import load_backbone
 
     return load_backbone("efficientnet_lite0", "cpu")
 
@@ -97,7 +97,7 @@ def _no_settings_from_outside(monkeypatch, tmp_path_factory):
 @pytest.fixture(scope="session")
 def exported_once(tmp_path_factory):
     """EfficientNet-Lite0 for ONNX Runtime, in the folder of a cache."""
-    from retrieval.backbones import find_backbone
+    from retrieval.backbones.backbone import find_backbone
     from retrieval.engines import ONNX, choose_engine
 
     folder = tmp_path_factory.mktemp("exported")
@@ -220,7 +220,7 @@ def tiny(few):
 
 def by_torch(backbone, batch_size, digest=b""):
     """An engine for a backbone that is loaded, by torch; the digest is of what decides its vectors."""
-    from retrieval.backbones import Unloaded
+    from retrieval.backbones.backbone import Unloaded
     from retrieval.engines import TORCH, Engine
 
     unloaded = Unloaded(backbone.word, backbone.prepare, backbone.device, digest, lambda: backbone)

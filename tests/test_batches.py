@@ -10,8 +10,8 @@ import torch
 from conftest import image_files
 
 from retrieval import machine
+from retrieval.backbones.transform import Transform
 from retrieval.errors import InputError
-from retrieval.transforms import Transform
 from supcon import batches
 from supcon.batches import by_class, find_labelled, read_squares, shuffled, split
 

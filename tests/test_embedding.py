@@ -8,10 +8,10 @@ from conftest import by_torch
 from PIL import Image
 
 from get_images import find_images, read_image
+from retrieval.backbones.transform import Transform
 from retrieval.embedding import embed
 from retrieval.errors import InputError, RunError
 from retrieval.machine import cores
-from retrieval.transforms import Transform
 
 
 def corner_network(images):

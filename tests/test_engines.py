@@ -11,12 +11,12 @@ from torch import nn
 
 from get_images import find_images
 from retrieval import engines
-from retrieval.backbones import Backbone, Unloaded, find_backbone, place
+from retrieval.backbones.backbone import Backbone, Unloaded, find_backbone, place
+from retrieval.backbones.fine_tuned import Joined
+from retrieval.backbones.transform import Transform
 from retrieval.embedding import embed
 from retrieval.engines import BREAK_EVEN, ONNX, TORCH, choose_engine, exported_networks
 from retrieval.errors import InputError
-from retrieval.fine_tuned import Joined
-from retrieval.transforms import Transform
 
 
 class Small(nn.Module):
@@ -113,7 +113,7 @@ def test_small_folders_do_not_pay_for_the_export(tmp_path):
 def test_onnx_runtime_where_it_cannot_be_is_a_sentence(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="give --device cpu with it"):
         choose_engine(replace(unloaded(Small()), device="cuda"), "onnx", 10, 32, tmp_path)
-    from retrieval import weights
+    from retrieval.backbones import weights
 
     monkeypatch.setattr(weights, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install onnxruntime"):

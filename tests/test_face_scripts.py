@@ -162,7 +162,7 @@ def test_a_killed_reader_is_a_sentence_and_no_hang(people):
 
 def test_a_disk_that_gets_full_costs_the_crops_only(monkeypatch, people, caplog):
     from retrieval import embedding
-    from retrieval.backbones import load_backbone
+    from retrieval.backbones.backbone import load_backbone
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")

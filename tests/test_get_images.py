@@ -266,7 +266,7 @@ def test_unreadable_files_say_why(photo, tmp_path):
 def test_a_large_photograph_is_decoded_at_a_part_of_its_size_where_that_is_enough(tmp_path, orientation):
     from sklearn.datasets import load_sample_image
 
-    from retrieval.transforms import Transform
+    from retrieval.backbones.transform import Transform
 
     exif = Image.Exif()
     exif[0x0112] = orientation

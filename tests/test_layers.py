@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from retrieval.backbones import find_word
+from retrieval.backbones.backbone import find_word
+from retrieval.backbones.batch_norm_folding import fold_batch_norms
+from retrieval.backbones.fine_tuned import Mapped
 from retrieval.errors import InputError
-from retrieval.fine_tuned import Mapped
-from retrieval.folding import fold_batch_norms
 from supcon.layers import freeze, parameter_groups, share_of_rate, stages
 
 SETTINGS = SimpleNamespace(lr=1e-3, layer_decay=0.5, head_lr=5e-3, weight_decay=0.02)

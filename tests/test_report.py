@@ -9,7 +9,7 @@ import pytest
 from conftest import found_of
 
 from retrieval import report
-from retrieval.backbones import Trained
+from retrieval.backbones.backbone import Trained
 from retrieval.figures import RIGHT, WRONG, confusion, per_class
 from retrieval.ledger import Outcome, Run
 from retrieval.report import Found, Matches, places, write_report

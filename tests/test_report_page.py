@@ -11,7 +11,7 @@ from selenium.webdriver.support.ui import Select
 from test_report import STRANGE, drawn
 
 from get_images import label_of
-from retrieval.backbones import Trained
+from retrieval.backbones.backbone import Trained
 
 # Every text that is seen, and its contrast with what lies behind it: WCAG 2.2, 1.4.3.
 LOW_CONTRAST = """

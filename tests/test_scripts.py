@@ -370,7 +370,7 @@ def test_every_other_command_of_the_readme_runs(few, tmp_path):
                 ["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True
             )
             assert ended.returncode == 0, f"{command}\n{ended.stdout}{ended.stderr}"
-    from retrieval.fine_tuned import read_fine_tuned
+    from retrieval.backbones.fine_tuned import read_fine_tuned
 
     recipe = read_fine_tuned(tmp_path / "checkpoints" / "intel" / "fine_tuned_model.pth")[0]
     assert (recipe.word, recipe.mean) == ("simclr", (0, 0, 0))  # its input is not normalised

@@ -5,7 +5,7 @@ import json
 import torch
 from conftest import begun, lay_in_hub, settings_of
 
-from retrieval.fine_tuned import load_fine_tuned, read_fine_tuned
+from retrieval.backbones.fine_tuned import load_fine_tuned, read_fine_tuned
 from supcon import training
 from supcon.start import size_for
 
@@ -16,7 +16,7 @@ def test_small_images_are_learned_from_in_small_squares(backbone, tiny, tmp_path
     from PIL import Image
 
     from get_images import find_images
-    from retrieval.faces import FaceCrop
+    from retrieval.backbones.face_crop import FaceCrop
 
     for side, size in ((8, 96), (100, 128), (150, 192), (250, 224), (1000, 224)):
         folder = tmp_path / str(side)

@@ -5,8 +5,8 @@ import pytest
 import torch
 from conftest import assert_same, begun, settings_of
 
+from retrieval.backbones.fine_tuned import read_fine_tuned
 from retrieval.errors import InputError, RunError
-from retrieval.fine_tuned import read_fine_tuned
 from supcon import state, training
 from supcon.state import save
 from supcon.steps import step

@@ -15,8 +15,8 @@ from conftest import assert_same, begun, run, settings_of
 
 import fine_tuning
 from retrieval import tracking
+from retrieval.backbones.fine_tuned import read_fine_tuned
 from retrieval.errors import InputError
-from retrieval.fine_tuned import read_fine_tuned
 from retrieval.settings import read_form
 from retrieval.tracking import check_tracker, track_run
 from supcon import steps, training

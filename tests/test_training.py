@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import assert_same, begun, settings_of
 
+from retrieval.backbones.fine_tuned import ALONE, JOINED, load_fine_tuned, read_fine_tuned
 from retrieval.errors import InputError, RunError
-from retrieval.fine_tuned import ALONE, JOINED, load_fine_tuned, read_fine_tuned
 from supcon import state, steps, training
 from supcon.batches import Split, find_and_split
 from supcon.checkpoints import open_folder

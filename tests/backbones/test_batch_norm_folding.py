@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from retrieval.backbones import find_word
-from retrieval.folding import fold_batch_norms
+from retrieval.backbones.backbone import find_word
+from retrieval.backbones.batch_norm_folding import fold_batch_norms
 
 
 def norms(network):

@@ -13,8 +13,8 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from PIL import Image
 
-from retrieval.transforms import Square
-from retrieval.weights import InPackage
+from retrieval.backbones.transform import Square
+from retrieval.backbones.weights import InPackage
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models import resnet18
 
+from retrieval.backbones.weights import Download, InPackage, OnHub, load_weights
+from retrieval.backbones.zoo import PRETRAINED, resnet_name_in_torchvision
 from retrieval.errors import InputError, RunError
 from retrieval.machine import require
-from retrieval.model_zoo import PRETRAINED, resnet_name_in_torchvision
-from retrieval.weights import Download, InPackage, OnHub, load_weights
 
 LITE0 = PRETRAINED["efficientnet_lite0"].weights.fetch()
 

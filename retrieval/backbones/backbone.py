@@ -15,16 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic_settings import CliPositionalArg
-
-from retrieval import settings
-from retrieval.console import run_script
+from retrieval.backbones.face_crop import DETECTORS, FaceCrop
+from retrieval.backbones.timm_zoo import find_timm, hub_config
+from retrieval.backbones.transform import Transform
+from retrieval.backbones.zoo import ALIASES, FACES, PRETRAINED, Pretrained, known_word
 from retrieval.errors import InputError, RunError
-from retrieval.faces import DETECTORS, FaceCrop
 from retrieval.machine import keep_freed_memory, out_of_memory, require, version_of
-from retrieval.model_zoo import ALIASES, FACES, PRETRAINED, ModelType, Pretrained, known_word
-from retrieval.timm_zoo import find_timm, hub_config
-from retrieval.transforms import Transform
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -228,44 +224,3 @@ def _no_accelerator() -> bool:
 
 
 # ---- the list of the words ------------------------------------------------------------------------
-
-
-class Settings(settings.Form):
-    """List the words and what they are, or download their weights ahead of the day."""
-
-    words: CliPositionalArg[list[ModelType]] = []  # noqa: RUF012 (pydantic copies it)
-    fetch: bool = False
-
-
-def main(form: Settings) -> None:
-    words = form.words or list(PRETRAINED)
-    if form.fetch:
-        fetch(words)
-    else:
-        log.info("%s", "\n".join(_described(word, find_word(word)) for word in words))
-        log.info("timm:NAME and timm:hf-hub:OWNER/NAME are any of timm's, with its own transform")
-
-
-def fetch(words: list[str]) -> None:
-    """Download the weights of each word that are not here. Raises RunError at the end if some failed."""
-    failed = []
-    for word in words:
-        try:
-            log.info("%s: %s", word, find_word(word).weights.fetch())
-        except RunError as error:
-            failed.append(str(error))
-    if failed:
-        raise RunError("\nerror: ".join(failed))
-
-
-def _described(word: str, row: Pretrained) -> str:
-    size = row.transform.size
-    sees = f"a face of {size} px ({row.face.detector})" if row.face else f"{size} px"
-    numbers = f"{row.dimension}-d, {row.millions} million parameters" if row.dimension else "embedding"
-    file = row.weights.find()
-    where = f"here, {file.stat().st_size / 1e6:.0f} MB" if file else f"not here: --fetch {word}"
-    return f"{word}\n    {sees} → {numbers}; for {row.good_for}\n    weights: {where}; {row.licence}"
-
-
-if __name__ == "__main__":
-    run_script(main, Settings)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from retrieval.backbones import (
+from retrieval.backbones.backbone import (
     Backbone,
     Trained,
     Unloaded,
@@ -24,13 +24,13 @@ from retrieval.backbones import (
     find_word,
     place,
 )
+from retrieval.backbones.batch_norm_folding import fold_batch_norms
+from retrieval.backbones.face_crop import FaceCrop
+from retrieval.backbones.timm_zoo import network_of_hub_config
+from retrieval.backbones.transform import Transform
+from retrieval.backbones.weights import does_not_fit, is_fine_tuned, unpickle
 from retrieval.errors import InputError
-from retrieval.faces import FaceCrop
 from retrieval.files import write_whole
-from retrieval.folding import fold_batch_norms
-from retrieval.timm_zoo import network_of_hub_config
-from retrieval.transforms import Transform
-from retrieval.weights import does_not_fit, is_fine_tuned, unpickle
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -6,17 +6,17 @@ import pytest
 import torch
 from conftest import run
 
-from retrieval import backbones, model_zoo
-from retrieval.backbones import choose_device, load_backbone
+from retrieval.backbones import backbone, zoo
+from retrieval.backbones.backbone import choose_device, load_backbone
+from retrieval.backbones.face_crop import FaceCrop
+from retrieval.backbones.transform import Transform
+from retrieval.backbones.zoo import PRETRAINED
 from retrieval.errors import InputError, RunError
-from retrieval.faces import FaceCrop
-from retrieval.model_zoo import PRETRAINED
-from retrieval.transforms import Transform
 
 
 def test_a_network_that_gives_no_embedding_is_refused(monkeypatch):
     row = PRETRAINED["efficientnet_lite0"]
-    monkeypatch.setitem(model_zoo.PRETRAINED, "toy", replace(row, dimension=7))
+    monkeypatch.setitem(zoo.PRETRAINED, "toy", replace(row, dimension=7))
     with pytest.raises(InputError, match="toy gives 1280 numbers an image instead of 7"):
         load_backbone("toy", "cpu")
 
@@ -71,7 +71,7 @@ def test_weights_of_a_file_take_the_place_of_the_words_own(tmp_path):
 
 
 def test_a_detector_whose_package_is_missing_is_the_line_that_installs_it(monkeypatch):
-    from retrieval import weights
+    from retrieval.backbones import weights
 
     find = weights.find_spec
     monkeypatch.setattr(weights, "find_spec", lambda name: None if name == "dlib" else find(name))
@@ -109,10 +109,10 @@ def test_a_device_that_is_not_there_is_a_sentence(monkeypatch):
         with pytest.raises(InputError, match="no such device"):
             choose_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(backbones, "ACCELERATORS", ())
-    monkeypatch.setattr(backbones.sys, "platform", "linux")
+    monkeypatch.setattr(backbone, "ACCELERATORS", ())
+    monkeypatch.setattr(backbone.sys, "platform", "linux")
     assert choose_device("auto") == "cpu"  # without asking torch, which takes a second
-    monkeypatch.setattr(backbones, "ACCELERATORS", (__file__,))
+    monkeypatch.setattr(backbone, "ACCELERATORS", (__file__,))
     assert choose_device("auto") == "cuda"
 
 

@@ -12,10 +12,10 @@ from PIL import Image
 from torchvision.transforms.v2.functional import pad, resize
 
 from get_images import find_images
-from retrieval import faces
-from retrieval.backbones import find_word
+from retrieval.backbones import face_crop
+from retrieval.backbones.backbone import find_word
+from retrieval.backbones.face_crop import DETECTORS, FaceCrop, centre_box, main_face
 from retrieval.embedding import embed
-from retrieval.faces import DETECTORS, FaceCrop, centre_box, main_face
 
 CROPS = {"mtcnn": FaceCrop("mtcnn", 160, 14 / 160, 0.08), "dlib": FaceCrop("dlib", 150, 1 / 3, 0.08)}
 
@@ -73,7 +73,7 @@ def test_facenets_input_is_its_own_standardisation():
 def test_the_chip_is_dlibs_own_pixel_by_pixel():
     import dlib
 
-    detect, landmarks = faces._dlib()
+    detect, landmarks = face_crop._dlib()
     photo = photo_of(hopper())
     expected = dlib.get_face_chip(photo, landmarks(photo, detect(photo)[0]), size=150, padding=0.25)
     assert np.array_equal(photo_of(seen_of(CROPS["dlib"], hopper()).pixels), expected)
@@ -147,7 +147,7 @@ def test_an_mtcnn_that_raises_has_found_no_face(monkeypatch):
         def detect(self, *_):
             raise ValueError("torch.cat(): expected a non-empty list of Tensors")
 
-    monkeypatch.setattr(faces, "_mtcnn", Raising)
+    monkeypatch.setattr(face_crop, "_mtcnn", Raising)
     assert seen_of(CROPS["mtcnn"], hopper()).face is False
 
 
@@ -176,7 +176,7 @@ def test_margin_and_smallest_face_change_the_crop(crop):
 
 def test_one_vector_an_image_in_any_order_and_batch_size(tmp_path):
     """With dlib's real network, in the reader processes."""
-    from retrieval.backbones import load_backbone
+    from retrieval.backbones.backbone import load_backbone
 
     people = {
         "hopper.png": hopper(),

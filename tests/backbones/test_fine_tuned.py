@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from retrieval import fine_tuned
-from retrieval.backbones import load_backbone
-from retrieval.errors import InputError
-from retrieval.faces import FaceCrop
-from retrieval.fine_tuned import (
+from retrieval.backbones import fine_tuned
+from retrieval.backbones.backbone import load_backbone
+from retrieval.backbones.batch_norm_folding import fold_batch_norms
+from retrieval.backbones.face_crop import FaceCrop
+from retrieval.backbones.fine_tuned import (
     JOINED,
     Mapped,
     Recipe,
@@ -19,9 +19,9 @@ from retrieval.fine_tuned import (
     load_tuned_alone,
     write_fine_tuned,
 )
-from retrieval.folding import fold_batch_norms
-from retrieval.transforms import Transform
-from retrieval.weights import is_fine_tuned, unpickle
+from retrieval.backbones.transform import Transform
+from retrieval.backbones.weights import is_fine_tuned, unpickle
+from retrieval.errors import InputError
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrieval.backbones.transform import Transform
+from retrieval.backbones.weights import Download, OnHub, does_not_fit, read_checkpoint, without_heads
+from retrieval.backbones.zoo import FACES, Pretrained, torch_checkpoints
 from retrieval.errors import InputError, did_you_mean
-from retrieval.model_zoo import FACES, Pretrained, torch_checkpoints
-from retrieval.transforms import Transform
-from retrieval.weights import Download, OnHub, does_not_fit, read_checkpoint, without_heads
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

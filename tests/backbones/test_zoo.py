@@ -14,10 +14,10 @@ from sklearn.datasets import load_sample_image
 from torchvision.models import ResNet50_Weights, resnet50
 from torchvision.transforms.v2.functional import resize
 
-from retrieval.backbones import find_word, load_backbone
+from retrieval.backbones.backbone import find_word, load_backbone
+from retrieval.backbones.weights import load_weights
+from retrieval.backbones.zoo import PRETRAINED, known_word, lite_name_in_timm
 from retrieval.errors import InputError, RunError
-from retrieval.model_zoo import PRETRAINED, known_word, lite_name_in_timm
-from retrieval.weights import load_weights
 
 CHINA = torch.from_numpy(load_sample_image("china.jpg").copy()).permute(2, 0, 1)
 FLOWER = torch.from_numpy(load_sample_image("flower.jpg").copy()).permute(2, 0, 1)
@@ -134,7 +134,7 @@ def test_facenets_addresses_are_facenet_pytorchs():
 def test_dlib_is_dlibs_own_from_photograph_to_descriptor():
     import dlib
 
-    from retrieval.faces import LANDMARKS
+    from retrieval.backbones.face_crop import LANDMARKS
 
     photo = resize(face_photograph("hopper"), [250], antialias=True)[:, :250, :200]
     photos = [photo, photo.flip(2)]

@@ -5,8 +5,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from get_images import read_image
-from retrieval.backbones import find_word
-from retrieval.transforms import Transform
+from retrieval.backbones.backbone import find_word
+from retrieval.backbones.transform import Transform
 
 SIZES = [(640, 427), (60, 90), (224, 224), (7, 1)]  # width, height
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator
 
+from retrieval.backbones.face_crop import DLIB_MODELS, FaceCrop
+from retrieval.backbones.transform import Transform
+from retrieval.backbones.weights import Download, InPackage, OnHub, load_weights
 from retrieval.errors import InputError, did_you_mean
-from retrieval.faces import DLIB_MODELS, FaceCrop
-from retrieval.transforms import Transform
-from retrieval.weights import Download, InPackage, OnHub, load_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -136,7 +136,7 @@ def _facenet(file: Path | None) -> nn.Module:
 
 def _dlib(file: Path | None) -> nn.Module:
     """dlib's face network from its own file (.dat), or from a state dict, 128-d."""
-    from retrieval.dlib_network import DlibFaceNetwork, read_dlib_weights
+    from retrieval.backbones.dlib_network import DlibFaceNetwork, read_dlib_weights
 
     network = DlibFaceNetwork()
     if file and file.suffix == ".dat":

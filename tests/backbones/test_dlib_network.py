@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import face_photograph, seen_of
 
-from retrieval.dlib_network import MEAN, DlibFaceNetwork, read_dlib_weights
+from retrieval.backbones.dlib_network import MEAN, DlibFaceNetwork, read_dlib_weights
+from retrieval.backbones.face_crop import FaceCrop
+from retrieval.backbones.zoo import PRETRAINED
 from retrieval.errors import InputError
-from retrieval.faces import FaceCrop
-from retrieval.model_zoo import PRETRAINED
 
 FILE = PRETRAINED["dlib"].weights.fetch()
 
