@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 from get_images import ImageFile, find_query_and_gallery
 from retrieval.backbones.backbone import Unloaded
-from retrieval.cache import Cache
-from retrieval.embedding import embed
-from retrieval.engines import choose_engine
+from retrieval.embedding.cache import Cache
+from retrieval.embedding.embed import embed
+from retrieval.embedding.runtime import choose_engine
+from retrieval.embedding.shards import are_left, embed_together, remove_shards, settle_together
 from retrieval.judging import key_of_folders
 from retrieval.ledger import SUBMISSION, Outcome, Run, stop_if_failed
 from retrieval.machine import cores
@@ -26,7 +27,6 @@ from retrieval.report import Found, write_report
 from retrieval.sending import NOT_SENT, send_submission
 from retrieval.server import local_server
 from retrieval.settings import LOCAL
-from retrieval.shards import are_left, embed_together, remove_shards, settle_together
 from retrieval.submission import NAMES_PER_QUERY, make_submission, save_submission
 from retrieval.tracking import check_tracker, track_run
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from retrieval.backbones.backbone import Backbone
 from retrieval.backbones.fine_tuned import ALONE, JOINED, MIXED, Shrunk, how, join
-from retrieval.engines import embed_what_fits
+from retrieval.embedding.runtime import embed_what_fits
 from retrieval.metrics import compare, figures_of
 from retrieval.ranking import rank
 from retrieval.records import Embeddings

@@ -98,7 +98,7 @@ def _no_settings_from_outside(monkeypatch, tmp_path_factory):
 def exported_once(tmp_path_factory):
     """EfficientNet-Lite0 for ONNX Runtime, in the folder of a cache."""
     from retrieval.backbones.backbone import find_backbone
-    from retrieval.engines import ONNX, choose_engine
+    from retrieval.embedding.runtime import ONNX, choose_engine
 
     folder = tmp_path_factory.mktemp("exported")
     engine = choose_engine(find_backbone("efficientnet_lite0", "cpu"), ONNX, 1, 1, folder)
@@ -221,7 +221,7 @@ def tiny(few):
 def by_torch(backbone, batch_size, digest=b""):
     """An engine for a backbone that is loaded, by torch; the digest is of what decides its vectors."""
     from retrieval.backbones.backbone import Unloaded
-    from retrieval.engines import TORCH, Engine
+    from retrieval.embedding.runtime import TORCH, Engine
 
     unloaded = Unloaded(backbone.word, backbone.prepare, backbone.device, digest, lambda: backbone)
     return Engine(unloaded, TORCH, batch_size, Path())

@@ -161,15 +161,15 @@ def test_a_killed_reader_is_a_sentence_and_no_hang(people):
 
 
 def test_a_disk_that_gets_full_costs_the_crops_only(monkeypatch, people, caplog):
-    from retrieval import embedding
     from retrieval.backbones.backbone import load_backbone
+    from retrieval.embedding import embed
 
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(embedding, "write_png", full)
+    monkeypatch.setattr(embed, "write_png", full)
     queries = find_images(people / "query")
-    vectors = embedding.embed(
+    vectors = embed.embed(
         queries, by_torch(load_backbone("dlib", "cpu"), 8), "queries", people / "crops"
     ).vectors
     assert vectors.any(axis=1).all()

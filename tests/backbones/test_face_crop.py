@@ -15,7 +15,7 @@ from get_images import find_images
 from retrieval.backbones import face_crop
 from retrieval.backbones.backbone import find_word
 from retrieval.backbones.face_crop import DETECTORS, FaceCrop, centre_box, main_face
-from retrieval.embedding import embed
+from retrieval.embedding.embed import embed
 
 CROPS = {"mtcnn": FaceCrop("mtcnn", 160, 14 / 160, 0.08), "dlib": FaceCrop("dlib", 150, 1 / 3, 0.08)}
 

@@ -15,10 +15,18 @@ from conftest import ROOT, by_torch, run
 import model_not_tuned
 from get_images import ImageFile
 from retrieval import machine, processes
-from retrieval.embedding import Made
+from retrieval.embedding.embed import Made
+from retrieval.embedding.shards import (
+    FOLDER,
+    are_left,
+    part_path,
+    part_size,
+    read_part,
+    remove_shards,
+    write_part,
+)
 from retrieval.errors import OthersEndedError
 from retrieval.ledger import Run
-from retrieval.shards import FOLDER, are_left, part_path, part_size, read_part, remove_shards, write_part
 
 # The script, with a share that is one image, so that a few images are enough for several processes; it counts
 # the images that it embeds, and process 1 may be killed when its first part and those of process 0 are on the

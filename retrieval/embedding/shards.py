@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from get_images import ImageFile, UnreadableImageError, read_image
 from retrieval import processes
-from retrieval.cache import Cache, digest_of_file, look
-from retrieval.embedding import Made, folder_of_crops, gather, make
-from retrieval.engines import ONNX_BATCH, Engine
+from retrieval.embedding.cache import Cache, digest_of_file, look
+from retrieval.embedding.embed import Made, folder_of_crops, gather, make
+from retrieval.embedding.runtime import ONNX_BATCH, Engine
 from retrieval.errors import RunError
 from retrieval.files import write_whole
 from retrieval.ledger import Run

@@ -7,7 +7,7 @@ from PIL import Image
 
 from get_images import ImageFile, find_images
 from retrieval.backbones.transform import Square, Transform
-from retrieval.readers import read_batches
+from retrieval.embedding.loader import read_batches
 
 
 def test_batches_keep_order_and_names_and_name_what_is_unreadable(tmp_path):

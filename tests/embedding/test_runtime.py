@@ -10,12 +10,12 @@ from conftest import by_torch
 from torch import nn
 
 from get_images import find_images
-from retrieval import engines
 from retrieval.backbones.backbone import Backbone, Unloaded, find_backbone, place
 from retrieval.backbones.fine_tuned import Joined
 from retrieval.backbones.transform import Transform
-from retrieval.embedding import embed
-from retrieval.engines import BREAK_EVEN, ONNX, TORCH, choose_engine, exported_networks
+from retrieval.embedding import runtime
+from retrieval.embedding.embed import embed
+from retrieval.embedding.runtime import BREAK_EVEN, ONNX, TORCH, choose_engine, exported_networks
 from retrieval.errors import InputError
 
 
@@ -140,8 +140,8 @@ def test_an_export_that_gives_other_vectors_is_refused(tmp_path, caplog, monkeyp
     other = Small()
     with torch.no_grad():
         other.conv.weight[0, 0] += 0.05
-    wrong = engines.export(unloaded(other).load())
-    monkeypatch.setattr(engines, "export", lambda backbone: wrong)
+    wrong = runtime.export(unloaded(other).load())
+    monkeypatch.setattr(runtime, "export", lambda backbone: wrong)
     assert settled(unloaded(Small()), tmp_path).word == TORCH
     assert "its vectors are others, cosine 0.9" in caplog.text
     assert not list(tmp_path.rglob("*.onnx"))
@@ -168,7 +168,7 @@ def test_a_want_of_memory_is_tried_again_by_the_next_run(tmp_path, caplog, monke
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engines, "export", full)
+        patch.setattr(runtime, "export", full)
         assert settled(unloaded(Small()), tmp_path).word == TORCH
     assert "can't allocate memory: you tried to allocate 10 bytes; the next run tries again" in caplog.text
     assert settled(unloaded(Small()), tmp_path, "auto").word == ONNX
@@ -176,7 +176,7 @@ def test_a_want_of_memory_is_tried_again_by_the_next_run(tmp_path, caplog, monke
 
 def test_of_several_processes_one_that_cannot_makes_all_use_torch(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(engines.processes, "all_say", lambda yes: asked.append(yes))
+    monkeypatch.setattr(runtime.processes, "all_say", lambda yes: asked.append(yes))
     assert settled(unloaded(Small()), tmp_path).word == TORCH
     assert asked == [True, False]  # the engine, and half precision
     assert settled(unloaded(Small()), tmp_path, "torch").word == TORCH
@@ -203,8 +203,8 @@ def test_torch_gives_the_same_bits_in_every_batch_of_one_size():
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 def test_half_precision_is_used_only_where_the_vectors_stay_the_same(half, monkeypatch, caplog):
     caplog.set_level("INFO")
-    monkeypatch.setattr(engines, "_half", lambda: half)  # what a GPU has, whatever this machine has
-    assert engines._half_is_enough(unloaded(Small()).load(), images(4))
+    monkeypatch.setattr(runtime, "_half", lambda: half)  # what a GPU has, whatever this machine has
+    assert runtime._half_is_enough(unloaded(Small()).load(), images(4))
 
     class Fine(Small):
         """What it tells apart lies below the digits of half precision."""
@@ -213,22 +213,22 @@ def test_half_precision_is_used_only_where_the_vectors_stay_the_same(half, monke
             features = super().forward(pixels)
             return nn.functional.linear(features + 100, torch.eye(8)) - 100
 
-    assert not engines._half_is_enough(unloaded(Fine()).load(), images(4))
+    assert not runtime._half_is_enough(unloaded(Fine()).load(), images(4))
     assert "needs full precision" in caplog.text
 
 
 def test_the_precision_of_a_gpu_is_settled_once_for_a_network(monkeypatch, tmp_path):
     on_gpu = replace(unloaded(Small()), device="cuda")
     backbone, answers = replace(on_gpu.load(), device="cuda"), iter([True, False])
-    monkeypatch.setattr(engines, "_half_is_enough", lambda *_: next(answers))
-    half = str(engines._half())
-    assert engines._precision(backbone, "", images(4)) == half
-    assert engines._precision(backbone, half, images(4)) == half  # without a second look
-    assert engines._precision(backbone, "", images(4)) == engines.FULL
-    assert engines._precision(backbone, engines.FULL, images(4)) == engines.FULL
-    assert engines._precision(replace(backbone, device="cpu"), "", images(4)) == ""
+    monkeypatch.setattr(runtime, "_half_is_enough", lambda *_: next(answers))
+    half = str(runtime._half())
+    assert runtime._precision(backbone, "", images(4)) == half
+    assert runtime._precision(backbone, half, images(4)) == half  # without a second look
+    assert runtime._precision(backbone, "", images(4)) == runtime.FULL
+    assert runtime._precision(backbone, runtime.FULL, images(4)) == runtime.FULL
+    assert runtime._precision(replace(backbone, device="cpu"), "", images(4)) == ""
     first = choose_engine(on_gpu, "auto", 10, 32, tmp_path)
-    settled = engines._settled(on_gpu, first.folder)
+    settled = runtime._settled(on_gpu, first.folder)
     settled.parent.mkdir()
     settled.write_text(half)
     os.utime(settled, (0, 0))

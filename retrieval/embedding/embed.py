@@ -7,13 +7,11 @@ python -m retrieval.embedding --cache_dir DIR --older_than 30     # remove what 
 from __future__ import annotations
 
 import logging
-import sqlite3
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
-from datetime import datetime
 from itertools import chain, compress
 from pathlib import Path
 
@@ -21,14 +19,12 @@ import numpy as np
 from tqdm import tqdm
 
 from get_images import ImageFile
-from retrieval import settings
 from retrieval.backbones.transform import Square
-from retrieval.cache import FILES, Cache, Known, Maker, contents, left_over, prune
-from retrieval.console import run_script
-from retrieval.engines import NETWORKS, ONNX_BATCH, TORCH, Engine, exported_networks
-from retrieval.errors import InputError, RunError
+from retrieval.embedding.cache import Cache, Known, Maker
+from retrieval.embedding.loader import Batch, Read, in_batches, read_ahead
+from retrieval.embedding.runtime import ONNX_BATCH, TORCH, Engine
+from retrieval.errors import InputError
 from retrieval.machine import zeros
-from retrieval.readers import Batch, Read, in_batches, read_ahead
 from retrieval.records import Embeddings
 from retrieval.thumbnails import write_png
 
@@ -38,56 +34,6 @@ QUEUED = 16  # batches that wait for the network's threads, or are in them, whil
 KEEP_AT_ONCE = 64  # images that the cache takes at once
 
 log = logging.getLogger("retrieval.embedding")
-
-
-class Settings(settings.Form):
-    """Say what the cache of embeddings holds, or remove what nobody used."""
-
-    cache_dir: settings.NewFolder = settings.CACHE_DIR
-    older_than: settings.Amount | None = None  # days
-
-
-def main(form: Settings) -> None:
-    if not [*form.cache_dir.glob(FILES), *form.cache_dir.glob(NETWORKS)]:
-        raise InputError(f"there is no cache in {form.cache_dir}: give the --cache_dir of runs")
-    cache = Cache(form.cache_dir)
-    if cache.connection is None:
-        raise RunError(f"{form.cache_dir} cannot be read: give another --cache_dir")
-    try:
-        if form.older_than is not None:
-            _remove(cache, form.older_than)
-        _tell(cache)
-    except sqlite3.Error as error:
-        raise RunError(
-            f"the cache in {cache.folder} cannot be used now ({error}): try again when no run uses it"
-        ) from None
-
-
-def _remove(cache: Cache, days: float) -> None:
-    networks, others = exported_networks(cache.folder, days), left_over(cache.folder, days)
-    for file in [*networks, *others]:
-        file.unlink(missing_ok=True)
-    log.info("removed what was kept of %d images, and %d exported networks: unused for %g days",
-             prune(cache, days), _count(networks), days)  # fmt: skip
-    if others:
-        log.info("removed %d files of broken or earlier caches, such as %s", len(others), others[0].name)
-
-
-def _tell(cache: Cache) -> None:
-    for what, count, size, used in contents(cache):
-        when = datetime.fromtimestamp(used).strftime("%Y-%m-%d %H:%M")
-        log.info("%s: %d images, %.1f MB, used %s", what, count, size / 1e6, when)
-    networks = exported_networks(cache.folder)
-    log.info("exported networks: %d, %.1f MB", _count(networks), _megabytes(networks))
-    log.info("%s holds %.1f MB", cache.folder, _megabytes([*networks, *cache.folder.glob("*.sqlite*")]))
-
-
-def _count(networks: list[Path]) -> int:
-    return sum(file.suffix == ".onnx" for file in networks)
-
-
-def _megabytes(files: list[Path]) -> float:
-    return sum(file.stat().st_size for file in files) / 1e6
 
 
 @dataclass
@@ -319,7 +265,3 @@ def _save_crops(batch: Batch, folder: Path) -> list[str]:
         except OSError as error:
             unsaved.append(f"{path} ({error.strerror or error})")
     return unsaved
-
-
-if __name__ == "__main__":
-    run_script(main, Settings)

@@ -14,12 +14,12 @@ from PIL import Image
 from torch import nn
 
 from get_images import find_images
-from retrieval import readers
 from retrieval.backbones import backbone
 from retrieval.backbones.backbone import Backbone, Unloaded, find_backbone, load_backbone
 from retrieval.backbones.transform import Transform
-from retrieval.cache import FILE, Cache, Known, Maker, contents, prune
-from retrieval.embedding import embed
+from retrieval.embedding import loader
+from retrieval.embedding.cache import FILE, Cache, Known, Maker, contents, prune
+from retrieval.embedding.embed import embed
 from retrieval.errors import InputError
 
 
@@ -167,9 +167,9 @@ def read(monkeypatch):
         files.append(path)
         return plain(prepare, enough, path)
 
-    plain = readers._read
-    monkeypatch.setattr(readers, "_reader_processes", lambda module: readers._reader_threads())
-    monkeypatch.setattr(readers, "_read", reading)
+    plain = loader._read
+    monkeypatch.setattr(loader, "_reader_processes", lambda module: loader._reader_threads())
+    monkeypatch.setattr(loader, "_read", reading)
     return files
 
 
@@ -189,7 +189,7 @@ def test_another_network_that_sees_the_same_crops_reads_no_image(
     engine = seeing(backbone, read)
     engine.backbone = replace(engine.backbone, digest=b"another")
     with monkeypatch.context() as patch:
-        patch.setattr(readers, "_reader_processes", None)  # nor is a process started
+        patch.setattr(loader, "_reader_processes", None)  # nor is a process started
         second = embed(files, engine, cache=Cache(tmp_path / "cache"))
     assert len(read) == 7
     assert second.without_face == first.without_face

@@ -22,10 +22,10 @@ import numpy as np
 
 from retrieval import processes
 from retrieval.backbones.backbone import Backbone, Unloaded, digest_of
+from retrieval.embedding.onnx_runtime import ONNX_BATCH, OnnxNetwork, export, filled_up, open_exported
 from retrieval.errors import InputError, RunError
 from retrieval.files import write_whole
 from retrieval.machine import out_of_memory, require
-from retrieval.onnx_network import ONNX_BATCH, OnnxNetwork, export, filled_up, open_exported
 
 if TYPE_CHECKING:
     from torch import Tensor

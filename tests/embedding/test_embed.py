@@ -9,7 +9,7 @@ from PIL import Image
 
 from get_images import find_images, read_image
 from retrieval.backbones.transform import Transform
-from retrieval.embedding import embed
+from retrieval.embedding.embed import embed
 from retrieval.errors import InputError, RunError
 from retrieval.machine import cores
 
