@@ -54,7 +54,7 @@ def usual(queries: np.ndarray, gallery: np.ndarray) -> list:
 
 
 def ours(queries: np.ndarray, gallery: np.ndarray) -> list:
-    from retrieval.ranking import rank
+    from retrieval.ranking.exact import rank
     from retrieval.records import Embeddings
 
     sides = [Embeddings(list(range(len(vectors))), vectors) for vectors in (queries, gallery)]

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from get_images import ImageFile, find_images  # noqa: E402
 from retrieval.ledger import Outcome, Run  # noqa: E402
 from retrieval.metrics import measure  # noqa: E402
-from retrieval.ranking import rank  # noqa: E402
+from retrieval.ranking.exact import rank
 from retrieval.records import Embeddings  # noqa: E402
 from retrieval.report import Found, write_report  # noqa: E402
 

@@ -20,8 +20,8 @@ from retrieval.judging import key_of_folders
 from retrieval.ledger import SUBMISSION, Outcome, Run, stop_if_failed
 from retrieval.machine import cores
 from retrieval.metrics import measure, require_labels
-from retrieval.neighbours import check_search, rank_by
 from retrieval.processes import end_with_the_others, is_first, several, take_a_share
+from retrieval.ranking.approximate import check_search, rank_by
 from retrieval.records import Embeddings
 from retrieval.report import Found, write_report
 from retrieval.sending import NOT_SENT, send_submission

@@ -14,7 +14,7 @@ from retrieval.backbones.backbone import Backbone
 from retrieval.backbones.fine_tuned import ALONE, JOINED, MIXED, Shrunk, how, join
 from retrieval.embedding.runtime import embed_what_fits
 from retrieval.metrics import compare, figures_of
-from retrieval.ranking import rank
+from retrieval.ranking.exact import rank
 from retrieval.records import Embeddings
 from supcon.batches import Split, Squares, read_squares
 from supcon.views import AUGMENTATIONS, Draw, augment, draw

@@ -271,7 +271,7 @@ def found_of(folder, queries_of_each=None, gallery_of_each=None):
     """What a run on folder/query and folder/gallery finds, where an embedding is the image itself, 8 × 8."""
     from get_images import find_images, label_of
     from retrieval.metrics import measure
-    from retrieval.ranking import rank
+    from retrieval.ranking.exact import rank
     from retrieval.report import Found
 
     sides = []

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from retrieval.errors import InputError
-from retrieval.ranking import rank
+from retrieval.ranking.exact import rank
 from retrieval.records import Embeddings, chunks, rows_of_chunk, zero_rows
 from retrieval.settings import Search
 

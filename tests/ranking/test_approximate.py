@@ -9,10 +9,10 @@ import pytest
 from conftest import run
 from test_ranking import embeddings, unit
 
-from retrieval import neighbours
 from retrieval.errors import InputError
-from retrieval.neighbours import cells_for, check_search, rank_by
-from retrieval.ranking import rank
+from retrieval.ranking import approximate
+from retrieval.ranking.approximate import cells_for, check_search, rank_by
+from retrieval.ranking.exact import rank
 from retrieval.records import Embeddings
 
 
@@ -67,7 +67,7 @@ def test_the_others_find_nearly_all_twice_the_same_and_count_it_rightly(clustere
 
 
 def test_a_search_that_finds_less_says_so(monkeypatch):
-    monkeypatch.setattr(neighbours, "PROBED", 1)
+    monkeypatch.setattr(approximate, "PROBED", 1)
     random = np.random.default_rng(4)
     sides = [
         embeddings(random.normal(size=(count, 32)), prefix) for count, prefix in ((300, "q"), (4000, "g"))
@@ -101,7 +101,7 @@ def test_a_gallery_of_which_nothing_could_be_read_keeps_its_order():
 
 def test_what_the_cells_do_not_hold_is_ranked_exactly(clustered, monkeypatch, caplog):
     caplog.set_level("INFO")
-    monkeypatch.setattr(neighbours, "PROBED", 1)
+    monkeypatch.setattr(approximate, "PROBED", 1)
     ranking, _ = rank_by("ivf", *clustered, keep=1000)
     assert {len(set(names)) for names in ranking.values()} == {1000}
     assert "queries that the index could not answer in full were ranked exactly" in caplog.text

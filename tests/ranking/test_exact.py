@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval import ranking
-from retrieval.ranking import rank
+from retrieval.ranking import exact
+from retrieval.ranking.exact import rank
 from retrieval.records import Embeddings
 
 
@@ -52,9 +52,9 @@ def test_the_same_as_the_definition_whatever_the_chunks(monkeypatch):
     queries, gallery = (embeddings(random.normal(size=(n, 64)), p) for n, p in ((40, "q"), (300, "g")))
     expected = naive(queries, gallery, 10)
     for images, tile, best_bytes in ((1, 1, 1), (7, 70, 16 * 10 * 9), (64, 640, 2**26), (300, 2**23, 2**26)):
-        monkeypatch.setattr(ranking, "IMAGES", images)
-        monkeypatch.setattr(ranking, "TILE", tile)
-        monkeypatch.setattr(ranking, "BEST_BYTES", best_bytes)
+        monkeypatch.setattr(exact, "IMAGES", images)
+        monkeypatch.setattr(exact, "TILE", tile)
+        monkeypatch.setattr(exact, "BEST_BYTES", best_bytes)
         assert rank(queries, gallery, 10) == expected
 
 
@@ -76,7 +76,7 @@ def test_the_same_as_the_definition_for_awkward_vectors_and_sizes(data):
     sizes = {"IMAGES": 64, "TILE": 900, "CHUNK_BYTES": 9999, "BEST_BYTES": 999, "PAIRS": 64, "PIECE": 99}
     with pytest.MonkeyPatch.context() as patch:
         for name, most in (sizes | {"COMBS": 300}).items():
-            patch.setattr(ranking, name, data.draw(st.sampled_from([1, 7, most, 2**20]), label=name))
+            patch.setattr(exact, name, data.draw(st.sampled_from([1, 7, most, 2**20]), label=name))
         assert rank(*sides, keep) == by_sorting(*sides, keep)
 
 
@@ -164,7 +164,7 @@ SMALL = {"TILE": 2**16, "CHUNK_BYTES": 2**17, "BEST_BYTES": 2**17, "PAIRS": 2**1
 def test_memory_grows_neither_with_the_queries_nor_with_the_gallery(monkeypatch, tmp_path):
     """The stated bound a two-hundredth in size; the gallery is a file that is mapped."""
     for name, size in (SMALL | {"IMAGES": 128}).items():
-        monkeypatch.setattr(ranking, name, size)
+        monkeypatch.setattr(exact, name, size)
     random = np.random.default_rng(3)
     peaks = []
     for count, asked in ((2_000, 1_000), (20_000, 3_000)):
@@ -184,7 +184,7 @@ def test_memory_grows_neither_with_the_queries_nor_with_the_gallery(monkeypatch,
 @pytest.mark.parametrize("kinds", [1, 20])
 def test_many_copies_are_ranked_within_the_bound(monkeypatch, kinds):
     for name, size in (SMALL | {"IMAGES": 512}).items():
-        monkeypatch.setattr(ranking, name, size)
+        monkeypatch.setattr(exact, name, size)
     random = np.random.default_rng(4)
     vectors = unit(random.normal(size=(kinds, 16)))
     gallery = embeddings(vectors[random.integers(kinds, size=20_000)], "g")
