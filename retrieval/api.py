@@ -36,7 +36,7 @@ from retrieval.judging import (
 )
 from retrieval.leaderboard import as_csv, board, history, moment
 from retrieval.page import render
-from retrieval.sending import TOKEN
+from retrieval.submission.client import TOKEN
 
 MOST_BYTES = 16 * 2**20  # of a body: a submission of 1455 queries has 0.6 MB
 SECONDS_FOR_A_BODY = 30

@@ -24,10 +24,10 @@ from retrieval.processes import end_with_the_others, is_first, several, take_a_s
 from retrieval.ranking.approximate import check_search, rank_by
 from retrieval.records import Embeddings
 from retrieval.report import Found, write_report
-from retrieval.sending import NOT_SENT, send_submission
 from retrieval.server import local_server
 from retrieval.settings import LOCAL
-from retrieval.submission import NAMES_PER_QUERY, make_submission, save_submission
+from retrieval.submission.client import NOT_SENT, send_submission
+from retrieval.submission.submission_file import NAMES_PER_QUERY, make_submission, save_submission
 from retrieval.tracking import check_tracker, track_run
 
 log = logging.getLogger("retrieval.job")

@@ -19,7 +19,7 @@ from PIL import Image
 from get_images import ImageFile
 from retrieval.datasets.layouts import lay_out_sample
 from retrieval.settings import WORDS
-from retrieval.submission import make_submission, save_submission
+from retrieval.submission.submission_file import make_submission, save_submission
 
 ROOT = Path(__file__).parent.parent
 THRESHOLD = gc.get_threshold()

@@ -54,7 +54,7 @@ def test_a_full_disk_is_noticed_before_the_work(tmp_path, no_more_than_1_mb):
 
 def test_room_is_asked_for_as_much_as_the_submission_takes(tmp_path, monkeypatch):
     from retrieval import ledger
-    from retrieval.submission import make_submission, save_submission
+    from retrieval.submission.submission_file import make_submission, save_submission
 
     written = []
     monkeypatch.setattr(ledger.os, "fsync", lambda descriptor: written.append(os.fstat(descriptor).st_size))

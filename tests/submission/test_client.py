@@ -12,8 +12,8 @@ import time
 import pytest
 from conftest import RANKING, Server, answer, submission_of
 
-from retrieval.sending import send_submission
-from retrieval.submission import save_submission
+from retrieval.submission.client import send_submission
+from retrieval.submission.submission_file import save_submission
 
 
 def send(path, url, **options):
@@ -250,7 +250,7 @@ def test_ctrl_c_between_two_attempts_knows_that_nothing_was_sent(saved, monkeypa
     def interrupt(seconds):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("retrieval.sending.time.sleep", interrupt)
+    monkeypatch.setattr("retrieval.submission.client.time.sleep", interrupt)
     assert "stopped by Ctrl-C: the submission was not sent" in send(saved, "http://127.0.0.1:9/").sentence
 
 
@@ -304,7 +304,7 @@ def test_a_compressed_reply_is_read(saved):
 
 
 def test_a_flood_is_cut_off_by_its_size(saved, monkeypatch):
-    monkeypatch.setattr("retrieval.sending.REPLY_BYTES", 2**20)
+    monkeypatch.setattr("retrieval.submission.client.REPLY_BYTES", 2**20)
     with quiet(Server(flood)) as server:
         outcome = send(saved, server.url, timeouts=(1, 30))
     assert outcome.failed

@@ -12,42 +12,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from pydantic_settings import CliPositionalArg
-
 from get_images import ImageFile
-from retrieval import settings
-from retrieval.console import run_script
 from retrieval.errors import InputError
 from retrieval.files import as_json, write_whole
-from retrieval.ledger import SUBMISSION, append_line, say, set_aside, stop_if_failed
-from retrieval.sending import send_submission
-from retrieval.settings import LOCAL, GroupToken, ServerUrl
+from retrieval.ledger import SUBMISSION, set_aside
 
 NAMES_PER_QUERY = 10  # gallery names, best first
 
 log = logging.getLogger("retrieval.submission")
-
-
-class Settings(settings.Form):
-    """Send a saved submission (again)."""
-
-    submission: CliPositionalArg[Path]
-    server_url: ServerUrl = ""
-    group_token: GroupToken = GroupToken("")
-
-
-def main(settings: Settings) -> None:
-    if not settings.server_url:
-        raise InputError("there is no server to send it to: give --server_url, or set SERVER_URL in .env")
-    if settings.server_url == LOCAL:
-        raise InputError("a server of its own is started by the scripts that have the images: give a URL")
-    submission = read_submission(settings.submission)  # refuses what no server can score
-    set_aside(settings.submission.parent, ("reply.txt",))  # the reply to the time before
-    token = settings.group_token.get_secret_value()
-    outcome = send_submission(settings.submission, settings.server_url, token)
-    say(outcome)
-    append_line(settings.submission.parent, settings, outcome, group_name=submission["groupname"])
-    stop_if_failed(outcome)
 
 
 # ---- make and check -------------------------------------------------------------------------------
@@ -122,7 +94,3 @@ def save_submission(submission: dict[str, Any], folder: Path) -> Path:
         set_aside(folder)
     write_whole(path, body)
     return path
-
-
-if __name__ == "__main__":
-    run_script(main, Settings)

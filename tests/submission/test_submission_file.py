@@ -4,7 +4,12 @@ import pytest
 from conftest import GALLERY, RANKING, Server, answer, image_files, run, submission_of
 
 from retrieval.errors import InputError
-from retrieval.submission import check_submission, make_submission, read_submission, save_submission
+from retrieval.submission.submission_file import (
+    check_submission,
+    make_submission,
+    read_submission,
+    save_submission,
+)
 
 # ---- make and check
 

@@ -1,0 +1,44 @@
+"""Send a saved submission (again).
+
+python -m retrieval.submission results/submission.json
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic_settings import CliPositionalArg
+
+from retrieval import settings
+from retrieval.console import run_script
+from retrieval.errors import InputError
+from retrieval.ledger import append_line, say, set_aside, stop_if_failed
+from retrieval.settings import LOCAL, GroupToken, ServerUrl
+from retrieval.submission.client import send_submission
+from retrieval.submission.submission_file import read_submission
+
+
+class Settings(settings.Form):
+    """Send a saved submission (again)."""
+
+    submission: CliPositionalArg[Path]
+    server_url: ServerUrl = ""
+    group_token: GroupToken = GroupToken("")
+
+
+def main(settings: Settings) -> None:
+    if not settings.server_url:
+        raise InputError("there is no server to send it to: give --server_url, or set SERVER_URL in .env")
+    if settings.server_url == LOCAL:
+        raise InputError("a server of its own is started by the scripts that have the images: give a URL")
+    submission = read_submission(settings.submission)  # refuses what no server can score
+    set_aside(settings.submission.parent, ("reply.txt",))  # the reply to the time before
+    token = settings.group_token.get_secret_value()
+    outcome = send_submission(settings.submission, settings.server_url, token)
+    say(outcome)
+    append_line(settings.submission.parent, settings, outcome, group_name=submission["groupname"])
+    stop_if_failed(outcome)
+
+
+if __name__ == "__main__":
+    run_script(main, Settings)
