@@ -28,7 +28,7 @@ from retrieval.ledger import Outcome, Run  # noqa: E402
 from retrieval.metrics import measure  # noqa: E402
 from retrieval.ranking.exact import rank
 from retrieval.records import Embeddings  # noqa: E402
-from retrieval.report import Found, write_report  # noqa: E402
+from retrieval.report.run_report import Found, write_report
 
 
 def repeated(folder: Path, count: int) -> tuple[list[ImageFile], Embeddings]:

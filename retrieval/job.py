@@ -23,7 +23,7 @@ from retrieval.metrics import measure, require_labels
 from retrieval.processes import end_with_the_others, is_first, several, take_a_share
 from retrieval.ranking.approximate import check_search, rank_by
 from retrieval.records import Embeddings
-from retrieval.report import Found, write_report
+from retrieval.report.run_report import Found, write_report
 from retrieval.server import local_server
 from retrieval.settings import LOCAL
 from retrieval.submission.client import NOT_SENT, send_submission

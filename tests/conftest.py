@@ -272,7 +272,7 @@ def found_of(folder, queries_of_each=None, gallery_of_each=None):
     from get_images import find_images, label_of
     from retrieval.metrics import measure
     from retrieval.ranking.exact import rank
-    from retrieval.report import Found
+    from retrieval.report.run_report import Found
 
     sides = []
     for part, most in (("query", queries_of_each), ("gallery", gallery_of_each)):

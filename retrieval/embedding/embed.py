@@ -26,7 +26,7 @@ from retrieval.embedding.runtime import ONNX_BATCH, TORCH, Engine
 from retrieval.errors import InputError
 from retrieval.machine import zeros
 from retrieval.records import Embeddings
-from retrieval.thumbnails import write_png
+from retrieval.report.thumbnails import write_png
 
 PART = 2**14  # images of which all that is not their vectors is in memory at once
 AHEAD_BYTES = 2**26  # of squares that are read ahead

@@ -6,10 +6,10 @@ import pytest
 from conftest import run
 from test_report import STRANGE
 
-from retrieval.comparison import compare_ledgers, holm, mcnemar, read_ledgers
 from retrieval.errors import InputError
 from retrieval.ledger import Outcome, Run
 from retrieval.metrics import competition_score, figures_of, first_hits
+from retrieval.report.comparison import compare_ledgers, holm, mcnemar, read_ledgers
 from retrieval.settings import Form, NewFolder
 
 NAMES = [f"a/{number}.jpg" for number in range(10)]

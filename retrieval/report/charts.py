@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from retrieval.files import write_whole
-from retrieval.thumbnails import RIGHT, UNKNOWN, WRONG
+from retrieval.report.thumbnails import RIGHT, UNKNOWN, WRONG
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,21 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic_settings import CliPositionalArg
 
 from get_images import ImageFile, label_of
-from retrieval import figures, settings
 from retrieval.backbones.backbone import Trained
-from retrieval.comparison import compare_ledgers
-from retrieval.console import run_script
-from retrieval.figures import Chart, Points
 from retrieval.files import write_whole
 from retrieval.ledger import Outcome, Run
 from retrieval.machine import version_of
 from retrieval.metrics import CUTS, are_labelled, first_hits
 from retrieval.page import render
 from retrieval.records import Embeddings
-from retrieval.thumbnails import draw_matches, small_pictures
+from retrieval.report import charts
+from retrieval.report.charts import Chart, Points
+from retrieval.report.thumbnails import draw_matches, small_pictures
 
 PAGE, SHEET = "report.html", "similar_images.png"
 SHOWN = 10  # matches of a query
@@ -44,19 +41,9 @@ PACKAGES = ("torch", "torchvision", "timm", "facenet-pytorch", "numpy", "pillow"
 log = logging.getLogger("retrieval.report")
 
 
-class Settings(settings.Form):
-    """Compare the runs in the ledgers of these folders."""
-
-    folders: CliPositionalArg[list[settings.FileOrFolder]]
-
-
-def main(form: Settings) -> None:
-    log.info("wrote %s", compare_ledgers(form.folders))
-
-
 @dataclass(frozen=True)
 class Found:
-    """What a run found: its images, their embeddings, the ranking and its figures."""
+    """What a run found: its images, their embeddings, the ranking and its charts."""
 
     queries: list[ImageFile]
     gallery: list[ImageFile]
@@ -240,14 +227,14 @@ def _data(found: Found, matches: Matches, points: list[list[int]]) -> dict[str, 
 
 def _charts(found: Found, matches: Matches) -> list[Chart]:
     right = (matches.first == 1)[matches.embedded] if found.labelled else None
-    charts = [figures.similarities(matches.cosines[matches.embedded, 0], right)]
+    charts = [charts.similarities(matches.cosines[matches.embedded, 0], right)]
     if found.labelled:
         of_queries = [label_of(name) or "none" for name in found.ranking]
         of_matches = [label_of(found.gallery_vectors.names[row]) or "none" for row in matches.rows[:, 0]]
-        charts.append(figures.per_class(found.metrics["per_class"]))
-        charts.append(figures.confusion(of_queries, of_matches))
+        charts.append(charts.per_class(found.metrics["per_class"]))
+        charts.append(charts.confusion(of_queries, of_matches))
     if found.trained and found.trained.history:
-        charts.append(figures.curves(found.trained.history, found.trained.untuned))
+        charts.append(charts.curves(found.trained.history, found.trained.untuned))
     return charts
 
 
@@ -284,7 +271,7 @@ def _map(found: Found, matches: Matches, shown: np.ndarray) -> tuple[list[Chart]
         panels.insert(0, ("before fine-tuning", untuned / np.maximum(lengths, 1e-12)))
     points = [Points(title, places(vectors)) for title, vectors in panels]
     labels, colours = _coloured(found, matches, shown)
-    chart, behind = figures.embedding_map(points, labels, shown < len(found.queries), colours)
+    chart, behind = charts.embedding_map(points, labels, shown < len(found.queries), colours)
     return [chart], behind
 
 
@@ -294,11 +281,11 @@ def _coloured(found: Found, matches: Matches, shown: np.ndarray) -> tuple[list[s
         return [None] * len(shown), {}
     labels = [label_of(found.names[row]) for row in shown]
     classes = sorted({label for label in labels if label is not None})
-    if len(classes) <= len(figures.COLOURS):
-        return labels, dict(zip(classes, figures.COLOURS, strict=False))
+    if len(classes) <= len(charts.COLOURS):
+        return labels, dict(zip(classes, charts.COLOURS, strict=False))
     verdicts = [*np.where(matches.first == 1, "first match right", "first match wrong").tolist(),
                 *[None] * len(found.gallery)]  # fmt: skip
-    colours = {"first match right": figures.RIGHT, "first match wrong": figures.WRONG}
+    colours = {"first match right": charts.RIGHT, "first match wrong": charts.WRONG}
     return [verdicts[row] for row in shown], colours
 
 
@@ -311,7 +298,3 @@ def places(vectors: np.ndarray, seed: int = 0) -> np.ndarray:
     perplexity = min(30.0, (len(vectors) - 1) / 3)
     start = reduced[:, :2] / max(reduced[:, 0].std(), 1e-12) * 1e-4  # as Kobak and Berens 2019 do
     return TSNE(init=start, perplexity=perplexity, max_iter=500, random_state=seed).fit_transform(reduced)
-
-
-if __name__ == "__main__":
-    run_script(main, Settings)

@@ -2,7 +2,7 @@ import numpy as np
 from PIL import Image, ImageColor
 
 from get_images import find_images
-from retrieval.thumbnails import GAP, RIGHT, SIDE, UNKNOWN, WRONG, draw_matches
+from retrieval.report.thumbnails import GAP, RIGHT, SIDE, UNKNOWN, WRONG, draw_matches
 
 
 def frame(sheet, row, column):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from conftest import found_of
 
-from retrieval import report
 from retrieval.backbones.backbone import Trained
-from retrieval.figures import RIGHT, WRONG, confusion, per_class
 from retrieval.ledger import Outcome, Run
-from retrieval.report import Found, Matches, places, write_report
+from retrieval.report import run_report
+from retrieval.report.charts import RIGHT, WRONG, confusion, per_class
+from retrieval.report.run_report import Found, Matches, places, write_report
 from retrieval.settings import Form, GroupToken, NewFolder
 
 SAVED = Outcome("saved", "scored by the folder labels: nothing was sent")
@@ -84,9 +84,9 @@ def test_the_page_holds_every_query_with_its_matches_and_their_pictures(digits, 
 
 def test_the_pictures_shrink_where_there_are_many_and_the_last_are_left_out(digits, tmp_path, monkeypatch):
     large = drawn(digits, tmp_path)
-    monkeypatch.setattr(report, "SIDES", {10: 96, 1000: 16})
+    monkeypatch.setattr(run_report, "SIDES", {10: 96, 1000: 16})
     assert len(drawn(digits, tmp_path)) < len(large)
-    monkeypatch.setattr(report, "MOST_PICTURES", 45)
+    monkeypatch.setattr(run_report, "MOST_PICTURES", 45)
     data = data_of(drawn(digits, tmp_path))
     assert len(data["pictures"]) == 45
     assert set(map(str, range(40))) <= set(data["pictures"])  # queries come first
@@ -176,16 +176,16 @@ def test_the_map_is_seeded_and_keeps_classes_together(digits):
 
 
 def test_the_map_shows_each_class_as_often_and_leaves_out_empty_vectors(digits, monkeypatch):
-    monkeypatch.setattr(report, "POINTS", 30)
+    monkeypatch.setattr(run_report, "POINTS", 30)
     vectors = digits.query_vectors.vectors.copy()
     vectors[0] = 0
     digits = replace(digits, query_vectors=replace(digits.query_vectors, vectors=vectors))
-    rows = report._sample(digits)
+    rows = run_report._sample(digits)
     names = digits.query_vectors.names + digits.gallery_vectors.names
     labels = [names[row][0] for row in rows]
     assert 0 not in rows
     assert {labels.count(label) for label in "0123456789"} == {3}
-    assert np.array_equal(rows, report._sample(digits))
+    assert np.array_equal(rows, run_report._sample(digits))
 
 
 def test_a_tuned_network_that_holds_the_untuned_one_is_mapped_before_and_after(digits, tmp_path):
@@ -201,10 +201,10 @@ def test_a_tuned_network_that_holds_the_untuned_one_is_mapped_before_and_after(d
 
 
 def test_of_many_classes_the_map_shows_which_queries_are_right(sample, tmp_path, monkeypatch):
-    from retrieval import figures
+    from retrieval.report import charts
 
     found = found_of(sample / "test", 4, 12)
-    monkeypatch.setattr(figures, "COLOURS", figures.COLOURS[:9])  # fewer than the ten classes
+    monkeypatch.setattr(charts, "COLOURS", charts.COLOURS[:9])  # fewer than the ten classes
     page = drawn(found, tmp_path)
     matches = Matches(found)
     wrong = [row for row, first in enumerate(matches.first) if first != 1]
@@ -215,7 +215,7 @@ def test_of_many_classes_the_map_shows_which_queries_are_right(sample, tmp_path,
 
 def test_of_many_classes_the_worst_are_shown(digits):
     figures = {f"class {n:03}": {"top_1": n / 100, "top_1_interval": [n / 100, n / 100]} for n in range(60)}
-    chart = per_class(figures)
+    chart = per_class(charts)
     assert "the worst 25 of 60 classes" in chart.svg
     assert "class 024" in chart.svg
     assert "class 025" not in chart.svg
@@ -229,7 +229,7 @@ def test_of_many_classes_the_worst_are_shown(digits):
 
 
 def test_the_colours_are_seen_on_white_and_on_black():
-    from retrieval.figures import COLOURS
+    from retrieval.report.charts import COLOURS
 
     def brightness(colour):  # WCAG 2.2: relative luminance
         parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
@@ -245,5 +245,5 @@ def test_the_colours_are_seen_on_white_and_on_black():
 def test_a_copy_inside_another_repository_tells_no_commit_of_that(tmp_path):
     (tmp_path / ".git").mkdir()
     (tmp_path / "copy").mkdir()
-    assert report._commit(tmp_path / "copy") == {}
-    assert report._commit(tmp_path) == {}  # nor does a broken one
+    assert run_report._commit(tmp_path / "copy") == {}
+    assert run_report._commit(tmp_path) == {}  # nor does a broken one
