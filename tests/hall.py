@@ -13,8 +13,8 @@ import requests
 from conftest import ROOT
 
 from get_images import find_images
-from retrieval.judging import Rules, key_of_folders
-from retrieval.server import local_server
+from retrieval.server.scoring import Rules, key_of_folders
+from retrieval.server.serve import local_server
 
 
 def lay_out(folder):

@@ -8,8 +8,8 @@ from datetime import datetime
 from typing import Any
 from urllib.parse import quote
 
-from retrieval.database import Database, Standing
-from retrieval.judging import AnswerKey, Rules
+from retrieval.server.database import Database, Standing
+from retrieval.server.scoring import AnswerKey, Rules
 
 LINE = (120, 28)  # pixels of a group's small line
 LARGE = (600, 120)

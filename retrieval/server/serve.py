@@ -12,23 +12,19 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from get_images import find_query_and_gallery
-from retrieval import settings
-from retrieval.console import run_script
-from retrieval.database import Database
 from retrieval.errors import InputError, RunError
-from retrieval.judging import AnswerKey, Rules, key_of_folders, key_of_table, read_pairs
+from retrieval.server.database import Database
+from retrieval.server.scoring import AnswerKey, Rules, read_pairs
 
 if TYPE_CHECKING:
     import uvicorn
@@ -36,47 +32,6 @@ if TYPE_CHECKING:
 LONGEST_START, LONGEST_END = 10, 10  # seconds
 
 log = logging.getLogger("retrieval.server")
-
-
-class Settings(settings.Form):
-    """Score submissions to labelled folders, and show the leaderboard."""
-
-    query_dir: settings.Folder = Path("data/test/query")
-    gallery_dir: settings.Folder = Path("data/test/gallery")
-    answers: settings.File | None = None  # a table name,identity; None: the class folders
-    port: settings.Port = 3001
-    host: str = "127.0.0.1"  # "0.0.0.0": whoever reaches this machine
-    database: settings.NewFile = Path("competition.sqlite")
-    closes_at: settings.Moment | None = None  # such as "2026-06-01 16:00", by this machine's clock
-    public_share: settings.PositiveShare | None = None  # of the queries, which alone count until it closes
-    seed: int = 0  # of that share
-    hide_scores: bool = False  # True: replies hold the accuracy only, and leak no answers
-    tokens: settings.File | None = None  # a table group,token
-    per_minute: settings.PositiveInt = 60  # submissions of a group
-    per_address: settings.PositiveInt | None = None  # of an address; a lecture hall shares one
-
-
-def main(form: Settings) -> None:
-    signal.signal(signal.SIGTERM, _end)  # as Ctrl-C, with what waits written
-    images = find_query_and_gallery(form.query_dir, form.gallery_dir)
-    key = key_of_table(form.answers, *images) if form.answers else key_of_folders(*images)
-    public = public_queries(key, form.public_share, form.seed) if form.public_share else None
-    tokens = read_tokens(form.tokens) if form.tokens else None
-    rules = Rules(form.closes_at, public, form.hide_scores, tokens, form.per_minute, form.per_address)
-    listening = listen(form.host, form.port)
-    database = Database(form.database, digest_of(key, public))
-    log.info("%d queries in %d gallery images of %d identities; %s holds %d submissions", len(key.queries),
-             len(key.gallery), len(set(key.queries.values())), form.database, database.count())  # fmt: skip
-    url = url_of(listening)
-    log.info("POST to %sretrieval/, and see %s in a browser; Ctrl-C ends", url, url)
-    try:
-        make_server(key, database, rules).run([listening])
-    finally:
-        database.close()
-
-
-def _end(*_: object) -> NoReturn:
-    raise SystemExit(0)
 
 
 def public_queries(key: AnswerKey, share: float, seed: int) -> tuple[str, ...]:
@@ -134,7 +89,7 @@ def make_server(key: AnswerKey, database: Database, rules: Rules) -> uvicorn.Ser
     """A server that is ready to run on a listening socket."""
     import uvicorn
 
-    from retrieval.api import make_app
+    from retrieval.server.app import make_app
 
     config = uvicorn.Config(
         make_app(key, database, rules), log_config=None, access_log=False, server_header=False,
@@ -169,7 +124,3 @@ def local_server(key: AnswerKey, database: Path, rules: Rules | None = None) -> 
         thread.join(LONGEST_END)
         kept.close()
         listening.close()
-
-
-if __name__ == "__main__":
-    run_script(main, Settings)

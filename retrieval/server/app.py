@@ -22,8 +22,10 @@ from fastapi.responses import HTMLResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from retrieval.database import Database, Judged, Kept
-from retrieval.judging import (
+from retrieval.page import render
+from retrieval.server.database import Database, Judged, Kept
+from retrieval.server.leaderboard import as_csv, board, history, moment
+from retrieval.server.scoring import (
     MOST_NAMES,
     SHAPE,
     AnswerKey,
@@ -34,8 +36,6 @@ from retrieval.judging import (
     read_body,
     score,
 )
-from retrieval.leaderboard import as_csv, board, history, moment
-from retrieval.page import render
 from retrieval.submission.client import TOKEN
 
 MOST_BYTES = 16 * 2**20  # of a body: a submission of 1455 queries has 0.6 MB

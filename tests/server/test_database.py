@@ -8,8 +8,8 @@ from contextlib import closing
 
 import pytest
 
-from retrieval.database import Database, Judged
 from retrieval.errors import InputError
+from retrieval.server.database import Database, Judged
 
 
 def judged(team="a", accuracy=500.0, when="2026-06-01T12:00:00.000+00:00", digest=None, body=b"{}"):
@@ -150,7 +150,7 @@ def test_the_version_changes_with_each_write(database):
 
 
 def test_a_history_is_the_last_lines_of_it(database, monkeypatch):
-    monkeypatch.setattr("retrieval.database.MOST_SHOWN", 3)
+    monkeypatch.setattr("retrieval.server.database.MOST_SHOWN", 3)
     for n in range(5):
         database.refuse("a", str(n), 422, "no").result(10)
     assert [when for when, *_ in database.refused_of("a")] == ["4", "3", "2"]

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from retrieval.errors import InputError
-from retrieval.judging import (
+from retrieval.metrics import figures_of
+from retrieval.server.scoring import (
     AnswerKey,
     RefusedError,
     Submission,
@@ -19,7 +20,6 @@ from retrieval.judging import (
     read_body,
     score,
 )
-from retrieval.metrics import figures_of
 
 QUERIES = {"a/1.jpg": "a", "a/2.jpg": "a", "b/3.jpg": "b", "c/4.jpg": "c"}
 GALLERY = {f"{who}/g{n}.jpg": who for who in "abd" for n in range(5)} | {"x/none.jpg": None}

@@ -12,9 +12,9 @@ from conftest import ROOT
 from hall import body_of, key_of, post, process, raw, table
 from test_database import limit
 
-from retrieval import api
 from retrieval.errors import InputError
-from retrieval.server import public_queries, read_tokens
+from retrieval.server import app
+from retrieval.server.serve import public_queries, read_tokens
 
 STRANGE = [
     "<script>hacked=1</script>",
@@ -46,16 +46,16 @@ def test_a_full_disk_is_said_and_the_submission_does_not_count(serve, monkeypatc
 
 
 def test_a_body_that_is_too_large_is_refused_unread(serve):
-    head = b"POST /retrieval/ HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (api.MOST_BYTES + 1)
+    head = b"POST /retrieval/ HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (app.MOST_BYTES + 1)
     with serve() as address:
         assert raw(address, head).startswith(b"HTTP/1.1 413 ")  # none of it was sent
-        assert post(address, b"x" * (api.MOST_BYTES + 1)).status_code == 413
-        chunks = (b"x" * 2**20 for _ in range(1 + api.MOST_BYTES // 2**20))
+        assert post(address, b"x" * (app.MOST_BYTES + 1)).status_code == 413
+        chunks = (b"x" * 2**20 for _ in range(1 + app.MOST_BYTES // 2**20))
         assert requests.post(f"{address}retrieval/", data=chunks, timeout=30).status_code == 413
 
 
 def test_a_slow_body_times_out_and_a_broken_one_is_logged(serve, monkeypatch):
-    monkeypatch.setattr(api, "SECONDS_FOR_A_BODY", 0.3)
+    monkeypatch.setattr(app, "SECONDS_FOR_A_BODY", 0.3)
     head = b"POST /retrieval/ HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
     with serve() as address:
         assert raw(address, head).startswith(b"HTTP/1.1 408 ")
@@ -65,7 +65,7 @@ def test_a_slow_body_times_out_and_a_broken_one_is_logged(serve, monkeypatch):
 
 
 def test_who_waits_when_the_server_ends_is_told(serve, monkeypatch):
-    monkeypatch.setattr("retrieval.server.LONGEST_END", 1)
+    monkeypatch.setattr("retrieval.server.serve.LONGEST_END", 1)
     with serve() as address:
         slow = socket.create_connection(("127.0.0.1", urlsplit(address).port), timeout=20)
         slow.sendall(b"POST /retrieval/ HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
@@ -81,7 +81,7 @@ def test_a_group_may_submit_so_often_in_a_minute(serve, monkeypatch):
         assert refused.status_code == 429  # what cannot be scored counts too
         assert 1 <= int(refused.headers["Retry-After"]) <= 60
         assert post(address, body_of("b")).status_code == 200
-        monkeypatch.setattr(api, "MINUTE", 0)
+        monkeypatch.setattr(app, "MINUTE", 0)
         assert post(address, body_of("a")).status_code == 200
 
 
