@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/installed
 .PHONY: demo test format
 
 demo: $(INSTALLED)
-	$(VENV)/bin/python get_images.py sample --out data/sample
+	$(VENV)/bin/python -m retrieval.datasets sample --out data/sample
 	$(VENV)/bin/python model_not_tuned.py --query_dir data/sample/test/query \
 		--gallery_dir data/sample/test/gallery --custom_dataset --output_dir results/sample
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from retrieval.backbones.zoo import ModelType
 from retrieval.console import run_script
-from retrieval.processes import end_with_the_others
+from retrieval.distributed import end_with_the_others
 from retrieval.settings import (
     Amount,
     Augmentation,

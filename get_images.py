@@ -1,12 +1,7 @@
 """A folder of images in; named images and their pixels out.
 
-    python get_images.py sample --out data/sample
-    python get_images.py intel --out data/intel_dataset --archive intel.zip
-    python get_images.py split --source FOLDER --out DIR
-    python get_images.py competition --archive handed_out.zip
-
-As a script it lays out a data set as train, test/query and test/gallery: handwritten digits, which need no
-download; the Intel scenes; any folder of class folders; and what the organisers hand out.
+Every script and every room of retrieval/ finds and reads its images here. Data sets are laid out by
+`python -m retrieval.datasets`.
 """
 
 from __future__ import annotations
@@ -17,7 +12,7 @@ import os
 import stat
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -200,54 +195,11 @@ def _reason(error: Exception, path: Path | str) -> str:
     return str(error) or type(error).__name__
 
 
-# ---- data sets ------------------------------------------------------------------------------------
-
-
-def main() -> None:
-    from retrieval import console, settings
-    from retrieval.datasets import layouts
-
-    class Sample(settings.Form):
-        """Lay out scikit-learn's handwritten digits as train, test/query and test/gallery."""
-
-        out: settings.NewFolder = Path("data/sample")
-
-    class Intel(settings.Form):
-        """Lay out the Intel scenes, from the zip of Kaggle or the folder it was unpacked to."""
-
-        out: settings.NewFolder = Path("data/intel_dataset")
-        archive: settings.FileOrFolder | None = None  # None: download it by kagglehub
-        keep_duplicates: bool = False
-        seed: int = 0
-
-    class Split(settings.Form):
-        """Lay out any images that lie in a folder a class."""
-
-        source: settings.FileOrFolder
-        out: settings.NewFolder
-        train: settings.Share = 0.7  # of each class; of the rest 40 % are queries and 60 % gallery
-        keep_duplicates: bool = False
-        seed: int = 0
-
-    class Competition(settings.Form):
-        """Lay out what the organisers hand out: train, test/query and test/gallery."""
-
-        archive: settings.FileOrFolder
-        out: settings.NewFolder = Path("data")
-        keep_duplicates: bool = False
-
-    def with_all(lay_out: Callable[..., None]) -> Callable[[settings.Form], None]:
-        return lambda form: lay_out(**dict(form))
-
-    console.run_command(
-        {
-            "sample": (Sample, with_all(layouts.lay_out_sample)),
-            "intel": (Intel, with_all(layouts.lay_out_intel)),
-            "split": (Split, with_all(layouts.lay_out_split)),
-            "competition": (Competition, with_all(layouts.lay_out_competition)),
-        }
-    )
+# ---- data sets have moved -------------------------------------------------------------------------
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(
+        "error: get_images.py lays out no data sets any more: "
+        "run `python -m retrieval.datasets sample --out data/sample` (or intel, split, competition)"
+    )

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from retrieval.console import run_script
-from retrieval.job import embed_both, find, rank_both, save, send, show
-from retrieval.ledger import Run
+from retrieval.pipeline import embed_both, find, rank_both, save, send, show
+from retrieval.run import Run
 from retrieval.settings import (
     CACHE_DIR,
     Device,

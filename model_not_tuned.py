@@ -8,10 +8,11 @@ Edit the settings below, or give them as flags, in the environment or in .env (t
 
 from pathlib import Path
 
-from retrieval.backbones.backbone import ModelType, find_backbone
+from retrieval.backbones.backbone import find_backbone
+from retrieval.backbones.zoo import ModelType
 from retrieval.console import run_script
-from retrieval.job import embed_both, find, rank_both, save, send, show
-from retrieval.ledger import Run
+from retrieval.pipeline import embed_both, find, rank_both, save, send, show
+from retrieval.run import Run
 from retrieval.settings import (
     CACHE_DIR,
     Crop,

@@ -24,11 +24,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from get_images import ImageFile, find_images  # noqa: E402
-from retrieval.ledger import Outcome, Run  # noqa: E402
 from retrieval.metrics import measure  # noqa: E402
-from retrieval.ranking.exact import rank
+from retrieval.ranking.exact import rank  # noqa: E402
 from retrieval.records import Embeddings  # noqa: E402
-from retrieval.report.run_report import Found, write_report
+from retrieval.report.run_report import Found, write_report  # noqa: E402
+from retrieval.run import Outcome, Run  # noqa: E402
 
 
 def repeated(folder: Path, count: int) -> tuple[list[ImageFile], Embeddings]:

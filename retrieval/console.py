@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from retrieval.distributed import which_process
 from retrieval.errors import InputError, OthersEndedError, RunError, did_you_mean
-from retrieval.processes import which_process
 from retrieval.settings import Form, FormType, read_form
 
 

@@ -15,10 +15,10 @@ import torch
 from tqdm import tqdm
 
 from get_images import HIDDEN, ImageFile, find_images, label_of
+from retrieval.distributed import count, is_first
 from retrieval.embedding.loader import read_batches
 from retrieval.errors import InputError
 from retrieval.machine import on_this_machine, zeros
-from retrieval.processes import count, is_first
 from retrieval.settings import Form
 from supcon.variants import VARIANTS
 

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from retrieval.backbones.fine_tuned import write_checkpoint
 from retrieval.backbones.weights import unpickle
+from retrieval.distributed import is_first
 from retrieval.errors import InputError, RunError
 from retrieval.files import as_json, lock, write_whole
-from retrieval.processes import is_first
 from retrieval.settings import Form
 from supcon.batches import Split
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
+from torch import distributed as torch_distributed
 
-from retrieval import processes
-from retrieval.machine import out_of_memory
+from retrieval import distributed
+from retrieval.machine import on_this_machine, out_of_memory
 
 
 class NoRoomError(RuntimeError):
@@ -31,7 +32,7 @@ def share(rows: int) -> slice:
     >>> share(8)
     slice(0, 8, None)
     """
-    return _shares(rows)[processes.number()]
+    return _shares(rows)[distributed.number()]
 
 
 def most_of_a_share(rows: int) -> int:
@@ -44,7 +45,7 @@ def most_of_a_share(rows: int) -> int:
 
 
 def _shares(rows: int) -> list[slice]:
-    parts = np.array_split(np.arange(rows), processes.count())
+    parts = np.array_split(np.arange(rows), distributed.count())
     return [slice(int(part[0]), int(part[-1]) + 1) if len(part) else slice(rows, rows) for part in parts]
 
 
@@ -54,7 +55,7 @@ def together() -> Iterator[None]:
 
     So all of them try again, and none waits for one that has gone another way.
     """
-    if not processes.several():
+    if not distributed.several():
         yield
         return
     fits = True
@@ -64,7 +65,7 @@ def together() -> Iterator[None]:
         if not out_of_memory(error):
             raise
         fits = False
-    if not processes.all_say(fits):
+    if not distributed.all_say(fits):
         raise NoRoomError("out of memory in one of the processes")
 
 
@@ -80,8 +81,8 @@ def gather(own: Tensor, views: int, rows: int) -> Tensor:
     padded[:, : own.shape[1]] = own
     group, travelling = _travelling(padded)
     found = [torch.empty_like(travelling) for _ in parts]
-    with processes.a_sentence():
-        distributed.all_gather(found, travelling, group=group)
+    with distributed.a_sentence():
+        torch_distributed.all_gather(found, travelling, group=group)
     cut = [features[:, :size] for features, size in zip(found, parts, strict=True)]
     return torch.cat(cut, 1).flatten(0, 1).to(own.device)
 
@@ -100,21 +101,21 @@ def add_up(of_shares: list[Tensor], of_the_batch: list[Tensor]) -> None:
     gradients = of_shares + of_the_batch
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     group, travelling = _travelling(flat)
-    with processes.a_sentence():
-        distributed.all_reduce(travelling, group=group)
+    with distributed.a_sentence():
+        torch_distributed.all_reduce(travelling, group=group)
     summed = travelling.to(flat.device).split([gradient.numel() for gradient in gradients])
     for number, (gradient, part) in enumerate(zip(gradients, summed, strict=True)):
-        times = 1 if number < len(of_shares) else processes.count()
+        times = 1 if number < len(of_shares) else distributed.count()
         gradient.copy_(part.view(gradient.shape) / times)
 
 
 def from_the_first(value: float) -> float:
     """The first process's number, in every process; a flag travels as 0 or 1."""
-    if not processes.several():
+    if not distributed.several():
         return value
     told = torch.tensor([value], dtype=torch.float64)
-    with processes.a_sentence():
-        distributed.broadcast(told, 0)
+    with distributed.a_sentence():
+        torch_distributed.broadcast(told, 0)
     return told.item()
 
 
@@ -125,12 +126,12 @@ def _travelling(tensor: Tensor) -> tuple[Any, Tensor]:
     """The group of processes in which it travels, and what does: the tensor on the GPU, or one on the CPU."""
     if tensor.device.type == "cuda" and (group := _gpus()):
         return group, tensor.contiguous()
-    return distributed.group.WORLD, tensor.cpu().contiguous()
+    return torch_distributed.group.WORLD, tensor.cpu().contiguous()
 
 
 @functools.cache
 def _gpus() -> Any:
     """NCCL's group of the processes; None where one of them has no GPU of its own."""
-    if not processes.all_say(torch.cuda.device_count() >= processes.on_this_machine()):
+    if not distributed.all_say(torch.cuda.device_count() >= on_this_machine()):
         return None
-    return distributed.new_group(backend="nccl", timeout=processes.LONGEST_WAIT)
+    return torch_distributed.new_group(backend="nccl", timeout=distributed.LONGEST_WAIT)

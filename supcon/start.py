@@ -16,8 +16,8 @@ from retrieval.backbones.backbone import Backbone, load_backbone, place
 from retrieval.backbones.batch_norm_folding import fold_batch_norms
 from retrieval.backbones.fine_tuned import Mapped, Recipe, load_tuned_alone
 from retrieval.backbones.weights import is_fine_tuned, unpickle
+from retrieval.distributed import take_a_share
 from retrieval.errors import InputError
-from retrieval.processes import take_a_share
 from retrieval.settings import Form
 
 LEAST_SIDE = 96  # pixels: the networks were trained with 224

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from retrieval.backbones.backbone import Backbone
+from retrieval.distributed import is_first, number, wait
 from retrieval.errors import InputError, RunError
-from retrieval.ledger import set_aside
-from retrieval.processes import is_first, number, wait
+from retrieval.run import set_aside
 from retrieval.settings import Form
 from retrieval.tracking import Tracking, start_tracking
 from supcon.batches import Split, Squares, check_shares, read_squares

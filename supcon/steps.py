@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from retrieval.distributed import several
 from retrieval.errors import RunError
 from retrieval.machine import out_of_memory
-from retrieval.processes import several
 from supcon.gather import NoRoomError, add_up, gather, most_of_a_share, own_part, share, together
 from supcon.heads import remember
 from supcon.state import Training

@@ -31,10 +31,10 @@ from retrieval.backbones.fine_tuned import (
 )
 from retrieval.backbones.timm_zoo import hub_config
 from retrieval.backbones.weights import unpickle
+from retrieval.distributed import all_say, is_first
 from retrieval.errors import RunError
 from retrieval.machine import version_of
 from retrieval.metrics import compare
-from retrieval.processes import all_say, is_first
 from retrieval.report.charts import draw_curves
 from supcon.batches import by_class, shuffled
 from supcon.checkpoints import BEST, BEST_EPOCH, CURVE, write_history

@@ -167,7 +167,7 @@ def test_a_disk_that_gets_full_costs_the_crops_only(monkeypatch, people, caplog)
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(embed, "write_png", full)
+    monkeypatch.setattr(embed, "_write_png", full)
     queries = find_images(people / "query")
     vectors = embed.embed(
         queries, by_torch(load_backbone("dlib", "cpu"), 8), "queries", people / "crops"

@@ -46,7 +46,7 @@ def test_the_form_is_read_before_the_slow_imports(script):
 
 ROOMS = ("submission", "backbones", "report", "embedding")  # that are scripts too
 COMMANDS = [["model_not_tuned.py"], ["fine_tuning.py"], ["model_fine_tuned.py"],
-            ["get_images.py"], ["get_images.py", "sample"],
+            ["-m", "retrieval.datasets"], ["-m", "retrieval.datasets", "sample"],
             *(["-m", f"retrieval.{room}"] for room in ROOMS)]  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def test_batch_size_and_device_reach_the_network(few, monkeypatch, backbone, tmp
 def test_without_the_packages_a_sentence_says_how_to_get_them():
     for script in (
         ["model_not_tuned.py"],
-        ["get_images.py", "sample"],
+        ["-m", "retrieval.datasets", "sample"],
         ["-m", "retrieval.submission", "a.json"],
         ["-m", "retrieval.backbones"],
     ):
@@ -259,9 +259,11 @@ def test_no_report_draws_nothing(flat):
 
 def test_a_page_that_cannot_be_drawn_costs_only_itself(few, monkeypatch, tmp_path, caplog):
     import model_not_tuned
-    from retrieval import job
+    from retrieval import pipeline
 
-    monkeypatch.setattr(job, "write_report", lambda *_: (tmp_path / "none" / "report.html").write_bytes(b""))
+    monkeypatch.setattr(
+        pipeline, "write_report", lambda *_: (tmp_path / "none" / "report.html").write_bytes(b"")
+    )
     folders = {"query_dir": few / "query", "gallery_dir": few / "gallery", "output_dir": tmp_path}
     model_not_tuned.main(model_not_tuned.Settings(**folders, custom_dataset=True))  # and does not end with 1
     assert "the page could not be drawn" in caplog.text

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from dotenv import dotenv_values
 
-from retrieval import settings
+from retrieval import console, errors
 from retrieval.errors import InputError
 from retrieval.settings import WORDS, Device, Folder, Form, GroupName, PositiveInt, ServerUrl, read_form
 
@@ -207,7 +207,7 @@ def test_env_example_lists_what_the_environment_knows_and_the_defaults_of_the_sc
         (InputError("wrong"), 2, "error: wrong"),
         (FileNotFoundError("no images"), 2, "error: no images"),
         (FileExistsError("something else"), 2, "error: something else"),
-        (settings.RunError("no answer"), 1, "error: no answer"),
+        (errors.RunError("no answer"), 1, "error: no answer"),
         (OSError(28, "No space left on device", "results/x"), 1, "error: results/x: no space left on device"),
         (ModuleNotFoundError("No module named 'timm'"), 1, "pip install -r requirements.txt"),
         (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
@@ -219,7 +219,7 @@ def test_a_script_ends_with_a_sentence_and_a_status(monkeypatch, capsys, error, 
 
     monkeypatch.setattr(sys, "argv", ["script.py"])
     with pytest.raises(SystemExit) as end:
-        settings.run_script(main, Example)
+        console.run_script(main, Example)
     assert end.value.code == status
     assert sentence in capsys.readouterr().err
 
@@ -230,19 +230,19 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["script.py"])
     with pytest.raises(ZeroDivisionError):
-        settings.run_script(main, Example)
+        console.run_script(main, Example)
 
 
 def test_commands(monkeypatch, capsys):
     asked = []
     commands = {"one": (Example, asked.append), "two": (Example, asked.append)}
     monkeypatch.setattr(sys, "argv", ["script.py", "two", "--top_k", "3"])
-    settings.run_command(commands)
+    console.run_command(commands)
     assert [form.top_k for form in asked] == [3]
     for arguments, status in (([], 2), (["three"], 2), (["--help"], 0)):
         monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
         with pytest.raises(SystemExit) as end:
-            settings.run_command(commands)
+            console.run_command(commands)
         assert end.value.code == status
         said = capsys.readouterr()
         assert "one        A form with every kind" in said.out + said.err

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 # The code and the packages that decide what vector an image gets.
 CODE = ("get_images.py", *(f"retrieval/{room}.py" for room in (
-    "transforms", "faces", "dlib_network", "backbones", "readers", "engines", "embedding", "model_zoo",
-    "timm_zoo", "weights", "fine_tuned", "folding", "onnx_network")))  # fmt: skip
+    "backbones/transform", "backbones/face_crop", "backbones/dlib_network", "backbones/backbone",
+    "embedding/loader", "embedding/runtime", "embedding/embed", "backbones/zoo", "backbones/timm_zoo",
+    "backbones/weights", "backbones/fine_tuned", "backbones/batch_norm_folding",
+    "embedding/onnx_runtime")))  # fmt: skip
 PACKAGES = ("torch", "torchvision", "timm", "onnxruntime", "onnxruntime-gpu", "onnx", "numpy", "pillow",
             "facenet-pytorch", "dlib-bin", "face-recognition-models")  # fmt: skip
 ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # Linux's files of NVIDIA's, AMD's, Windows' GPUs
@@ -127,7 +129,7 @@ def load_backbone(word: str, device: str = "auto", *others: Any, **more: Any) ->
 def digest_of(file: Path | None, *told: object) -> bytes:
     """The digest of what decides a vector: a file of weights, what is told, our code, and the packages."""
     digest = hashlib.sha256(repr((told, [version_of(package) for package in PACKAGES])).encode())
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parent.parent.parent
     for part in ([file] if file else []) + [root / code for code in CODE]:
         with open(part, "rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())

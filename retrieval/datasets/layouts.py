@@ -50,7 +50,7 @@ def lay_out_intel(out: Path, archive: Path | None, seed: int = 0, keep_duplicate
             if classes != INTEL:
                 raise InputError(
                     f"{source} is not the Intel set: {part} holds {', '.join(classes) or 'nothing'}, "
-                    f"and not {', '.join(INTEL)} (`python get_images.py split` lays out other sets)"
+                    f"and not {', '.join(INTEL)} (`python -m retrieval.datasets split` lays out other sets)"
                 )
         places = {f"{TRAIN}/{image.name}": image for image in train} | _divided(test, 0.0, seed)
         _lay_out(out, places, source, {"seed": seed}, keep_duplicates)

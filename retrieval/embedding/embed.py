@@ -16,6 +16,7 @@ from itertools import chain, compress
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from get_images import ImageFile
@@ -26,7 +27,6 @@ from retrieval.embedding.runtime import ONNX_BATCH, TORCH, Engine
 from retrieval.errors import InputError
 from retrieval.machine import zeros
 from retrieval.records import Embeddings
-from retrieval.report.thumbnails import write_png
 
 PART = 2**14  # images of which all that is not their vectors is in memory at once
 AHEAD_BYTES = 2**26  # of squares that are read ahead
@@ -255,13 +255,19 @@ def _warn(
                     len(without_face), len(files), kind, without_face[0])  # fmt: skip
 
 
+def _write_png(pixels: np.ndarray, path: Path) -> None:
+    """Write uint8 RGB (3, height, width) as a PNG file, with the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(path, "PNG")
+
+
 def _save_crops(batch: Batch, folder: Path) -> list[str]:
     """Write the crops of a batch; which could not be written, and why: a full disk costs the crops only."""
     unsaved = []
     for name, image in zip(batch.names, batch.images, strict=True):
         path = folder / f"{name}.png"
         try:
-            write_png(image.pixels, path)
+            _write_png(image.pixels, path)
         except OSError as error:
             unsaved.append(f"{path} ({error.strerror or error})")
     return unsaved

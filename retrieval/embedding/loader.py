@@ -167,7 +167,7 @@ def _reader_processes(module: str) -> ProcessPoolExecutor:
         context = multiprocessing.get_context("forkserver")
         # Imported once for all of them: what the scripts begin with (found where they are run from their own
         # folder; else each imports it), and what the work is done in.
-        context.set_forkserver_preload(["retrieval.job", module])
+        context.set_forkserver_preload(["retrieval.pipeline", module])
     else:
         context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(cores(), mp_context=context, initializer=_start_reader)

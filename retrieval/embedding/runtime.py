@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retrieval import processes
+from retrieval import distributed
 from retrieval.backbones.backbone import Backbone, Unloaded, digest_of
 from retrieval.embedding.onnx_runtime import ONNX_BATCH, OnnxNetwork, export, filled_up, open_exported
 from retrieval.errors import InputError, RunError
 from retrieval.files import write_whole
-from retrieval.machine import out_of_memory, require
+from retrieval.machine import cores, out_of_memory, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,7 +81,7 @@ class Engine:
     @property
     def threads(self) -> int:
         """How many batches may be run at once."""
-        return processes.cores() if self.word == ONNX else 1
+        return cores() if self.word == ONNX else 1
 
     def load(self) -> None:
         """Load what runs the network, if it is not loaded. Raises as the backbone's `load`."""
@@ -104,7 +104,7 @@ class Engine:
         start = time.perf_counter()
         session = self.loaded if isinstance(self.loaded, OnnxNetwork) else None
         fine = session is not None and _checked(session, self.backbone, self.folder, pixels)
-        if processes.all_say(fine):  # each is asked, whatever it found on its own disk
+        if distributed.all_say(fine):  # each is asked, whatever it found on its own disk
             self.run = session.run
         else:
             self.word = TORCH
@@ -275,7 +275,7 @@ def _precision(backbone: Backbone, settled: str, pixels: np.ndarray) -> str:
     fine = False
     if backbone.device == "cuda":
         fine = settled == str(_half()) or (settled != FULL and _half_is_enough(backbone, pixels))
-    half = processes.all_say(fine)
+    half = distributed.all_say(fine)
     if backbone.device != "cuda":
         return ""
     return str(_half()) if half else FULL
@@ -289,7 +289,7 @@ def _by_torch(backbone: Backbone, batch: int, half: bool) -> Callable[[np.ndarra
     import torch
 
     if backbone.device == "cpu":
-        torch.set_num_threads(processes.cores())  # torchrun says one, and a reader's one is for all to come
+        torch.set_num_threads(cores())  # torchrun says one, and a reader's one is for all to come
     fits = batch
 
     def _run(seen: np.ndarray) -> np.ndarray:

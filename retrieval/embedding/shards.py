@@ -19,14 +19,14 @@ import numpy as np
 from tqdm import tqdm
 
 from get_images import ImageFile, UnreadableImageError, read_image
-from retrieval import processes
+from retrieval import distributed
 from retrieval.embedding.cache import Cache, digest_of_file, look
 from retrieval.embedding.embed import Made, folder_of_crops, gather, make
 from retrieval.embedding.runtime import ONNX_BATCH, Engine
 from retrieval.errors import RunError
 from retrieval.files import write_whole
-from retrieval.ledger import Run
 from retrieval.records import Embeddings
+from retrieval.run import Run
 
 log = logging.getLogger("retrieval.shards")
 
@@ -43,11 +43,11 @@ def embed_together(
     where another process has ended, or has not written its parts where this one looks for them.
     """
     parts = _parts(files, engine)
-    share = parts[processes.number() :: processes.count()]
+    share = parts[distributed.number() :: distributed.count()]
     place = functools.partial(_place, run, engine, kind)
     folder = folder_of_crops(run.settings.save_crops, kind)
     total, there = sum(map(len, share)), 0
-    with tqdm(total=total, desc=f"share of {kind}", unit="image", disable=not processes.is_first()) as bar:
+    with tqdm(total=total, desc=f"share of {kind}", unit="image", disable=not distributed.is_first()) as bar:
         for part in share:
             path = place(part)
             if path.is_file() and not folder:  # crops are to be looked at: each is made
@@ -55,8 +55,8 @@ def embed_together(
                 there += len(part)
             else:
                 write_part(path, part, make(part, engine, folder, cache, bar))
-    processes.wait()
-    if not processes.is_first():
+    distributed.wait()
+    if not distributed.is_first():
         return None
     paths = list(map(place, parts))
     missing = [part for path, part in zip(paths, parts, strict=True) if not path.is_file()]

@@ -14,9 +14,9 @@ import numpy as np
 
 from retrieval.errors import InputError
 from retrieval.files import write_whole
-from retrieval.ledger import EARLIER, LEDGER
+from retrieval.html import render
 from retrieval.metrics import compare, points_of
-from retrieval.page import render
+from retrieval.run import EARLIER, LEDGER
 
 PAGE, TABLE = "comparison.html", "comparison.md"
 # Settings that make two runs of a network on the same images different ones.
@@ -30,6 +30,7 @@ NOTE = (
     "corrected, must not hold 0."
 )
 
+TEMPLATES = Path(__file__).with_name("templates")
 log = logging.getLogger("retrieval.comparison")
 
 
@@ -127,8 +128,8 @@ def compare_ledgers(folders: list[Path]) -> Path:
     shown = [{"title": _title(rows), "cells": _cells(rows), "bars": _bars(rows),
               "rows": list(zip(_told_apart(rows), rows, strict=True)),
               "runs": sum(row.run.count for row in rows)} for rows in groups]  # fmt: skip
-    write_whole(out / PAGE, render("comparison.html", title="Runs compared", groups=shown, most=MOST_NAMES,
-                                   note=NOTE))  # fmt: skip
+    write_whole(out / PAGE, render(TEMPLATES, "comparison.html", title="Runs compared", groups=shown,
+                                   most=MOST_NAMES, note=NOTE))  # fmt: skip
     return out / PAGE
 
 

@@ -21,14 +21,14 @@ import numpy as np
 from get_images import ImageFile, label_of
 from retrieval.backbones.backbone import Trained
 from retrieval.files import write_whole
-from retrieval.ledger import Outcome, Run
+from retrieval.html import render
 from retrieval.machine import version_of
 from retrieval.metrics import CUTS, are_labelled, first_hits
-from retrieval.page import render
 from retrieval.records import Embeddings
 from retrieval.report import charts
 from retrieval.report.charts import Chart, Points
 from retrieval.report.thumbnails import draw_matches, small_pictures
+from retrieval.run import Outcome, Run
 
 PAGE, SHEET = "report.html", "similar_images.png"
 SHOWN = 10  # matches of a query
@@ -38,12 +38,13 @@ MOST_PICTURES = 24_000  # in the page; the images after these are named only
 SIDES = {3000: 96, 8000: 64, 14_000: 48, MOST_PICTURES: 32}
 PACKAGES = ("torch", "torchvision", "timm", "facenet-pytorch", "numpy", "pillow", "scikit-learn")
 
+TEMPLATES = Path(__file__).with_name("templates")
 log = logging.getLogger("retrieval.report")
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a run found: its images, their embeddings, the ranking and its charts."""
+    """What a run found: its images, their embeddings, the ranking and its figures."""
 
     queries: list[ImageFile]
     gallery: list[ImageFile]
@@ -80,6 +81,7 @@ def write_report(run: Run, found: Found, outcome: Outcome) -> Path:
         write_whole(run.folder / f"{chart.name}.png", chart.png)
     data = _data(found, matches, [shown[rows].tolist() for rows in behind])
     page = render(
+        TEMPLATES,
         "report.html",
         title=f"{found.metrics['backbone']}: {len(found.queries)} queries in {len(found.gallery)} images",
         outcome=outcome,
@@ -150,7 +152,7 @@ def versions() -> dict[str, str]:
     """Of Python, of the packages that decide a result, and the commit of this code where git knows it."""
     found = {"python": platform.python_version(), "system": platform.platform(terse=True)}
     found |= {package: number for package in PACKAGES if (number := version_of(package))}
-    return found | _commit(Path(__file__).parent.parent)
+    return found | _commit(Path(__file__).parent.parent.parent)
 
 
 def _commit(folder: Path) -> dict[str, str]:
@@ -227,15 +229,15 @@ def _data(found: Found, matches: Matches, points: list[list[int]]) -> dict[str, 
 
 def _charts(found: Found, matches: Matches) -> list[Chart]:
     right = (matches.first == 1)[matches.embedded] if found.labelled else None
-    charts = [charts.similarities(matches.cosines[matches.embedded, 0], right)]
+    drawn = [charts.similarities(matches.cosines[matches.embedded, 0], right)]
     if found.labelled:
         of_queries = [label_of(name) or "none" for name in found.ranking]
         of_matches = [label_of(found.gallery_vectors.names[row]) or "none" for row in matches.rows[:, 0]]
-        charts.append(charts.per_class(found.metrics["per_class"]))
-        charts.append(charts.confusion(of_queries, of_matches))
+        drawn.append(charts.per_class(found.metrics["per_class"]))
+        drawn.append(charts.confusion(of_queries, of_matches))
     if found.trained and found.trained.history:
-        charts.append(charts.curves(found.trained.history, found.trained.untuned))
-    return charts
+        drawn.append(charts.curves(found.trained.history, found.trained.untuned))
+    return drawn
 
 
 def _sample(found: Found, seed: int = 0) -> np.ndarray:

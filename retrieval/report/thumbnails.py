@@ -7,7 +7,6 @@ import io
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 from PIL import Image, ImageDraw
 
 from get_images import ImageFile, UnreadableImageError, label_of, read_image
@@ -46,12 +45,6 @@ def draw_matches(
     png = io.BytesIO()
     sheet.save(png, "PNG")
     write_whole(path, png.getvalue())
-
-
-def write_png(pixels: np.ndarray, path: Path) -> None:
-    """Write uint8 RGB (3, height, width) as a PNG file, with the folders above it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0))).save(path, "PNG")
 
 
 def small_pictures(images: list[ImageFile], side: int) -> list[str]:

@@ -14,6 +14,7 @@ import threading
 import time
 from base64 import b64encode
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -22,12 +23,10 @@ from fastapi.responses import HTMLResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from retrieval.page import render
+from retrieval.html import render
 from retrieval.server.database import Database, Judged, Kept
 from retrieval.server.leaderboard import as_csv, board, history, moment
 from retrieval.server.scoring import (
-    MOST_NAMES,
-    SHAPE,
     AnswerKey,
     RefusedError,
     Rules,
@@ -36,7 +35,7 @@ from retrieval.server.scoring import (
     read_body,
     score,
 )
-from retrieval.submission.client import TOKEN
+from retrieval.submission.protocol import NAMES_PER_QUERY, SHAPE, TOKEN
 
 MOST_BYTES = 16 * 2**20  # of a body: a submission of 1455 queries has 0.6 MB
 SECONDS_FOR_A_BODY = 30
@@ -51,6 +50,7 @@ SENTENCES = {
 }
 SAFE = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
 
+TEMPLATES = Path(__file__).with_name("templates")
 log = logging.getLogger("retrieval.server")
 
 
@@ -90,14 +90,16 @@ def make_app(key: AnswerKey, database: Database, rules: Rules) -> FastAPI:
     def submissions(request: Request, group: str) -> Response:
         """The group's scores, and what was refused and why."""
         told = history(database, rules, group or request.query_params.get("group", ""))
-        return _page(render("submissions.html", **told), 200 if told["any"] else 404)
+        return _page(render(TEMPLATES, "submissions.html", **told), 200 if told["any"] else 404)
 
     @app.head("/docs", include_in_schema=False)
     @app.get("/docs", response_class=HTMLResponse, summary="How to submit")
     def docs(request: Request) -> Response:
         """The protocol and the rules, in words."""
         url = f"{request.base_url}retrieval/"
-        return _page(render("docs.html", url=url, api=app.openapi(), rules=rules, token=TOKEN, shape=SHAPE))
+        return _page(
+            render(TEMPLATES, "docs.html", url=url, api=app.openapi(), rules=rules, token=TOKEN, shape=SHAPE)
+        )
 
     @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", summary="Whether the server runs")
@@ -111,7 +113,7 @@ def make_app(key: AnswerKey, database: Database, rules: Rules) -> FastAPI:
 
 def _described_body() -> dict[str, Any]:
     """What /docs says of the body, which is read by hand: unread where it is too large."""
-    names = {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MOST_NAMES}
+    names = {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": NAMES_PER_QUERY}
     images = {"type": "object", "additionalProperties": names}
     schema = {"type": "object", "required": ["groupname", "images"],
               "properties": {"groupname": {"type": "string"}, "images": images}}  # fmt: skip
@@ -171,7 +173,7 @@ class _Drawn:
         with self.drawing:
             state = (database.version(), rules.partly, rules.closed)
             if self.state != state:
-                self.page, self.state = render("leaderboard.html", **board(*self.of)), state
+                self.page, self.state = render(TEMPLATES, "leaderboard.html", **board(*self.of)), state
             answer = _page(self.page)
         if request.headers.get("If-None-Match") == answer.headers["ETag"]:
             return Response(status_code=304, headers=SAFE | {"ETag": answer.headers["ETag"]})

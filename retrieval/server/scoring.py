@@ -16,11 +16,10 @@ from typing import Any
 from get_images import ImageFile, label_of
 from retrieval.errors import InputError
 from retrieval.metrics import POINTS, competition_score, first_hits, require_labels
+from retrieval.submission.protocol import NAMES_PER_QUERY, SHAPE
 
-MOST_NAMES = 10  # of gallery images, for each query
 LONGEST_GROUP = 100  # characters
 SHOWN = 3  # offenders
-SHAPE = '{"groupname": "…", "images": {"query.jpg": ["gallery.jpg", … ten names, best first]}}'
 
 
 class RefusedError(ValueError):
@@ -221,8 +220,8 @@ def _problems(images: dict[str, list[str]], key: AnswerKey) -> list[str]:
         "queries that stand there twice, by two names": _again(images, queries),
         "unknown gallery images": [name for name in unknown_images if name not in said],
         "queries without a name": [query for query, names in images.items() if not names],
-        f"queries with more than {MOST_NAMES} names":
-            [query for query, names in images.items() if len(names) > MOST_NAMES],
+        f"queries with more than {NAMES_PER_QUERY} names":
+            [query for query, names in images.items() if len(names) > NAMES_PER_QUERY],
         "queries that name a gallery image twice":
             [query for query, names in images.items() if _twice(gallery.get(name, name) for name in names)],
     }  # fmt: skip
@@ -271,7 +270,7 @@ def judge(submission: Submission, key: AnswerKey) -> dict[str, int]:
     """For each query, in the key's order, the rank of its first right image, from 1; 0 where none is right.
 
     Raises RefusedError, with a sentence that names the first offenders, unless each query of the key has one
-    to MOST_NAMES different gallery images.
+    to NAMES_PER_QUERY different gallery images.
     """
     queries, gallery = key.known["query"], key.known["gallery"]
     try:
@@ -280,7 +279,9 @@ def judge(submission: Submission, key: AnswerKey) -> dict[str, int]:
     except KeyError:
         ranking = {}
     whole = len(ranking) == len(submission.images) == len(key.queries)
-    if not whole or not all(1 <= len(set(names)) == len(names) <= MOST_NAMES for names in ranking.values()):
+    if not whole or not all(
+        1 <= len(set(names)) == len(names) <= NAMES_PER_QUERY for names in ranking.values()
+    ):
         raise RefusedError("; ".join(_problems(submission.images, key)))
     first = dict(zip(ranking, first_hits(ranking), strict=True))
     return {query: first[queries[query]] for query in key.queries}

@@ -12,7 +12,7 @@ from pydantic_settings import CliPositionalArg
 from retrieval import settings
 from retrieval.console import run_script
 from retrieval.errors import InputError
-from retrieval.ledger import append_line, say, set_aside, stop_if_failed
+from retrieval.run import append_line, say, set_aside, stop_if_failed
 from retrieval.settings import LOCAL, GroupToken, ServerUrl
 from retrieval.submission.client import send_submission
 from retrieval.submission.submission_file import read_submission

@@ -18,11 +18,11 @@ import requests
 from urllib3.exceptions import HTTPError, LocationValueError, NewConnectionError, ReadTimeoutError
 
 from retrieval.files import write_whole
-from retrieval.ledger import Outcome, set_aside
+from retrieval.run import Outcome, set_aside
+from retrieval.submission.protocol import TOKEN
 
 REPLY_BYTES = 2**25  # a reply with more is not the server's
 REDIRECTS = 3
-TOKEN = "X-Group-Token"  # the header for a group's token
 
 NOT_SENT = Outcome("saved", "scored by the folder labels (--custom_dataset): nothing was sent")
 

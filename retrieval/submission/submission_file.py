@@ -15,9 +15,8 @@ from typing import Any
 from get_images import ImageFile
 from retrieval.errors import InputError
 from retrieval.files import as_json, write_whole
-from retrieval.ledger import SUBMISSION, set_aside
-
-NAMES_PER_QUERY = 10  # gallery names, best first
+from retrieval.run import SUBMISSION, set_aside
+from retrieval.submission.protocol import NAMES_PER_QUERY, SHAPE
 
 log = logging.getLogger("retrieval.submission")
 
@@ -51,16 +50,15 @@ def make_submission(
 
 def check_submission(submission: Any) -> None:
     """Raise InputError unless this is a body that the server can score, whatever its images are."""
-    shape = '{"groupname": "…", "images": {"query.jpg": ["gallery.jpg", … ten names, best first]}}'
     match submission:
         case {"groupname": str(), "images": dict(images)} if images and len(submission) == 2:
             pass
         case _:
-            raise InputError(f"a submission looks like {shape}")
+            raise InputError(f"a submission looks like {SHAPE}")
     length = None
     for query, names in images.items():
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise InputError(f"the query {query} has no list of names: a submission looks like {shape}")
+            raise InputError(f"the query {query} has no list of names: a submission looks like {SHAPE}")
         length = len(names) if length is None else length
         if len(set(names)) < len(names) or not 1 <= len(names) <= NAMES_PER_QUERY or len(names) != length:
             raise InputError(

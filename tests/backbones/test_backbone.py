@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import run
 
-from retrieval.backbones import backbone, zoo
+from retrieval.backbones import backbone as backbones
+from retrieval.backbones import zoo
 from retrieval.backbones.backbone import choose_device, load_backbone
 from retrieval.backbones.face_crop import FaceCrop
 from retrieval.backbones.transform import Transform
@@ -71,10 +72,10 @@ def test_weights_of_a_file_take_the_place_of_the_words_own(tmp_path):
 
 
 def test_a_detector_whose_package_is_missing_is_the_line_that_installs_it(monkeypatch):
-    from retrieval.backbones import weights
+    from retrieval import machine
 
-    find = weights.find_spec
-    monkeypatch.setattr(weights, "find_spec", lambda name: None if name == "dlib" else find(name))
+    find = machine.find_spec
+    monkeypatch.setattr(machine, "find_spec", lambda name: None if name == "dlib" else find(name))
     with pytest.raises(InputError, match="run `pip install dlib-bin`"):
         load_backbone("dlib", "cpu")
 
@@ -109,10 +110,10 @@ def test_a_device_that_is_not_there_is_a_sentence(monkeypatch):
         with pytest.raises(InputError, match="no such device"):
             choose_device(name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(backbone, "ACCELERATORS", ())
-    monkeypatch.setattr(backbone.sys, "platform", "linux")
+    monkeypatch.setattr(backbones, "ACCELERATORS", ())
+    monkeypatch.setattr(backbones.sys, "platform", "linux")
     assert choose_device("auto") == "cpu"  # without asking torch, which takes a second
-    monkeypatch.setattr(backbone, "ACCELERATORS", (__file__,))
+    monkeypatch.setattr(backbones, "ACCELERATORS", (__file__,))
     assert choose_device("auto") == "cuda"
 
 

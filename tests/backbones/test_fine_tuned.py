@@ -136,7 +136,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(networks, tmp_path, monkeypatc
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("retrieval.ledger.write_through", full)
+    monkeypatch.setattr("retrieval.run.write_through", full)
     with pytest.raises(OSError, match="No space left"):
         write_fine_tuned(tmp_path / "a.pth", RECIPE, networks[1].state_dict())
     assert (tmp_path / "a.pth").read_bytes() == before

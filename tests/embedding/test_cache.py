@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 from get_images import find_images
-from retrieval.backbones import backbone
+from retrieval.backbones import backbone as backbones
 from retrieval.backbones.backbone import Backbone, Unloaded, find_backbone, load_backbone
 from retrieval.backbones.transform import Transform
 from retrieval.embedding import loader
@@ -130,11 +130,11 @@ def test_whatever_decides_a_vector_makes_another_digest(tmp_path, monkeypatch):
              digest(image_size=120), digest(face_margin=0.5), digest(min_face_size=0.1)]  # fmt: skip
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     found.append(digest(weights=weights))
-    monkeypatch.setattr(backbone, "version_of", lambda package: "another")
+    monkeypatch.setattr(backbones, "version_of", lambda package: "another")
     found.append(digest())
-    monkeypatch.setattr(backbone, "CODE", ("get_images.py",))
+    monkeypatch.setattr(backbones, "CODE", ("get_images.py",))
     found.append(digest())
-    monkeypatch.setattr(backbone, "choose_device", lambda name: "cuda")
+    monkeypatch.setattr(backbones, "choose_device", lambda name: "cuda")
     found.append(digest())
     assert len(set(found)) == len(found)
 

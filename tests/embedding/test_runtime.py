@@ -113,9 +113,9 @@ def test_small_folders_do_not_pay_for_the_export(tmp_path):
 def test_onnx_runtime_where_it_cannot_be_is_a_sentence(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="give --device cpu with it"):
         choose_engine(replace(unloaded(Small()), device="cuda"), "onnx", 10, 32, tmp_path)
-    from retrieval.backbones import weights
+    from retrieval import machine
 
-    monkeypatch.setattr(weights, "find_spec", lambda name: None)
+    monkeypatch.setattr(machine, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install onnxruntime"):
         choose_engine(unloaded(Small()), "onnx", 10, 32, tmp_path)
 

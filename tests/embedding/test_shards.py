@@ -14,7 +14,7 @@ from conftest import ROOT, by_torch, run
 
 import model_not_tuned
 from get_images import ImageFile
-from retrieval import machine, processes
+from retrieval import distributed, machine
 from retrieval.embedding.embed import Made
 from retrieval.embedding.shards import (
     FOLDER,
@@ -26,7 +26,7 @@ from retrieval.embedding.shards import (
     write_part,
 )
 from retrieval.errors import OthersEndedError
-from retrieval.ledger import Run
+from retrieval.run import Run
 
 # The script, with a share that is one image, so that a few images are enough for several processes; it counts
 # the images that it embeds, and process 1 may be killed when its first part and those of process 0 are on the
@@ -197,7 +197,7 @@ def test_an_environment_that_says_half_of_it_is_a_sentence(few, tmp_path):
 def test_the_end_of_another_process_is_no_fault_of_what_is_going_on(monkeypatch):
     """What looks at a broken image, or a network that will not do, goes on; this must not."""
     handler = signal.getsignal(signal.SIGTERM)
-    for word in processes.NUMBERS:
+    for word in distributed.NUMBERS:
         monkeypatch.setenv(word, "2")
     monkeypatch.setenv("MASTER_ADDR", "here")
 
@@ -206,7 +206,7 @@ def test_the_end_of_another_process_is_no_fault_of_what_is_going_on(monkeypatch)
             os.kill(os.getpid(), signal.SIGTERM)
 
     try:
-        processes.end_with_the_others()
+        distributed.end_with_the_others()
         with pytest.raises(OthersEndedError, match="another process of this run has ended"):
             tried()
     finally:
@@ -215,9 +215,9 @@ def test_the_end_of_another_process_is_no_fault_of_what_is_going_on(monkeypatch)
 
 def test_what_another_launcher_left_in_the_environment_costs_no_submission(monkeypatch):
     monkeypatch.setenv("RANK", "3")
-    assert processes.is_first()
+    assert distributed.is_first()
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert processes.number() == 3
+    assert distributed.number() == 3
 
 
 def test_cores_are_shared_by_the_processes_of_a_machine(monkeypatch, tmp_path):

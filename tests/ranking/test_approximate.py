@@ -7,7 +7,7 @@ from importlib.machinery import PathFinder
 import numpy as np
 import pytest
 from conftest import run
-from test_ranking import embeddings, unit
+from test_exact import embeddings, unit
 
 from retrieval.errors import InputError
 from retrieval.ranking import approximate

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retrieval import records
 from retrieval.ranking import exact
 from retrieval.ranking.exact import rank
 from retrieval.records import Embeddings
@@ -76,7 +77,11 @@ def test_the_same_as_the_definition_for_awkward_vectors_and_sizes(data):
     sizes = {"IMAGES": 64, "TILE": 900, "CHUNK_BYTES": 9999, "BEST_BYTES": 999, "PAIRS": 64, "PIECE": 99}
     with pytest.MonkeyPatch.context() as patch:
         for name, most in (sizes | {"COMBS": 300}).items():
-            patch.setattr(exact, name, data.draw(st.sampled_from([1, 7, most, 2**20]), label=name))
+            patch.setattr(
+                records if name == "CHUNK_BYTES" else exact,
+                name,
+                data.draw(st.sampled_from([1, 7, most, 2**20]), label=name),
+            )
         assert rank(*sides, keep) == by_sorting(*sides, keep)
 
 
@@ -164,7 +169,7 @@ SMALL = {"TILE": 2**16, "CHUNK_BYTES": 2**17, "BEST_BYTES": 2**17, "PAIRS": 2**1
 def test_memory_grows_neither_with_the_queries_nor_with_the_gallery(monkeypatch, tmp_path):
     """The stated bound a two-hundredth in size; the gallery is a file that is mapped."""
     for name, size in (SMALL | {"IMAGES": 128}).items():
-        monkeypatch.setattr(exact, name, size)
+        monkeypatch.setattr(records if name == "CHUNK_BYTES" else exact, name, size)
     random = np.random.default_rng(3)
     peaks = []
     for count, asked in ((2_000, 1_000), (20_000, 3_000)):
@@ -184,7 +189,7 @@ def test_memory_grows_neither_with_the_queries_nor_with_the_gallery(monkeypatch,
 @pytest.mark.parametrize("kinds", [1, 20])
 def test_many_copies_are_ranked_within_the_bound(monkeypatch, kinds):
     for name, size in (SMALL | {"IMAGES": 512}).items():
-        monkeypatch.setattr(exact, name, size)
+        monkeypatch.setattr(records if name == "CHUNK_BYTES" else exact, name, size)
     random = np.random.default_rng(4)
     vectors = unit(random.normal(size=(kinds, 16)))
     gallery = embeddings(vectors[random.integers(kinds, size=20_000)], "g")

@@ -4,12 +4,12 @@ from datetime import UTC, datetime
 
 import pytest
 from conftest import run
-from test_report import STRANGE
+from test_run_report import STRANGE
 
 from retrieval.errors import InputError
-from retrieval.ledger import Outcome, Run
 from retrieval.metrics import competition_score, figures_of, first_hits
 from retrieval.report.comparison import compare_ledgers, holm, mcnemar, read_ledgers
+from retrieval.run import Outcome, Run
 from retrieval.settings import Form, NewFolder
 
 NAMES = [f"a/{number}.jpg" for number in range(10)]

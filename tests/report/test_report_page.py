@@ -8,7 +8,7 @@ from conftest import found_of
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
-from test_report import STRANGE, drawn
+from test_run_report import STRANGE, drawn
 
 from get_images import label_of
 from retrieval.backbones.backbone import Trained

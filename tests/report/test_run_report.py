@@ -9,10 +9,10 @@ import pytest
 from conftest import found_of
 
 from retrieval.backbones.backbone import Trained
-from retrieval.ledger import Outcome, Run
 from retrieval.report import run_report
 from retrieval.report.charts import RIGHT, WRONG, confusion, per_class
 from retrieval.report.run_report import Found, Matches, places, write_report
+from retrieval.run import Outcome, Run
 from retrieval.settings import Form, GroupToken, NewFolder
 
 SAVED = Outcome("saved", "scored by the folder labels: nothing was sent")
@@ -215,7 +215,7 @@ def test_of_many_classes_the_map_shows_which_queries_are_right(sample, tmp_path,
 
 def test_of_many_classes_the_worst_are_shown(digits):
     figures = {f"class {n:03}": {"top_1": n / 100, "top_1_interval": [n / 100, n / 100]} for n in range(60)}
-    chart = per_class(charts)
+    chart = per_class(figures)
     assert "the worst 25 of 60 classes" in chart.svg
     assert "class 024" in chart.svg
     assert "class 025" not in chart.svg

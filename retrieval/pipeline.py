@@ -12,25 +12,26 @@ from typing import NamedTuple
 
 from get_images import ImageFile, find_query_and_gallery
 from retrieval.backbones.backbone import Unloaded
+from retrieval.distributed import end_with_the_others, is_first, several, take_a_share
 from retrieval.embedding.cache import Cache
 from retrieval.embedding.embed import embed
 from retrieval.embedding.runtime import choose_engine
 from retrieval.embedding.shards import are_left, embed_together, remove_shards, settle_together
-from retrieval.ledger import SUBMISSION, Outcome, Run, stop_if_failed
 from retrieval.machine import cores
 from retrieval.metrics import measure, require_labels
-from retrieval.processes import end_with_the_others, is_first, several, take_a_share
 from retrieval.ranking.approximate import check_search, rank_by
 from retrieval.records import Embeddings
 from retrieval.report.run_report import Found, write_report
+from retrieval.run import SUBMISSION, Outcome, Run, stop_if_failed
 from retrieval.server.scoring import key_of_folders
 from retrieval.server.serve import local_server
 from retrieval.settings import LOCAL
 from retrieval.submission.client import NOT_SENT, send_submission
-from retrieval.submission.submission_file import NAMES_PER_QUERY, make_submission, save_submission
+from retrieval.submission.protocol import NAMES_PER_QUERY
+from retrieval.submission.submission_file import make_submission, save_submission
 from retrieval.tracking import check_tracker, track_run
 
-log = logging.getLogger("retrieval.job")
+log = logging.getLogger("retrieval.pipeline")
 
 
 class Images(NamedTuple):

@@ -15,7 +15,7 @@ from conftest import ROOT
 from get_images import ImageFile
 from retrieval.errors import InputError, RunError
 from retrieval.files import lock, write_whole
-from retrieval.ledger import Outcome, Run, append_line, set_aside, stop_if_failed
+from retrieval.run import Outcome, Run, append_line, set_aside, stop_if_failed
 from retrieval.settings import Form, NewFolder
 
 SAVED = Outcome("saved", "saved, not sent")
@@ -53,11 +53,11 @@ def test_a_full_disk_is_noticed_before_the_work(tmp_path, no_more_than_1_mb):
 
 
 def test_room_is_asked_for_as_much_as_the_submission_takes(tmp_path, monkeypatch):
-    from retrieval import ledger
+    from retrieval import run
     from retrieval.submission.submission_file import make_submission, save_submission
 
     written = []
-    monkeypatch.setattr(ledger.os, "fsync", lambda descriptor: written.append(os.fstat(descriptor).st_size))
+    monkeypatch.setattr(run.os, "fsync", lambda descriptor: written.append(os.fstat(descriptor).st_size))
     queries, gallery = images(500), [ImageFile(f"gallery/ä/{name}.jpg", Path("x")) for name in range(30)]
     Run(Settings(output_dir=tmp_path)).check_output_dir(queries, gallery)
     names = [image.name for image in gallery]
@@ -111,7 +111,7 @@ def test_a_disk_without_locks_costs_a_warning(number, tmp_path, monkeypatch, cap
 
 def test_a_folder_is_of_one_run_at_a_time(tmp_path):
     settings = Settings(output_dir=tmp_path / "out")
-    other = [sys.executable, "-c", "import sys; from pathlib import Path; from retrieval.ledger import lock; "
+    other = [sys.executable, "-c", "import sys; from pathlib import Path; from retrieval.files import lock; "
              "\nwith lock(Path(sys.argv[1]), 'output_dir'): print('held')", tmp_path / "out"]  # fmt: skip
     with Run(settings) as run:
         run.check_output_dir(images(1), images(2))
@@ -180,7 +180,7 @@ def test_a_torn_line_takes_no_other_with_it(tmp_path):
 
 def test_two_processes_write_whole_lines(tmp_path):
     program = (
-        "import sys; from pathlib import Path; from test_ledger import *\n"
+        "import sys; from pathlib import Path; from test_run import *\n"
         "for _ in range(50): append_line(Path(sys.argv[1]), Settings(), SAVED, padding='x' * 5000)"
     )
     env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}

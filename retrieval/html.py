@@ -1,0 +1,28 @@
+"""A template and its values in; an HTML page, one file that opens offline, out."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+SHARED = Path(__file__).with_name("templates")  # what every page extends
+
+
+def render(templates: Path, template: str, **values: Any) -> bytes:
+    """Return the page of a template in the folder `templates`, as UTF-8.
+
+    Text is escaped. What UTF-8 cannot encode, such as half a surrogate pair, becomes a question mark.
+    """
+    return _environment(templates).get_template(template).render(values).encode("utf-8", "replace")
+
+
+@cache
+def _environment(templates: Path) -> Environment:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader([templates, SHARED])
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
