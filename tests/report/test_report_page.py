@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 from conftest import found_of
+from page_checks import LOW_CONTRAST, OVERLAPS
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
@@ -12,50 +13,6 @@ from test_run_report import STRANGE, drawn
 
 from get_images import label_of
 from retrieval.backbones.backbone import Trained
-
-# Every text that is seen, and its contrast with what lies behind it: WCAG 2.2, 1.4.3.
-LOW_CONTRAST = """
-const channels = (colour) => colour.match(/[\\d.]+/g).map(Number);
-const light = ([r, g, b]) => [r, g, b].map((c) => c / 255)
-  .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
-  .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-function behind(node) {
-  for (let at = node; at; at = at.parentElement) {
-    const colour = channels(getComputedStyle(at).backgroundColor);
-    if (colour.length < 4 || colour[3] === 1) return colour;
-  }
-  return [255, 255, 255];
-}
-const found = [];
-for (const node of document.querySelectorAll("body *")) {
-  const own = [...node.childNodes].some((child) => child.nodeType === 3 && child.textContent.trim());
-  if (!own || node.closest("script, style, noscript") || !node.getClientRects().length) continue;
-  if (node.closest(":disabled")) continue;
-  const style = getComputedStyle(node);
-  const colour = node.closest("svg") ? style.fill : style.color;
-  const [a, b] = [light(channels(colour)), light(behind(node))].sort((x, y) => y - x);
-  const contrast = (a + 0.05) / (b + 0.05);
-  if (contrast < 4.5) found.push([node.textContent.trim().slice(0, 40), colour, contrast]);
-}
-return found;
-"""
-
-# Pairs of texts that lie over each other, among those that stand level.
-OVERLAPS = """
-const kinds = "svg text, h1, h2, p, dt, dd, .caption, .verdict, label, th, td, output, nav a";
-const texts = [...document.querySelectorAll(kinds)]
-  .filter((node) => node.textContent.trim() && node.getClientRects().length)
-  .filter((node) => !/rotate\\((?!-?0\\b)/.test(node.getAttribute("transform") || ""))
-  .map((node) => ({ node, box: node.getBoundingClientRect() }));
-const found = [];
-texts.forEach(({ node, box }, i) => texts.slice(i + 1).forEach((other) => {
-  if (node.contains(other.node) || other.node.contains(node)) return;
-  const width = Math.min(box.right, other.box.right) - Math.max(box.left, other.box.left);
-  const height = Math.min(box.bottom, other.box.bottom) - Math.max(box.top, other.box.top);
-  if (width > 1.5 && height > 1.5) found.push([node.textContent, other.node.textContent]);
-}));
-return found;
-"""
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from urllib.parse import quote
 
 import pytest
 from hall import body_of, images, post, served
-from test_report_page import LOW_CONTRAST, OVERLAPS
+from page_checks import LOW_CONTRAST, OVERLAPS
 
 SCRIPT = "<script>window.hacked = 1</script>"
 NAMES = [SCRIPT, "雪山队", "👩‍🚀👨‍👩‍👧 rockets", "Les Éléphants", "x" * 100, "\u202eright to left"]
