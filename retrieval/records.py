@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 CHUNK_BYTES = 2**26  # of gallery vectors: 64 MiB
+UNREADABLE = -2.0  # in place of the cosine of an unreadable gallery image: below every cosine
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,26 @@ class Embeddings:
     def unreadable(self) -> list[str]:
         """The names whose rows are zeros."""
         return [self.names[row] for row in zero_rows(self.vectors)]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The k nearest gallery images of each query, best first.
+
+    `rows` (queries, k), int64, are rows of the gallery; `cosines` (queries, k), float64, fall along each row.
+    Equal cosines keep the gallery's order. Unreadable gallery images come last, with the cosine UNREADABLE.
+    An unreadable query has the gallery in its order, with cosines of 0.
+    """
+
+    queries: list[str]
+    gallery: list[str]
+    rows: np.ndarray
+    cosines: np.ndarray
+
+    def names(self) -> dict[str, list[str]]:
+        """Return the names of the ranked gallery images, best first, by the name of their query."""
+        return {query: [self.gallery[row] for row in best]
+                for query, best in zip(self.queries, self.rows.tolist(), strict=True)}  # fmt: skip
 
 
 def chunks(vectors: np.ndarray, rows: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -49,6 +49,16 @@ def rank(queries: Embeddings, gallery: Embeddings, keep: int = 10) -> dict[str, 
     return ranking
 
 
+def merge(cosines: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the best k of each query's candidates (queries, n): by falling cosine, then by ascending row.
+
+    >>> merge(np.array([[0.5, 0.9, 0.5]]), np.array([[7, 3, 2]]), k=2)
+    (array([[0.9, 0.5]]), array([[3, 2]]))
+    """
+    order = np.lexsort((rows, -cosines), axis=1)[:, :k]
+    return np.take_along_axis(cosines, order, 1), np.take_along_axis(rows, order, 1)
+
+
 # ---- chunks ---------------------------------------------------------------------------------------
 
 
