@@ -66,7 +66,7 @@ def main(settings: Settings) -> None:
         images = find(run)
         backbone = find_fine_tuned(settings.weights, settings.device)
         vectors = embed_both(run, images, backbone)
-        ranking = rank_both(run, vectors)
+        ranking = rank_both(run, vectors, backbone)
         found = save(run, images, vectors, ranking, backbone)  # all is on the disk before anything is sent
         outcome = send(run, found)
         show(run, found, outcome)

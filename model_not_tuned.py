@@ -70,7 +70,7 @@ def main(settings: Settings) -> None:
             settings.model_type, settings.device, settings.weights, settings.crop,
             settings.image_size, settings.face_margin, settings.min_face_size)  # fmt: skip
         vectors = embed_both(run, images, backbone)
-        ranking = rank_both(run, vectors)
+        ranking = rank_both(run, vectors, backbone)
         found = save(run, images, vectors, ranking, backbone)  # all is on the disk before anything is sent
         outcome = send(run, found)
         show(run, found, outcome)

@@ -1,4 +1,4 @@
-"""A ranking and the labels in its names in; top-k accuracies and the competition's score out.
+"""A ranking of labelled images in; top-k accuracies and the competition's score, with 95 % intervals, out.
 
 The label of an image is the first folder of its name, so a ranking carries its own answer key.
 """
@@ -6,25 +6,26 @@ The label of an image is the first folder of its name, so a ranking carries its 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from math import sqrt
+from typing import NamedTuple
 
 import numpy as np
 
 from get_images import ImageFile, label_of
 from retrieval.errors import InputError
-from retrieval.records import Embeddings
+from retrieval.records import Embeddings, Ranking
 
 CUTS = (1, 3, 5, 10)
-POINTS = {1: 600, 5: 300, 10: 100}  # for a right image among so many: a hit at rank 1 earns all three
+POINTS = {1: 600, 5: 300, 10: 100}  # for a right image among the first 1, 5, 10: rank 1 earns all three
 
 log = logging.getLogger("retrieval.metrics")
 
 
 def are_labelled(queries: Iterable[str], gallery: Iterable[str]) -> bool:
-    """Whether images of these names can be scored: each query has a label, and the gallery has some.
+    """Return whether every query has a label, some gallery images have one, and the labels differ.
 
-    One label for all, as in query/images/ and gallery/images/, is none: any ranking would score 1000.
+    If all images had one label, as in query/images/ and gallery/images/, any ranking would score 1000.
     """
     of_queries, of_gallery = {label_of(name) for name in queries}, {label_of(name) for name in gallery}
     return None not in of_queries and of_gallery != {None} and len(of_queries | of_gallery) > 1
@@ -36,119 +37,24 @@ def require_labels(
     asked: str = "--custom_dataset",
     instead: str = "--no-custom_dataset",
 ) -> None:
-    """Raise InputError unless are_labelled: what asked for labels, and what to give instead."""
+    """Raise InputError unless the images are labelled: what asked for labels, and what to give instead."""
     if not are_labelled((image.name for image in queries), (image.name for image in gallery)):
-        bare = [image.path for image in [*queries, *gallery] if label_of(image.name) is None]
-        what = f"{len(bare)} images, such as {bare[0]}, lie in none" if bare else "all images lie in one"
+        unlabelled = [str(image.path) for image in [*queries, *gallery] if label_of(image.name) is None]
         raise InputError(
-            f"{asked} scores by class folders, but {what}: lay the images out as "
+            f"{asked} scores by class folders, but {_why_unlabelled(unlabelled)}: lay the images out as "
             f"QUERY_DIR/<class>/x.jpg and GALLERY_DIR/<class>/x.jpg, or give {instead}"
         )
 
 
-def measure(ranking: dict[str, list[str]], queries: Embeddings, gallery: Embeddings, top_k: int = 10) -> dict:
-    """Counts, and where there are labels the figures of the ranking, each with its 95 % interval.
-
-    Figures: top_1, top_3, top_5, top_10 and top_k, shares of queries (0 to 1) with a right image among their
-    first so many; the competition's score (0 to 1000); and the same per_class. Intervals are Wilson's for
-    shares and bootstrap percentiles for scores. A query whose class the gallery lacks counts as a miss.
-    """
-    unreadable = {"unreadable_queries": queries.unreadable, "unreadable_gallery_images": gallery.unreadable}
-    metrics = {"queries": len(queries.names), "gallery_images": len(gallery.names), "k": top_k} | unreadable
-    if queries.without_face is not None:
-        metrics["queries_without_face"] = len(queries.without_face)
-        metrics["gallery_images_without_face"] = len(gallery.without_face)
-    if not are_labelled(queries.names, gallery.names):
-        return metrics
-    labels = np.array([label_of(query) for query in ranking], dtype=object)
-    without = sorted(set(labels) - {label_of(name) for name in gallery.names})
-    metrics["queries_without_match"] = int(np.isin(labels, without).sum())
-    if without:
-        log.warning("%d queries count as misses, since the gallery lacks their classes: %s",
-                    metrics["queries_without_match"], ", ".join(without[:10]))  # fmt: skip
-    first = _first_hits(ranking)
-    metrics |= _figures(first, top_k)
-    metrics["per_class"] = {label: _figures(first[labels == label], top_k) for label in sorted(set(labels))}
-    shares = [f"top-{cut} {metrics[f'top_{cut}']:.3f}" for cut in CUTS]
-    if top_k not in CUTS:
-        shares.append(f"top-{top_k} {metrics['top_k']:.3f}")
-    log.info("%s · score %.1f of 1000 (95 %%: %.0f to %.0f, %d queries)", " · ".join(shares),
-             metrics["score"], *metrics["score_interval"], len(first))  # fmt: skip
-    return metrics
+def _why_unlabelled(images: list[str]) -> str:
+    return f"{len(images)} images, such as {images[0]}, lie in none" if images else "all images lie in one"
 
 
-def figures_of(ranking: dict[str, list[str]]) -> dict:
-    """The figures of a ranking of labelled images, each with its 95 % interval, as measure has them.
-
-    And `points`, what each query earns: their mean is the score.
-    """
-    first = _first_hits(ranking)
-    return _figures(first, top_k=1) | {"points": _points(first).tolist()}
-
-
-def first_hits(ranking: dict[str, list[str]]) -> list[int]:
-    """The rank of each query's first right image, from 1; 0 where it is not among those that are ranked.
-
-    >>> first_hits({"a/1": ["b/1", "a/2"], "b/2": ["a/2", "a/3"]})
-    [2, 0]
-    """
-    first = _first_hits(ranking)
-    return np.where(np.isfinite(first), first, 0).astype(int).tolist()
-
-
-def points_of(first: list[int]) -> list[int]:
-    """What each query earns, 0 to 1000, from first_hits.
-
-    >>> points_of([1, 4, 10, 0])
-    [1000, 400, 100, 0]
-    """
-    return _points(np.where(np.array(first) > 0, first, np.inf)).tolist()
-
-
-def compare(points: list[int], with_points: list[int]) -> tuple[float, list[float]]:
-    """How much higher the first score is, of the same queries, and the 95 % interval of that.
-
-    >>> compare([1000] * 8 + [300] * 2, [300] * 10)[0]
-    560.0
-    """
-    difference = np.array(points) - np.array(with_points)
-    return float(difference.mean()), _mean_interval(difference)
-
-
-def _first_hits(ranking: dict[str, list[str]]) -> np.ndarray:
-    return np.array([_first_hit(query, names) for query, names in ranking.items()])
-
-
-def _first_hit(query: str, names: list[str]) -> float:
-    """The rank of the first right image, from 1; infinity where there is none."""
-    label = label_of(query)
-    return next((rank for rank, name in enumerate(names, 1) if label_of(name) == label), np.inf)
-
-
-def _figures(first: np.ndarray, top_k: int) -> dict:
-    """first (queries,): the rank of each query's first hit → the figures of these queries."""
-    figures: dict = {"queries": len(first)}
-    for name, cut in [*((f"top_{cut}", cut) for cut in CUTS), ("top_k", top_k)]:
-        hits = int((first <= cut).sum())
-        figures[name] = hits / len(first)
-        figures[f"{name}_interval"] = wilson_interval(hits, len(first))
-    figures["score"] = competition_score(*(int((first <= cut).sum()) for cut in POINTS), queries=len(first))
-    points = _points(first)
-    figures["score_interval"] = _mean_interval(points) if len(set(points)) > 1 else _sum_of_intervals(first)
-    return figures
-
-
-def competition_score(right_1: int, right_5: int, right_10: int, queries: int) -> float:
-    """600 · top-1 + 300 · top-5 + 100 · top-10, from the numbers of queries that are right within 1, 5, 10.
-
-    >>> competition_score(194, 229, 243, queries=300)
-    698.0
-    """
-    return (600 * right_1 + 300 * right_5 + 100 * right_10) / queries
+# ---- the table of metrics -------------------------------------------------------------------------
 
 
 def wilson_interval(hits: int, n: int, z: float = 1.959964) -> list[float]:
-    """The 95 % interval of a share: E. B. Wilson, J. Am. Stat. Assoc. 22 (1927) 209.
+    """Return the 95 % interval of a share: E. B. Wilson, J. Am. Stat. Assoc. 22 (1927) 209.
 
     >>> [round(bound, 3) for bound in wilson_interval(8, 10)]
     [0.49, 0.943]
@@ -159,23 +65,154 @@ def wilson_interval(hits: int, n: int, z: float = 1.959964) -> list[float]:
     return [max(0.0, centre - half), min(1.0, centre + half)]
 
 
-def _points(first: np.ndarray) -> np.ndarray:
-    """What each query earns, 0 to 1000, by the rank of its first right image."""
-    return sum(value * (first <= cut) for cut, value in POINTS.items())
+def _mean_interval(values: np.ndarray, samples: int = 10_000) -> list[float]:
+    """Return the 2.5th and 97.5th percentile of the mean over queries drawn with replacement, seeded.
 
-
-def _sum_of_intervals(first: np.ndarray) -> list[float]:
-    """An interval of the score from those of its shares: where all queries earn the same, none is drawn."""
-    intervals = [wilson_interval(int((first <= cut).sum()), len(first)) for cut in POINTS]
-    return [sum(points * interval[side] for points, interval in zip(POINTS.values(), intervals, strict=True))
-            for side in (0, 1)]  # fmt: skip
-
-
-def _mean_interval(points: np.ndarray, samples: int = 10_000) -> list[float]:
-    """The 2.5th and 97.5th percentile of the mean over queries drawn with replacement, seeded.
-
-    A query is worth one of a few numbers of points, so a drawn set of queries is a multinomial count of them.
+    Few different values occur, so a draw of queries is a multinomial draw of how often each value occurs.
     """
-    values, counts = np.unique(points, return_counts=True)
-    drawn = np.random.default_rng(0).multinomial(len(points), counts / len(points), size=samples)
-    return np.percentile(drawn @ values / len(points), [2.5, 97.5]).tolist()
+    different, counts = np.unique(values, return_counts=True)
+    drawn = np.random.default_rng(0).multinomial(len(values), counts / len(values), size=samples)
+    return np.percentile(drawn @ different / len(values), [2.5, 97.5]).tolist()
+
+
+def _points(first: np.ndarray) -> np.ndarray:
+    """Return what each query earns, 0 to 1000, by the rank of its first right image."""
+    return sum(value * _right(first, cut) for cut, value in POINTS.items())
+
+
+def _right(first: np.ndarray, cut: int) -> np.ndarray:
+    """Return whether each query has a right image among its first `cut`."""
+    return (first > 0) & (first <= cut)
+
+
+def _share_interval(first: np.ndarray, cut: int) -> list[float]:
+    return wilson_interval(int(_right(first, cut).sum()), len(first))
+
+
+def _score_interval(first: np.ndarray) -> list[float]:
+    """Return the bootstrap interval, or where all queries earn the same, the sum of the shares' intervals."""
+    points = _points(first)
+    if len(set(points)) > 1:
+        return _mean_interval(points)
+    shares = [(value, _share_interval(first, cut)) for cut, value in POINTS.items()]
+    return [sum(value * interval[side] for value, interval in shares) for side in (0, 1)]
+
+
+class Metric(NamedTuple):
+    """A mean over the queries. Both functions take the rank of each query's first right image, and top_k."""
+
+    values: Callable[[np.ndarray, int], np.ndarray]  # the values (queries,) whose mean is the metric
+    interval: Callable[[np.ndarray, int], list[float]]  # the 95 % interval of the mean
+
+
+def _top(cut: int | None = None) -> Metric:
+    """Return the share of queries with a right image among the first `cut`, or among the first top_k."""
+    return Metric(lambda first, top_k: _right(first, cut or top_k),
+                  lambda first, top_k: _share_interval(first, cut or top_k))  # fmt: skip
+
+
+METRICS = {
+    **{f"top_{cut}": _top(cut) for cut in CUTS},
+    "top_k": _top(),
+    "score": Metric(lambda first, _: _points(first), lambda first, _: _score_interval(first)),
+}
+
+
+def _metrics(first: np.ndarray, top_k: int) -> dict:
+    """Return the metrics of some queries, by the ranks of their first right images, with their intervals."""
+    metrics: dict = {"queries": len(first)}
+    for name, metric in METRICS.items():
+        metrics[name] = float(metric.values(first, top_k).mean())
+        metrics[f"{name}_interval"] = metric.interval(first, top_k)
+    return metrics
+
+
+# ---- from a ranking to its metrics ----------------------------------------------------------------
+
+
+def measure(ranking: Ranking, queries: Embeddings, gallery: Embeddings, top_k: int = 10) -> dict:
+    """Return the counts of images and, where they are labelled, the metrics that `score` returns."""
+    unreadable = {"unreadable_queries": queries.unreadable, "unreadable_gallery_images": gallery.unreadable}
+    counts = {"queries": len(queries.names), "gallery_images": len(gallery.names), "k": top_k} | unreadable
+    if queries.without_face is not None:
+        counts["queries_without_face"] = len(queries.without_face)
+        counts["gallery_images_without_face"] = len(gallery.without_face)
+    return counts | (score(ranking, top_k) if are_labelled(ranking.queries, ranking.gallery) else {})
+
+
+def score(ranking: Ranking, top_k: int = 10) -> dict:
+    """Return the metrics of a ranking of labelled images, each with its 95 % interval, and log them.
+
+    They are top_1, top_3, top_5, top_10 and top_k, the shares of queries (0 to 1) with a right image among
+    the first 1, 3, 5, 10 and `top_k`; the competition's score (0 to 1000); and the same per_class. A query
+    whose class the gallery lacks counts as a miss. Raises InputError where the images have no labels.
+    """
+    if not are_labelled(ranking.queries, ranking.gallery):
+        unlabelled = [name for name in [*ranking.queries, *ranking.gallery] if label_of(name) is None]
+        raise InputError(f"a score needs class folders, but {_why_unlabelled(unlabelled)}: lay "
+                         "the images out as <class>/x.jpg in the query and the gallery folder")  # fmt: skip
+    labels = np.array([label_of(query) for query in ranking.queries], dtype=object)
+    without = sorted(set(labels) - {label_of(name) for name in ranking.gallery})
+    misses = int(np.isin(labels, without).sum())
+    if without:
+        log.warning("%d queries count as misses, since the gallery lacks their classes: %s",
+                    misses, ", ".join(without[:10]))  # fmt: skip
+    first = np.array(first_hits(ranking))
+    metrics = _metrics(first, top_k)
+    shares = [f"top-{cut} {metrics[f'top_{cut}']:.3f}" for cut in CUTS]
+    if top_k not in CUTS:
+        shares.append(f"top-{top_k} {metrics['top_k']:.3f}")
+    log.info("%s · score %.1f of 1000 (95 %%: %.0f to %.0f, %d queries)", " · ".join(shares),
+             metrics["score"], *metrics["score_interval"], len(first))  # fmt: skip
+    per_class = {label: _metrics(first[labels == label], top_k) for label in sorted(set(labels))}
+    return {"queries_without_match": misses} | metrics | {"per_class": per_class}
+
+
+def metrics_of(ranking: Ranking) -> dict:
+    """Return the metrics of labelled images, and the `points` of each query, whose mean is the score."""
+    first = first_hits(ranking)
+    return _metrics(np.array(first), top_k=1) | {"points": points_of(first)}
+
+
+def first_hits(ranking: Ranking) -> list[int]:
+    """Return the rank of each query's first right image, from 1; 0 where no ranked image is right."""
+    labels = [label_of(name) for name in ranking.gallery]
+    return [first_hit(label_of(query), (labels[row] for row in best))
+            for query, best in zip(ranking.queries, ranking.rows.tolist(), strict=True)]  # fmt: skip
+
+
+def first_hit(label: str | None, ranked: Iterable[str | None]) -> int:
+    """Return the rank of the first image with this label, from 1; 0 where there is none.
+
+    >>> first_hit("a", ["b", "a", "a"]), first_hit("a", ["b"])
+    (2, 0)
+    """
+    return next((rank for rank, other in enumerate(ranked, 1) if other == label), 0)
+
+
+def points_of(first: list[int]) -> list[int]:
+    """Return what each query earns, 0 to 1000, by the rank of its first right image; 0: none.
+
+    >>> points_of([1, 4, 10, 0])
+    [1000, 400, 100, 0]
+    """
+    return _points(np.array(first)).tolist()
+
+
+def compare(points: list[int], with_points: list[int]) -> tuple[float, list[float]]:
+    """Return by how much the first score of the same queries is higher, and the 95 % interval of this.
+
+    >>> compare([1000] * 8 + [300] * 2, [300] * 10)[0]
+    560.0
+    """
+    difference = np.array(points) - np.array(with_points)
+    return float(difference.mean()), _mean_interval(difference)
+
+
+def competition_score(right_1: int, right_5: int, right_10: int, queries: int) -> float:
+    """600 · top-1 + 300 · top-5 + 100 · top-10, from the numbers of queries that are right within 1, 5, 10.
+
+    >>> competition_score(194, 229, 243, queries=300)
+    698.0
+    """
+    return (600 * right_1 + 300 * right_5 + 100 * right_10) / queries

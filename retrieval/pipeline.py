@@ -20,7 +20,7 @@ from retrieval.embedding.shards import are_left, embed_together, remove_shards, 
 from retrieval.machine import cores
 from retrieval.metrics import measure, require_labels
 from retrieval.ranking.approximate import check_search, rank_by
-from retrieval.records import Embeddings
+from retrieval.records import Embeddings, Ranking
 from retrieval.report.run_report import Found, write_report
 from retrieval.run import SUBMISSION, Outcome, Run, stop_if_failed
 from retrieval.server.scoring import key_of_folders
@@ -28,7 +28,7 @@ from retrieval.server.serve import local_server
 from retrieval.settings import LOCAL
 from retrieval.submission.client import NOT_SENT, send_submission
 from retrieval.submission.protocol import NAMES_PER_QUERY
-from retrieval.submission.submission_file import make_submission, save_submission
+from retrieval.submission.submission_file import write_submission
 from retrieval.tracking import check_tracker, track_run
 
 log = logging.getLogger("retrieval.pipeline")
@@ -98,22 +98,21 @@ def embed_both(run: Run, images: Images, backbone: Unloaded) -> Vectors:
     return Vectors(queries, gallery)
 
 
-def rank_both(run: Run, vectors: Vectors) -> dict[str, list[str]]:
-    """The gallery for each query, best first, as far as it is looked at."""
+def rank_both(run: Run, vectors: Vectors, backbone: Unloaded) -> Ranking:
+    """Rank the gallery for each query on the backbone's device, as many images as are looked at."""
     keep = max(run.settings.top_k, NAMES_PER_QUERY)
-    ranking, run.search = rank_by(run.settings.search, *vectors, keep)
-    run.done("rank", f"ranked {len(vectors.gallery.names)} gallery images for each of {len(ranking)} queries")
+    ranking, run.search = rank_by(run.settings.search, *vectors, keep, backbone.device)
+    queries, gallery = len(ranking.queries), len(ranking.gallery)
+    run.done("rank", f"ranked {gallery} gallery images for each of {queries} queries")
     return ranking
 
 
-def save(
-    run: Run, images: Images, vectors: Vectors, ranking: dict[str, list[str]], backbone: Unloaded
-) -> Found:
+def save(run: Run, images: Images, vectors: Vectors, ranking: Ranking, backbone: Unloaded) -> Found:
     """Write submission.json and all else but the outcome; what was found, with its figures."""
     metrics = {"backbone": backbone.word, "tuned": backbone.trained is not None}
     metrics |= {"names": run.write_names(vectors.queries.names, vectors.gallery.names)}
     metrics |= measure(ranking, *vectors, run.settings.top_k) | run.search
-    path = save_submission(make_submission(ranking, *images, run.settings.group_name), run.folder)
+    path = write_submission(ranking, run.settings.group_name, run.folder)
     run.write_metrics(metrics)
     run.write_without_face(*vectors)
     remove_shards(run)

@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 
 from retrieval.backbones.backbone import Backbone
 from retrieval.backbones.fine_tuned import ALONE, JOINED, MIXED, Shrunk, how, join
 from retrieval.embedding.runtime import embed_what_fits
-from retrieval.metrics import compare, figures_of
+from retrieval.metrics import compare, metrics_of
 from retrieval.ranking.exact import rank
-from retrieval.records import Embeddings
+from retrieval.records import Embeddings, Ranking
 from supcon.batches import Split, Squares, read_squares
 from supcon.views import AUGMENTATIONS, Draw, augment, draw
 
@@ -93,7 +94,7 @@ def figures(validation: Validation, images: Tensor, views: Tensor | None) -> dic
     gallery = Embeddings(names, functional.normalize(images).numpy())
     if views is None:  # each image looks for the others
         found = rank(gallery, gallery, KEEP + 1)
-        ranking = {query: [name for name in best if name != query][:KEEP] for query, best in found.items()}
+        ranking = without_self(found)
     else:
         queries = Embeddings(
             [name.replace("/image", "/view") for name in names], functional.normalize(views).numpy()
@@ -101,7 +102,15 @@ def figures(validation: Validation, images: Tensor, views: Tensor | None) -> dic
         ranking = rank(queries, gallery, KEEP)
     n = len(names)
     mean = float((gallery.vectors.sum(axis=0, dtype="float64") ** 2).sum())
-    return figures_of(ranking) | {"mean_cosine": (mean - n) / max(1, n * (n - 1))}
+    return metrics_of(ranking) | {"mean_cosine": (mean - n) / max(1, n * (n - 1))}
+
+
+def without_self(ranking: Ranking) -> Ranking:
+    """Remove each image from the matches of itself, or the last match where an image is not among its own."""
+    itself = ranking.rows == np.arange(len(ranking.rows))[:, None]
+    others = np.argsort(itself, axis=1, kind="stable")[:, :-1]
+    rows, cosines = (np.take_along_axis(x, others, 1) for x in (ranking.rows, ranking.cosines))
+    return replace(ranking, rows=rows, cosines=cosines)
 
 
 # ---- the best way to embed ------------------------------------------------------------------------

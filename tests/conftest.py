@@ -18,8 +18,9 @@ from PIL import Image
 
 from get_images import ImageFile
 from retrieval.datasets.layouts import lay_out_sample
+from retrieval.records import Ranking
 from retrieval.settings import WORDS
-from retrieval.submission.submission_file import make_submission, save_submission
+from retrieval.submission.submission_file import make_submission, write_submission
 
 ROOT = Path(__file__).parent.parent
 THRESHOLD = gc.get_threshold()
@@ -62,14 +63,23 @@ def image_files(names):
     return [ImageFile(name, Path(name)) for name in names]
 
 
-def submission_of(ranking, gallery, group_name):
+def ranking_of(names, gallery=None):
+    """A ranking with these names, {query: [gallery names]}; cosines fall by a tenth from 1."""
+    gallery = gallery or sorted({name for best in names.values() for name in best})
+    row_of = {name: row for row, name in enumerate(gallery)}
+    k = min(len(best) for best in names.values())
+    rows = np.array([[row_of[name] for name in best[:k]] for best in names.values()], dtype=np.int64)
+    return Ranking(list(names), gallery, rows, np.tile(1 - np.arange(k) / 10, (len(rows), 1)))
+
+
+def submission_of(names, gallery, group_name):
     """A submission of just these queries."""
-    return make_submission(ranking, image_files(ranking), image_files(gallery), group_name)
+    return make_submission(ranking_of(names, gallery), group_name)
 
 
 @pytest.fixture
 def saved(tmp_path):
-    return save_submission(submission_of(RANKING, GALLERY, "Team AAA"), tmp_path)
+    return write_submission(ranking_of(RANKING, GALLERY), "Team AAA", tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -288,7 +298,7 @@ def found_of(folder, queries_of_each=None, gallery_of_each=None):
             f.name: np.asarray(Image.open(f.path).convert("L").resize((8, 8)), float).ravel() for f in files
         }
         vectors.append(vectors_of({name: values - values.mean() for name, values in pixels.items()}))
-    ranking = rank(*vectors, keep=10)
+    ranking = rank(*vectors, k=10)
     return Found(*sides, *vectors, ranking, {"backbone": "pixels"} | measure(ranking, *vectors, 3))
 
 

@@ -1,14 +1,18 @@
 import numpy as np
 import pytest
+from conftest import ranking_of
 
 from get_images import ImageFile
 from retrieval.errors import InputError
 from retrieval.metrics import (
+    METRICS,
+    Metric,
     are_labelled,
     competition_score,
-    figures_of,
     measure,
+    metrics_of,
     require_labels,
+    score,
     wilson_interval,
 )
 from retrieval.records import Embeddings
@@ -27,15 +31,14 @@ def ranking_with_first_hits(*ranks):
         if rank:
             names[rank - 1] = "a/right.jpg"
         ranking[f"a/{number}.jpg"] = names
-    return ranking, embeddings(*ranking), embeddings(*gallery)
+    return ranking_of(ranking, gallery), embeddings(*ranking), embeddings(*gallery)
 
 
 def test_where_all_queries_earn_the_same_the_score_is_not_certain():
-    ranking = {f"a/{number}": ["a/x"] for number in range(40)}
-    figures = figures_of(ranking)
+    metrics = metrics_of(ranking_of({f"a/{number}": ["a/x"] for number in range(40)}))
     low = 1000 * wilson_interval(40, 40)[0]
-    assert figures["score"] == 1000
-    assert figures["score_interval"] == pytest.approx([low, 1000])
+    assert metrics["score"] == 1000
+    assert metrics["score_interval"] == pytest.approx([low, 1000])
 
 
 def test_a_published_reply_of_the_competitions_server():
@@ -79,7 +82,7 @@ def test_the_scores_interval_against_a_plain_bootstrap():
 
 def test_per_class_and_a_class_that_the_gallery_lacks(caplog):
     ranking = {"a/1": ["a/x", "b/x"], "a/2": ["b/x", "a/x"], "b/1": ["b/x", "a/x"], "c/1": ["a/x", "b/x"]}
-    metrics = measure(ranking, embeddings(*ranking), embeddings("a/x", "b/x"), top_k=2)
+    metrics = measure(ranking_of(ranking), embeddings(*ranking), embeddings("a/x", "b/x"), top_k=2)
     per_class = metrics["per_class"].items()
     assert {label: (part["queries"], part["top_1"], part["top_k"]) for label, part in per_class} == {
         "a": (2, 0.5, 1.0), "b": (1, 1.0, 1.0), "c": (1, 0.0, 0.0),
@@ -95,7 +98,8 @@ def test_per_class_and_a_class_that_the_gallery_lacks(caplog):
 
 def test_without_labels_there_are_counts_only():
     queries = Embeddings(["1.jpg", "2.jpg"], np.array([[1, 0], [0, 0]], dtype=np.float32))
-    metrics = measure({"1.jpg": ["x.jpg"], "2.jpg": ["x.jpg"]}, queries, embeddings("x.jpg"))
+    ranking = ranking_of({"1.jpg": ["x.jpg"], "2.jpg": ["x.jpg"]})
+    metrics = measure(ranking, queries, embeddings("x.jpg"))
     assert metrics == {
         "queries": 2, "gallery_images": 1, "k": 10,
         "unreadable_queries": ["2.jpg"], "unreadable_gallery_images": [],
@@ -124,3 +128,26 @@ def test_required_labels_are_missed_with_a_sentence(tmp_path):
         require_labels(files("a/1.jpg"), files("a/2.jpg"))
     with pytest.raises(InputError, match=r"1 images, such as .*2.jpg, lie in none"):
         require_labels(files("a/1.jpg", "2.jpg"), files("a/2.jpg"))
+
+
+def test_a_ranking_is_scored_by_itself():
+    ranking, queries, gallery = ranking_with_first_hits(1, 2, 0)
+    metrics = score(ranking)
+    assert (metrics["top_1"], metrics["top_3"], metrics["queries_without_match"]) == (1 / 3, 2 / 3, 0)
+    assert metrics["score"] == pytest.approx((1000 + 400) / 3)
+    assert metrics.items() <= measure(ranking, queries, gallery).items()
+
+
+def test_a_ranking_without_labels_is_not_scored():
+    with pytest.raises(
+        InputError, match=r"needs class folders, but 2 images, such as 1\.jpg, lie in none: lay"
+    ):
+        score(ranking_of({"1.jpg": ["x.jpg"]}))
+    with pytest.raises(InputError, match=r"needs class folders, but all images lie in one: lay"):
+        score(ranking_of({"a/1.jpg": ["a/x.jpg"]}))
+
+
+def test_a_metric_is_a_row_of_the_table(monkeypatch):
+    reciprocal = Metric(lambda first, _: np.where(first, 1 / np.maximum(first, 1), 0), lambda *_: [0.0, 1.0])
+    monkeypatch.setitem(METRICS, "mrr", reciprocal)
+    assert score(ranking_with_first_hits(1, 4, 0, 0)[0])["mrr"] == (1 + 1 / 4) / 4

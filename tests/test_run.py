@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, ranking_of
 
 from get_images import ImageFile
 from retrieval.errors import InputError, RunError
@@ -54,15 +54,15 @@ def test_a_full_disk_is_noticed_before_the_work(tmp_path, no_more_than_1_mb):
 
 def test_room_is_asked_for_as_much_as_the_submission_takes(tmp_path, monkeypatch):
     from retrieval import run
-    from retrieval.submission.submission_file import make_submission, save_submission
+    from retrieval.submission.submission_file import write_submission
 
     written = []
     monkeypatch.setattr(run.os, "fsync", lambda descriptor: written.append(os.fstat(descriptor).st_size))
     queries, gallery = images(500), [ImageFile(f"gallery/ä/{name}.jpg", Path("x")) for name in range(30)]
     Run(Settings(output_dir=tmp_path)).check_output_dir(queries, gallery)
     names = [image.name for image in gallery]
-    ranking = {query.name: names[:10] for query in queries}
-    path = save_submission(make_submission(ranking, queries, gallery, "team"), tmp_path)
+    ranking = ranking_of({query.name: names[:10] for query in queries}, names)
+    path = write_submission(ranking, "team", tmp_path)
     assert path.stat().st_size + 2**22 < written[0] < path.stat().st_size * 1.3 + 2**22
     assert sorted(os.listdir(tmp_path)) == [".lock", "submission.json"]
 

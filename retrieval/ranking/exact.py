@@ -1,52 +1,67 @@
-"""Embeddings of queries and gallery in; a ranking {query: [gallery names, best first]} out."""
+"""Embeddings of queries and gallery in; the nearest gallery images of each query, with their cosines, out."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from typing import NamedTuple
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from retrieval.records import Embeddings, chunks, rows_of_chunk, zero_rows, zero_rows_of
+from retrieval.errors import InputError
+from retrieval.records import UNREADABLE, Embeddings, Ranking, chunks, rows_of_chunk, zero_rows, zero_rows_of
 
-# What rank() holds at a time, whatever the sizes are.
-TILE = 2**23  # similarities, float32: 32 MiB
-BEST_BYTES = 2**26  # of the best found so far; at most so many queries share a pass over the gallery
-PAIRS = 2**19  # pairs of a query and an image that float64 decides between
-PIECE = 2**18  # numbers of a float64 product: they stay in the processor's cache
-IMAGES = 8192  # rows of a chunk, unless many names are kept
-COMBS = 256  # of a row of similarities; more where many names are kept
-
-LAST = -2.0  # below every cosine: of a gallery image that could not be read
-NONE = -3.0  # below that: a place that no image holds yet
+IMAGES = 8192  # gallery images in a chunk; more where k is large
+TILE = 2**21  # float32 products of a query and an image in memory: 8 MiB
+SMALL = 2**36  # multiply-adds, about a second on two cores
+UNIT = 1e-5  # a squared length within this of 1 differs from 1 by float32 rounding only
 
 log = logging.getLogger("retrieval.ranking")
 
 
-def rank(queries: Embeddings, gallery: Embeddings, keep: int = 10) -> dict[str, list[str]]:
-    """The `keep` gallery names most similar to each query by cosine, best first; all of a smaller gallery.
+def rank(queries: Embeddings, gallery: Embeddings, k: int = 10, device: Any = "cpu") -> Ranking:
+    """Rank the k gallery images with the highest cosine for each query; all images of a smaller gallery.
 
-    Exact: cosines are compared in float64, and equal ones keep the gallery's order. Gallery images that
-    could not be read come last; a query that could not be read gets the gallery in its order.
+    The ranking is exact: float64 decides between cosines, and equal cosines keep the gallery's order. Vectors
+    that are not of unit length are divided by their length. Unreadable gallery images (rows of zeros) come
+    last, and an unreadable query gets the gallery in its order. Raises InputError where a vector holds NaN or
+    infinity, or where queries and gallery differ in dimension.
 
-    Memory beyond the vectors and the result: at most 256 MiB for any number of queries and gallery images,
-    as long as `keep` is below 100 000. A gallery in a file (numpy.memmap) is read once for every
-    BEST_BYTES / (16 · keep) queries, which are 400 000 where ten names are kept.
+    torch computes on `device` ("mps" has no float64 and counts as "cpu"). As long as torch is not imported,
+    numpy computes up to SMALL multiply-adds, with the same result bit for bit. This saves the import of
+    torch, 1 to 3 s, in a run that finds all vectors in the cache and otherwise takes 0.7 s.
+
+    Memory beyond the vectors and the result stays below 256 MiB for any number of images and k < 100 000. The
+    gallery may be a numpy.memmap, which is read once.
     """
-    keep = min(keep, len(gallery.names))
-    if not keep:
-        return {name: [] for name in queries.names}
+    k = min(k, len(gallery.names))
+    best = Ranking(queries.names, gallery.names, np.zeros((len(queries.names), k), np.int64),
+                   np.full((len(queries.names), k), -np.inf))  # fmt: skip
+    if not best.rows.size:
+        return best
+    dimensions = queries.vectors.shape[1], gallery.vectors.shape[1]
+    if dimensions[0] != dimensions[1]:
+        raise InputError("the queries have {} dimensions and the gallery images have {}: embed both with the "
+                         "same network".format(*dimensions))  # fmt: skip
     missing = zero_rows(queries.vectors)
-    if len(missing):
-        log.warning("%d queries without an embedding get the gallery in its order", len(missing))
-    in_order = _in_order(gallery.vectors, keep) if len(missing) else None
-    missing = set(missing.tolist())
-    ranking = {}
-    for row, best in enumerate(_best_rows(queries.vectors, gallery.vectors, keep)):
-        best = in_order if row in missing else best
-        ranking[queries.names[row]] = [gallery.names[image] for image in best]
-    return ranking
+    best.cosines[missing] = np.inf  # so that no image is a candidate
+    with _library(str(device), len(queries.names) * gallery.vectors.size) as library:
+        zeros = _search(queries, gallery, best, library)
+    place_unreadable(best, missing, zeros)
+    return best
+
+
+def place_unreadable(ranking: Ranking, queries: np.ndarray, gallery: np.ndarray) -> None:
+    """Put unreadable gallery rows last, and give unreadable queries the gallery in its order, in place."""
+    k, images = ranking.rows.shape[1], len(ranking.gallery)
+    if len(queries):
+        log.warning("%d queries without an embedding get the gallery in its order", len(queries))
+        in_order = np.setdiff1d(np.arange(min(images, k + len(gallery))), gallery)[:k]
+        ranking.rows[queries, : len(in_order)], ranking.cosines[queries] = in_order, 0
+    readable = min(k, images - len(gallery))
+    ranking.rows[:, readable:], ranking.cosines[:, readable:] = gallery[: k - readable], UNREADABLE
 
 
 def merge(cosines: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -59,163 +74,126 @@ def merge(cosines: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np
     return np.take_along_axis(cosines, order, 1), np.take_along_axis(rows, order, 1)
 
 
-# ---- chunks ---------------------------------------------------------------------------------------
+class _Library(NamedTuple):
+    """What numpy and torch write differently; an array is numpy's, or a tensor on a device."""
+
+    put: Callable  # a numpy array → an array
+    host: Callable  # an array → a numpy array
+    maximum: Callable  # (queries, images) → the maximum of each row
+    highest: Callable  # (queries, images), width → the `width` highest values of each row, and their columns
+    piece: int  # float64 products at a time: numpy's fit into a core's cache, torch's occupy all cores
 
 
-def _in_order(gallery: np.ndarray, keep: int) -> np.ndarray:
-    """The first `keep` rows of the gallery, those of zeros last."""
-    zeros = zero_rows(gallery)
-    readable = np.setdiff1d(np.arange(min(len(gallery), keep + len(zeros))), zeros, assume_unique=True)
-    return np.concatenate([readable, zeros])[:keep]
+def _highest_by_numpy(products: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    columns = np.argpartition(products, -width)[:, -width:]
+    return np.take_along_axis(products, columns, 1), columns
 
 
-# ---- the best so far ------------------------------------------------------------------------------
+NUMPY = _Library(np.asarray, np.asarray, lambda x: x.max(1), _highest_by_numpy, piece=2**15)
 
 
-class _Best(NamedTuple):
-    """Of each query the best gallery images so far, (queries, keep): falling cosines, float64; their rows."""
+@contextmanager
+def _library(device: str, multiply_adds: int) -> Iterator[_Library]:
+    """Choose numpy or torch; torch multiplies float32 as float32 meanwhile, not as TF32."""
+    if device == "cpu" and "torch" not in sys.modules and multiply_adds <= SMALL:
+        yield NUMPY
+        return
+    import torch
 
-    cosines: np.ndarray
-    rows: np.ndarray
-
-
-class _Chunk(NamedTuple):
-    """Some rows of the gallery."""
-
-    vectors: np.ndarray
-    start: int  # the first row
-    unreadable: np.ndarray  # rows of the chunk
-    whole: bool  # it is all of the gallery
-
-
-def _best_rows(queries: np.ndarray, gallery: np.ndarray, keep: int) -> Iterator[np.ndarray]:
-    """Yield for each query the rows of its `keep` nearest gallery vectors, best first."""
-    images = min(max(IMAGES, 4 * keep), rows_of_chunk(gallery), len(gallery))
-    tile = max(1, TILE // images)
-    block = max(1, BEST_BYTES // (16 * keep))
-    for first in range(0, len(queries), block):
-        part = np.asarray(queries[first : first + block])
-        best = _Best(np.full((len(part), keep), NONE), np.zeros((len(part), keep), dtype=np.int64))
-        for start, vectors in chunks(gallery, images):
-            chunk = _Chunk(vectors, start, zero_rows_of(vectors), len(vectors) == len(gallery))
-            for i in range(0, len(part), tile):
-                _look_at(part[i : i + tile], chunk, _Best(*(array[i : i + tile] for array in best)))
-        yield from best.rows
+    device, precision = "cpu" if device == "mps" else device, torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield _Library(
+            lambda x: torch.from_numpy(x).to(device), lambda x: x.cpu().numpy(), lambda x: x.amax(1),
+            lambda x, width: x.topk(width, sorted=False), piece=2**20,
+        )  # fmt: skip
+    finally:
+        torch.set_float32_matmul_precision(precision)
 
 
-def _look_at(queries: np.ndarray, chunk: _Chunk, best: _Best) -> None:
-    """Put what is better in a chunk of the gallery among the best of each query, in place.
+def _search(queries: Embeddings, gallery: Embeddings, best: Ranking, library: _Library) -> np.ndarray:
+    """Update `best` with one chunk of the gallery after another; return the gallery's rows of zeros."""
+    images = min(max(IMAGES, 4 * best.rows.shape[1]), rows_of_chunk(gallery.vectors), len(gallery.names))
+    zeros = []
+    for start, vectors in chunks(gallery.vectors, images):
+        zeros.append(start + zero_rows_of(vectors))
+        chunk = library.put(_unit(gallery, start, vectors))
+        for first, some in chunks(queries.vectors, max(1, TILE // images)):
+            some = _unit(queries, first, some)
+            products = library.put(some) @ chunk.T  # (queries, images)
+            products[:, library.put(zeros[-1] - start)] = -np.inf
+            part = slice(first, first + len(some))
+            some = library.put(some.astype(np.float64))
+            _update(best.rows[part], best.cosines[part], products, some, chunk, start, library)
+    return np.concatenate(zeros)
 
-    A float32 product finds the candidates, float64 decides between them. For unit vectors of dimension d the
-    float32 sum, in whatever order, is within γ = d·u/(1 − d·u) of the cosine, u = 2⁻²⁴ (Higham, Accuracy and
-    Stability of Numerical Algorithms, 2002, §3.1). So no image whose float32 value lies more than γ below
-    the keep-th best cosine so far, or more than 2γ below the keep-th best float32 value, is among the best.
+
+def _unit(embeddings: Embeddings, start: int, vectors: np.ndarray) -> np.ndarray:
+    """Return some of the vectors, from row `start` on, as float32 of unit length; zeros stay zeros."""
+    vectors = np.require(vectors, np.float32, ["C", "W"])
+    squares = np.einsum("nd,nd->n", vectors, vectors)
+    squares[zero_rows_of(vectors)] = 1
+    wrong = np.flatnonzero(~((squares > 1e-30) & (squares < 1e30)))
+    if len(wrong):
+        raise InputError(f"the vector of {embeddings.names[start + wrong[0]]} holds NaN or infinity, or is "
+                         "too long or too short: look at what the network returns for it")  # fmt: skip
+    squares[np.abs(squares - 1) < UNIT] = 1
+    return vectors if (squares == 1).all() else vectors / np.sqrt(squares)[:, None]
+
+
+def _update(
+    rows: np.ndarray,
+    cosines: np.ndarray,
+    products: Any,
+    queries: Any,
+    chunk: Any,
+    start: int,
+    library: _Library,
+) -> None:
+    """Merge the nearest images of a chunk into the best `rows` and `cosines` so far, in place.
+
+    The float32 product of unit vectors of dimension d, summed in any order, is within γ = d·u/(1 − d·u) of
+    their cosine, u = 2⁻²⁴ (Higham, Accuracy and Stability of Numerical Algorithms, 2002, §3.1). So an image
+    whose product is more than γ below the k-th best cosine so far, or more than 2γ below the k-th highest
+    product of the chunk, is not among the best k. All others are candidates, between which float64 decides.
+    Where the `width` highest products are all candidates, `width` grows, since there may be more.
     """
-    d = chunk.vectors.shape[1] + 4  # a little more, for lengths that are 1 within rounding
+    k, images = rows.shape[1], products.shape[1]
+    d = chunk.shape[1] + 4  # a little more, for lengths that are 1 within rounding
     gamma = d * 2.0**-24 / (1 - d * 2.0**-24)
-    keep = best.rows.shape[1]
-    similarity = queries @ chunk.vectors.T  # (queries, images of the chunk)
-    similarity[:, chunk.unreadable] = LAST
-    peaks, floor = _peaks_and_floor(similarity, best.cosines[:, -1], gamma, keep)
-    if np.count_nonzero(peaks >= floor[:, None]) > 8 * keep * len(queries):  # near ties everywhere
-        similarity[:, _surplus(chunk.vectors, keep)] = NONE
-        peaks, floor = _peaks_and_floor(similarity, best.cosines[:, -1], gamma, keep)
-    for owners, columns, values in _candidates(similarity, peaks, floor):
-        cosines = values.astype(np.float64)
-        unsure = _within(2 * gamma, owners, values) if chunk.whole else slice(None)
-        cosines[unsure] = _cosines(queries, owners[unsure], chunk.vectors, columns[unsure])
-        cosines[np.isin(columns, chunk.unreadable)] = LAST
-        _merge(best, owners, cosines, chunk.start + columns)
+    floor = cosines[:, -1] - gamma
+    asked = np.flatnonzero(library.host(library.maximum(products)) >= floor)
+    width = min(2 * k + 16, images)
+    while len(asked):
+        highest, columns = map(library.host, library.highest(products[library.put(asked)], width))
+        if width >= k:
+            floor[asked] = np.maximum(floor[asked], np.partition(highest, -k)[:, -k] - 2 * gamma)
+        near = (highest >= floor[asked, None]) & (highest > -np.inf)
+        crowded = near.all(axis=1) & (width < images)
+        settled, columns, near = asked[~crowded], columns[~crowded], near[~crowded]
+        found = np.full(near.shape, -np.inf)
+        found[near] = cosines_of(queries, settled[np.nonzero(near)[0]], chunk, columns[near], library)
+        both = np.hstack([cosines[settled], found]), np.hstack([rows[settled], start + columns])
+        cosines[settled], rows[settled] = merge(*both, k)
+        asked, width = asked[crowded], min(4 * width, images)
 
 
-def _peaks_and_floor(
-    similarity: np.ndarray, worst: np.ndarray, gamma: float, keep: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The peaks (queries, combs), and the value below which no image is among a query's best.
+def cosines_of(
+    queries: Any, owners: np.ndarray, chunk: Any, columns: np.ndarray, library: _Library
+) -> np.ndarray:
+    """Return the cosines of pairs of rows, of float64 `queries` and of a float32 `chunk` of the gallery.
 
-    `worst` is the keep-th best cosine so far. Each peak is another image, so that the keep-th best value is
-    at least the keep-th best peak.
+    The products are added up half onto half, so that equal vectors have equal cosines in each library, on
+    each device and in each shard of a gallery.
     """
-    peaks = _peaks(similarity, 16 * keep)
-    floor = (worst - gamma).astype(np.float32)
-    crowded = np.flatnonzero(np.count_nonzero(peaks >= floor[:, None], axis=1) >= keep)
-    if len(crowded):
-        place = peaks.shape[1] - keep
-        least = np.partition(peaks[crowded], place, axis=1)[:, place]
-        floor[crowded] = np.maximum(floor[crowded], least - np.float32(2 * gamma))
-    return peaks, floor
-
-
-def _surplus(vectors: np.ndarray, keep: int) -> np.ndarray:
-    """The rows that have `keep` equals before them, and are among no query's best."""
-    as_bytes = np.ascontiguousarray(vectors).view(np.dtype((np.void, 4 * vectors.shape[1]))).ravel()
-    order = np.argsort(as_bytes, kind="stable")
-    equal = as_bytes[order[keep:]] == as_bytes[order[:-keep]]  # as many places on in the sorted rows
-    return order[keep:][equal]
-
-
-def _within(distance: float, owners: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Which of some queries' values lie within a distance of another one of the same query."""
-    order = np.lexsort((values, owners))
-    near = (np.diff(owners[order]) == 0) & (np.diff(values[order]) <= distance)
-    close = np.zeros(len(values), dtype=bool)
-    close[order[1:][near]] = close[order[:-1][near]] = True
-    return close
-
-
-def _peaks(similarity: np.ndarray, wanted: int) -> np.ndarray:
-    """The highest value of each comb (queries, combs): comb j is the columns j, j + combs, j + 2 combs, …"""
-    queries, images = similarity.shape
-    combs = min(images, max(COMBS, wanted))
-    even = images // combs * combs
-    peaks = similarity[:, :even].reshape(queries, -1, combs).max(axis=1)
-    rest = similarity[:, even:]
-    np.maximum(peaks[:, : rest.shape[1]], rest, out=peaks[:, : rest.shape[1]])
-    return peaks
-
-
-def _candidates(
-    similarity: np.ndarray, peaks: np.ndarray, floor: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield (queries, columns, values) of all values that reach their query's floor, some queries at a time.
-
-    Only the combs whose peak reaches it are looked at. Queries ascend.
-    """
-    images, combs = similarity.shape[1], peaks.shape[1]
-    teeth = np.arange(0, images, combs)
-    reached = peaks >= floor[:, None]
-    ends = np.cumsum(np.count_nonzero(reached, axis=1)) * len(teeth)
-    first = 0
-    while first < len(ends) and ends[-1]:
-        seen = ends[first - 1] if first else 0
-        last = max(first + 1, int(np.searchsorted(ends, seen + PAIRS, side="right")))
-        owners, comb = np.nonzero(reached[first:last])
-        owners, columns = (owners + first)[:, None], comb[:, None] + teeth
-        values = similarity[owners, np.minimum(columns, images - 1)]
-        which, tooth = np.nonzero((values >= floor[owners]) & (columns < images))
-        if len(which):
-            yield owners[which, 0], columns[which, tooth], values[which, tooth]
-        first = last
-
-
-def _cosines(queries: np.ndarray, owners: np.ndarray, gallery: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """float64 cosines of pairs of rows; equal vectors give equal numbers, bit for bit."""
-    cosines = np.empty(len(rows))
-    step = max(1, PIECE // gallery.shape[1])
-    for i in range(0, len(rows), step):
-        part = slice(i, i + step)
-        cosines[part] = (gallery[rows[part]] * queries[owners[part]].astype(np.float64)).sum(axis=1)
+    cosines = np.empty(len(owners))
+    step = max(1, library.piece // chunk.shape[1])
+    for pairs in (slice(i, i + step) for i in range(0, len(owners), step)):
+        products = queries[library.put(owners[pairs])] * chunk[library.put(columns[pairs])]
+        left = products.shape[1]
+        while left > 1:
+            half = left // 2
+            products[:, :half] += products[:, left - half : left]
+            left -= half
+        cosines[pairs] = library.host(products[:, 0])
     return cosines
-
-
-def _merge(best: _Best, owners: np.ndarray, cosines: np.ndarray, rows: np.ndarray) -> None:
-    """Put pairs of queries, ascending, and gallery rows among the best, in place."""
-    keep = best.rows.shape[1]
-    touched, counts = np.unique(owners, return_counts=True)
-    owners = np.concatenate([np.repeat(touched, keep), owners])
-    cosines = np.concatenate([best.cosines[touched].ravel(), cosines])
-    rows = np.concatenate([best.rows[touched].ravel(), rows])
-    order = np.lexsort((rows, -cosines, owners))
-    starts = np.cumsum(counts + keep) - (counts + keep)
-    order = order[starts[:, None] + np.arange(keep)]
-    best.cosines[touched], best.rows[touched] = cosines[order], rows[order]

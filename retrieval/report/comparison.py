@@ -15,13 +15,12 @@ import numpy as np
 from retrieval.errors import InputError
 from retrieval.files import write_whole
 from retrieval.html import render
-from retrieval.metrics import compare, points_of
+from retrieval.metrics import CUTS, compare, points_of
 from retrieval.run import EARLIER, LEDGER
 
 PAGE, TABLE = "comparison.html", "comparison.md"
 # Settings that make two runs of a network on the same images different ones.
 MATTER = ("image_size", "crop", "face_margin", "min_face_size", "weights")
-CUTS = (1, 3, 5, 10)
 MOST_NAMES = 200  # in a list of the page
 ALPHA = 0.05
 NOTE = (

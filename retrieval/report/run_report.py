@@ -24,7 +24,7 @@ from retrieval.files import write_whole
 from retrieval.html import render
 from retrieval.machine import version_of
 from retrieval.metrics import CUTS, are_labelled, first_hits
-from retrieval.records import Embeddings
+from retrieval.records import UNREADABLE, Embeddings, Ranking
 from retrieval.report import charts
 from retrieval.report.charts import Chart, Points
 from retrieval.report.thumbnails import draw_matches, small_pictures
@@ -50,7 +50,7 @@ class Found:
     gallery: list[ImageFile]
     query_vectors: Embeddings
     gallery_vectors: Embeddings
-    ranking: dict[str, list[str]]
+    ranking: Ranking
     metrics: dict[str, Any]
     trained: Trained | None = None  # None: the network is not fine-tuned
 
@@ -62,7 +62,7 @@ class Found:
     @cached_property
     def first(self) -> list[int]:
         """The rank of each query's first right image; 0 where none is ranked, or none is known."""
-        return first_hits(self.ranking) if self.labelled else [0] * len(self.ranking)
+        return first_hits(self.ranking) if self.labelled else [0] * len(self.ranking.queries)
 
     @cached_property
     def names(self) -> list[str]:
@@ -174,10 +174,10 @@ class Matches:
     """For each query its first SHOWN matches: which, how alike, and whether right."""
 
     def __init__(self, found: Found) -> None:
-        row_of = {name: row for row, name in enumerate(found.gallery_vectors.names)}
         # (queries, shown): rows of the gallery, and their cosines
-        self.rows = np.array([[row_of[name] for name in best[:SHOWN]] for best in found.ranking.values()])
-        self.cosines = _cosines(found, self.rows)
+        self.rows = found.ranking.rows[:, :SHOWN]
+        cosines = found.ranking.cosines[:, :SHOWN]
+        self.cosines = np.where(cosines == UNREADABLE, 0, cosines)
         # (queries,): the rank of the first right match, 0 where none is known; the lead of the first match
         self.first = np.array(found.first)
         others = np.ones_like(self.rows, bool)
@@ -187,13 +187,6 @@ class Matches:
         others[:, 0], others[:, -1] = False, True
         self.margin = self.cosines[:, 0] - np.where(others, self.cosines, -np.inf).max(axis=1)
         self.embedded = found.query_vectors.vectors.any(axis=1)
-
-
-def _cosines(found: Found, rows: np.ndarray, block: int = 256) -> np.ndarray:
-    """(queries, shown) rows of the gallery → their cosines with the queries, some queries at a time."""
-    parts = [slice(start, start + block) for start in range(0, len(rows), block)]
-    queries, gallery = found.query_vectors.vectors, found.gallery_vectors.vectors
-    return np.concatenate([np.einsum("qd,qkd->qk", queries[part], gallery[rows[part]]) for part in parts])
 
 
 def _data(found: Found, matches: Matches, points: list[list[int]]) -> dict[str, Any]:
@@ -231,7 +224,7 @@ def _charts(found: Found, matches: Matches) -> list[Chart]:
     right = (matches.first == 1)[matches.embedded] if found.labelled else None
     drawn = [charts.similarities(matches.cosines[matches.embedded, 0], right)]
     if found.labelled:
-        of_queries = [label_of(name) or "none" for name in found.ranking]
+        of_queries = [label_of(name) or "none" for name in found.ranking.queries]
         of_matches = [label_of(found.gallery_vectors.names[row]) or "none" for row in matches.rows[:, 0]]
         drawn.append(charts.per_class(found.metrics["per_class"]))
         drawn.append(charts.confusion(of_queries, of_matches))

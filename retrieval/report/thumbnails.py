@@ -11,13 +11,14 @@ from PIL import Image, ImageDraw
 
 from get_images import ImageFile, UnreadableImageError, label_of, read_image
 from retrieval.files import write_whole
+from retrieval.records import Ranking
 
 SIDE, GAP, FRAME = 96, 12, 4  # pixels of a thumbnail, around it, and of its frame
 RIGHT, WRONG, UNKNOWN = "#1a7f37", "#cf222e", "#8c959f"
 
 
 def draw_matches(
-    ranking: dict[str, list[str]],
+    ranking: Ranking,
     queries: list[ImageFile],
     gallery: list[ImageFile],
     top_k: int,
@@ -29,19 +30,18 @@ def draw_matches(
     Shown are `rows` queries at equal distances in their order. Right matches have a green frame, wrong ones a
     red frame and a stroke across the corner, and unlabelled ones a grey frame.
     """
-    shown = queries[:: max(1, len(queries) // rows)][:rows]
-    paths = {image.name: image.path for image in gallery}
-    columns = min(top_k, max(len(names) for names in ranking.values()), 10)
+    shown = range(0, len(queries), max(1, len(queries) // rows))[:rows]
+    columns = min(top_k, ranking.rows.shape[1], 10)
     width = GAP + (SIDE + GAP) * (columns + 1) + GAP
     sheet = Image.new("RGB", (width, GAP + (SIDE + GAP) * len(shown)), "white")
     draw = ImageDraw.Draw(sheet)
     for row, query in enumerate(shown):
         y = GAP + (SIDE + GAP) * row
-        sheet.paste(_thumbnail(query.path), (GAP, y))
-        for column, name in enumerate(ranking[query.name][:columns]):
+        sheet.paste(_thumbnail(queries[query].path), (GAP, y))
+        for column, match in enumerate(ranking.rows[query, :columns]):
             x = GAP + (SIDE + GAP) * (column + 1) + GAP
-            sheet.paste(_thumbnail(paths[name]), (x, y))
-            _frame(draw, x, y, label_of(query.name), label_of(name))
+            sheet.paste(_thumbnail(gallery[match].path), (x, y))
+            _frame(draw, x, y, label_of(queries[query].name), label_of(gallery[match].name))
     png = io.BytesIO()
     sheet.save(png, "PNG")
     write_whole(path, png.getvalue())

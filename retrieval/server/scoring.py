@@ -15,8 +15,8 @@ from typing import Any
 
 from get_images import ImageFile, label_of
 from retrieval.errors import InputError
-from retrieval.metrics import POINTS, competition_score, first_hits, require_labels
-from retrieval.submission.protocol import NAMES_PER_QUERY, SHAPE
+from retrieval.metrics import POINTS, competition_score, first_hit, require_labels
+from retrieval.submission.protocol import NAMES_PER_QUERY, SHAPE, can_be_scored, is_list_of_names
 
 LONGEST_GROUP = 100  # characters
 SHOWN = 3  # offenders
@@ -189,8 +189,7 @@ def _shape(content: Any) -> Submission:
         raise RefusedError(f"images is a list, as an older server took it, and not a dict: send {SHAPE}")
     if not isinstance(images, dict):
         raise RefusedError(f"images is not a dict: send {SHAPE}")
-    wrong = [query for query, names in images.items()
-             if not isinstance(names, list) or not {str}.issuperset(map(type, names))]  # fmt: skip
+    wrong = [query for query, names in images.items() if not is_list_of_names(names)]
     if wrong:
         raise RefusedError(f"{_told('queries without a list of names', wrong)}: send {SHAPE}")
     return Submission(group.strip(), images)
@@ -279,11 +278,9 @@ def judge(submission: Submission, key: AnswerKey) -> dict[str, int]:
     except KeyError:
         ranking = {}
     whole = len(ranking) == len(submission.images) == len(key.queries)
-    if not whole or not all(
-        1 <= len(set(names)) == len(names) <= NAMES_PER_QUERY for names in ranking.values()
-    ):
+    if not whole or not all(map(can_be_scored, ranking.values())):
         raise RefusedError("; ".join(_problems(submission.images, key)))
-    first = dict(zip(ranking, first_hits(ranking), strict=True))
+    first = {query: first_hit(label_of(query), map(label_of, names)) for query, names in ranking.items()}
     return {query: first[queries[query]] for query in key.queries}
 
 

@@ -1,9 +1,4 @@
-"""A ranking in; a checked submission.json, written whole, out.
-
-    python -m retrieval.submission results/submission.json
-
-As a script it sends a saved submission (again).
-"""
+"""A ranking in; a checked submission.json, written whole, out."""
 
 from __future__ import annotations
 
@@ -12,44 +7,55 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from get_images import ImageFile
 from retrieval.errors import InputError
 from retrieval.files import as_json, write_whole
+from retrieval.records import Ranking
 from retrieval.run import SUBMISSION, set_aside
-from retrieval.submission.protocol import NAMES_PER_QUERY, SHAPE
+from retrieval.submission.protocol import NAMES_PER_QUERY, SHAPE, can_be_scored, is_list_of_names
 
 log = logging.getLogger("retrieval.submission")
 
 
-# ---- make and check -------------------------------------------------------------------------------
+def write_submission(ranking: Ranking, group_name: str, output_dir: str | Path) -> Path:
+    """Check a ranking, write it as submission.json, the exact body to send, and return the file's path.
+
+    The files of an earlier run in `output_dir` move to earlier/, unless they are of the same submission and
+    hold no reply. Raises InputError, before anything is written, where the server would refuse the ranking.
+    """
+    body, folder = as_json(make_submission(ranking, group_name)), Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / SUBMISSION
+    if (folder / "reply.txt").exists() or not path.exists() or path.read_bytes() != body:
+        set_aside(folder)
+    write_whole(path, body)
+    return path
 
 
-def make_submission(
-    ranking: dict[str, list[str]], queries: list[ImageFile], gallery: list[ImageFile], group_name: str
-) -> dict[str, Any]:
-    """The body that the server wants: {"groupname": …, "images": {query name: its first ten gallery names}}.
+def make_submission(ranking: Ranking, group_name: str) -> dict[str, Any]:
+    """Return the body that the server wants: {"groupname": …, "images": {query: its ten gallery names}}.
 
     A gallery of fewer than ten images gives that many names, with a warning. Raises InputError unless every
     query is there once, with different names of the gallery.
     """
-    length = min(NAMES_PER_QUERY, len(gallery))
+    length = min(NAMES_PER_QUERY, len(ranking.gallery))
     if length < NAMES_PER_QUERY:
         log.warning("the gallery has %d images, so each query gets so many names and not %d",
                     length, NAMES_PER_QUERY)  # fmt: skip
-    images = {query: names[:NAMES_PER_QUERY] for query, names in ranking.items()}
+    images = {}
+    for query, rows in zip(ranking.queries, ranking.rows[:, :NAMES_PER_QUERY].tolist(), strict=False):
+        if len(rows) != length or not all(0 <= row < len(ranking.gallery) for row in rows):
+            raise InputError(f"the ranking of {query} is not {length} names of the gallery")
+        images[query] = [ranking.gallery[row] for row in rows]
+    if len(images) != len(ranking.queries):
+        raise InputError(f"the ranking has {len(images)} queries, and not the {len(ranking.queries)} that "
+                         "were given")  # fmt: skip
     submission = {"groupname": group_name, "images": images}
     check_submission(submission)
-    if sorted(images) != sorted(query.name for query in queries):
-        raise InputError(f"the ranking has {len(images)} queries, and not the {len(queries)} that were given")
-    known = {image.name for image in gallery}
-    for query, names in images.items():
-        if len(names) != length or not known.issuperset(names):
-            raise InputError(f"the ranking of {query} is not {length} names of the gallery")
     return submission
 
 
 def check_submission(submission: Any) -> None:
-    """Raise InputError unless this is a body that the server can score, whatever its images are."""
+    """Raise InputError unless the server can score a body of this shape, whatever its images are."""
     match submission:
         case {"groupname": str(), "images": dict(images)} if images and len(submission) == 2:
             pass
@@ -57,10 +63,10 @@ def check_submission(submission: Any) -> None:
             raise InputError(f"a submission looks like {SHAPE}")
     length = None
     for query, names in images.items():
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        if not is_list_of_names(names):
             raise InputError(f"the query {query} has no list of names: a submission looks like {SHAPE}")
         length = len(names) if length is None else length
-        if len(set(names)) < len(names) or not 1 <= len(names) <= NAMES_PER_QUERY or len(names) != length:
+        if not can_be_scored(names) or len(names) != length:
             raise InputError(
                 f"the query {query} has {len(names)} names, {len(set(names))} of them different: each query "
                 f"needs the same number of different names, at most {NAMES_PER_QUERY}"
@@ -68,7 +74,7 @@ def check_submission(submission: Any) -> None:
 
 
 def read_submission(path: Path) -> dict[str, Any]:
-    """A saved submission, checked. Raises FileNotFoundError, or InputError for anything that is none."""
+    """Read a saved submission and check it. Raises FileNotFoundError, or InputError if it is none."""
     try:
         submission = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -80,15 +86,3 @@ def read_submission(path: Path) -> dict[str, Any]:
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return submission
-
-
-def save_submission(submission: dict[str, Any], folder: Path) -> Path:
-    """Write submission.json, the exact body to send, and return its path.
-
-    The files of an earlier run move to earlier/, unless they are of the same submission and hold no reply.
-    """
-    path, body = folder / SUBMISSION, as_json(submission)
-    if (folder / "reply.txt").exists() or not path.exists() or path.read_bytes() != body:
-        set_aside(folder)
-    write_whole(path, body)
-    return path

@@ -3,11 +3,11 @@ import shutil
 from datetime import UTC, datetime
 
 import pytest
-from conftest import run
+from conftest import ranking_of, run
 from test_run_report import STRANGE
 
 from retrieval.errors import InputError
-from retrieval.metrics import competition_score, figures_of, first_hits
+from retrieval.metrics import competition_score, first_hits, metrics_of
 from retrieval.report.comparison import compare_ledgers, holm, mcnemar, read_ledgers
 from retrieval.run import Outcome, Run
 from retrieval.settings import Form, NewFolder
@@ -27,15 +27,16 @@ def put(folder, word, first, names=NAMES, accuracy=None, labelled=True, query_di
     gallery = [*OTHERS[:9], "a/g.jpg"]
     ranking = {}
     for query, rank in zip(names, first, strict=True):
-        wrong = [f"b/{number}.jpg" for number in range(9)]
-        ranking[query] = [*wrong[: rank - 1], "a/g.jpg", *wrong[rank - 1 :]] if rank else wrong
+        wrong = OTHERS[:9]
+        ranking[query] = [*wrong[: rank - 1], "a/g.jpg", *wrong[rank - 1 :]] if rank else OTHERS
+    ranking = ranking_of(ranking)
     assert first_hits(ranking) == list(first)
     folder.mkdir(parents=True, exist_ok=True)
     line = Run(Settings(query_dir=query_dir, output_dir=folder, model_type=word))
     line.done("embed")
     metrics = {"backbone": word, "tuned": "tuned" in word, "names": line.write_names(names, gallery)}
     if labelled:
-        metrics |= figures_of(ranking)
+        metrics |= metrics_of(ranking)
         del metrics["points"]
     metrics |= {"queries": len(names), "gallery_images": 10, "k": 10}
     hits = {"first": list(first)} if labelled else {}

@@ -46,7 +46,7 @@ def test_every_query_is_reached_by_the_keys_and_back(browser, page, found):
     for _ in range(10):
         browser.press(Keys.ARROW_RIGHT)
         seen += names_shown(browser) if names_shown(browser)[0] not in seen else []
-    assert sorted(seen) == sorted(found.ranking)
+    assert sorted(seen) == sorted(found.ranking.queries)
     assert browser.texts("#where") == ["33 to 40 of 40"]
     for _ in range(10):
         browser.press(Keys.ARROW_LEFT)
@@ -67,9 +67,9 @@ def test_the_buttons_turn_the_pages_and_stop_at_the_ends(browser, page):
 def test_the_filters_by_class_by_verdict_and_by_name(browser, page, found):
     browser.open(page)
     select(browser, "class", browser.run("return String(data.classes.indexOf('3'))"))
-    assert sorted(names_shown(browser)) == [name for name in found.ranking if label_of(name) == "3"]
+    assert sorted(names_shown(browser)) == [name for name in found.ranking.queries if label_of(name) == "3"]
     select(browser, "class", "all")
-    right = [name for name, best in found.ranking.items() if label_of(best[0]) == label_of(name)]
+    right = [name for name, best in found.ranking.names().items() if label_of(best[0]) == label_of(name)]
     assert 0 < len(right) < 40
     select(browser, "verdict", "right")
     assert browser.texts("#where") == [f"1 to {min(8, len(right))} of {len(right)}"]
@@ -78,7 +78,7 @@ def test_the_filters_by_class_by_verdict_and_by_name(browser, page, found):
     assert browser.texts("#where")[0].endswith(f"of {40 - len(right)}")
     assert not set(names_shown(browser)) & set(right)
     select(browser, "verdict", "all")
-    name = list(found.ranking)[7]
+    name = found.ranking.queries[7]
     browser.driver.find_element(By.ID, "text").send_keys(name.upper())
     assert names_shown(browser) == [name]
     browser.press("no such name")
@@ -97,7 +97,7 @@ def test_the_orders(browser, page, found):
     for order in ("worst", "uncertain", "random", "name"):
         select(browser, "order", order)
         orders[order] = names_shown(browser)
-    assert orders["name"] == sorted(found.ranking)[:8]
+    assert orders["name"] == sorted(found.ranking.queries)[:8]
     assert len({tuple(names) for names in orders.values()}) == 4
     select(browser, "order", "uncertain")
     margins = browser.run("return shown.map((query) => data.margin[query])")
@@ -111,7 +111,7 @@ def test_right_and_wrong_matches_differ_in_more_than_colour(browser, page, found
     browser.open(page)
     select(browser, "order", "name")
     name = names_shown(browser)[0]
-    wanted = ["✓" if label_of(match) == label_of(name) else "✗" for match in found.ranking[name]]
+    wanted = ["✓" if label_of(match) == label_of(name) else "✗" for match in found.ranking.names()[name]]
     assert [text[0] for text in browser.texts("#queries > li:first-child .cosine")] == wanted
     cosines = [float(text[2:]) for text in browser.texts("#queries > li:first-child .cosine")]
     assert cosines == sorted(cosines, reverse=True)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import found_of
+from conftest import found_of, vectors_of
 
 from retrieval.backbones.backbone import Trained
+from retrieval.ranking.exact import rank
 from retrieval.report import run_report
 from retrieval.report.charts import RIGHT, WRONG, confusion, per_class
 from retrieval.report.run_report import Found, Matches, places, write_report
@@ -46,12 +47,9 @@ def digits(sample):
 
 
 def test_the_first_hit_and_the_lead_by_hand(tmp_path):
-    from conftest import vectors_of
-
     queries = vectors_of({"a/1": [1, 0], "b/1": [0, 1], "c/1": [0.6, 0.8]})
     gallery = vectors_of({"a/2": [0.8, 0.6], "a/3": [1, 0], "b/2": [0.6, 0.8]})
-    ranking = {"a/1": ["a/3", "a/2", "b/2"], "b/1": ["b/2", "a/2", "a/3"], "c/1": ["b/2", "a/2", "a/3"]}
-    matches = Matches(Found([], [], queries, gallery, ranking, {}))
+    matches = Matches(Found([], [], queries, gallery, rank(queries, gallery), {}))
     assert matches.rows.tolist() == [[1, 0, 2], [2, 0, 1], [2, 0, 1]]
     assert matches.first.tolist() == [1, 1, 0]
     assert matches.cosines == pytest.approx(np.array([[1, 0.8, 0.6], [0.8, 0.6, 0], [1, 0.96, 0.6]]))
@@ -60,20 +58,25 @@ def test_the_first_hit_and_the_lead_by_hand(tmp_path):
 
 
 def test_a_gallery_of_one_class_and_one_of_a_single_image_have_a_lead_too():
-    from conftest import vectors_of
-
     queries = vectors_of({"a/1": [1, 0], "b/1": [0, 1]})
     gallery = vectors_of({"a/2": [1, 0], "a/3": [0.6, 0.8]})
-    ranking = {"a/1": ["a/2", "a/3"], "b/1": ["a/3", "a/2"]}
-    assert Matches(Found([], [], queries, gallery, ranking, {})).margin == pytest.approx([0.4, 0.8])
-    single = Found([], [], queries, vectors_of({"a/2": [1, 0]}), {"a/1": ["a/2"], "b/1": ["a/2"]}, {})
-    assert Matches(single).margin.tolist() == [0, 0]
+    found = Found([], [], queries, gallery, rank(queries, gallery), {})
+    assert Matches(found).margin == pytest.approx([0.4, 0.8])
+    gallery = vectors_of({"a/2": [1, 0]})
+    assert Matches(Found([], [], queries, gallery, rank(queries, gallery), {})).margin.tolist() == [0, 0]
+
+
+def test_an_unreadable_match_is_shown_without_similarity():
+    queries, gallery = vectors_of({"q": [1, 0]}), vectors_of({"x": [0, 0], "y": [0.6, 0.8]})
+    matches = Matches(Found([], [], queries, gallery, rank(queries, gallery), {}))
+    assert matches.rows.tolist() == [[1, 0]]
+    assert matches.cosines == pytest.approx(np.array([[0.6, 0]]))
 
 
 def test_the_page_holds_every_query_with_its_matches_and_their_pictures(digits, tmp_path):
     data = data_of(drawn(digits, tmp_path))
-    assert [data["names"][str(row)] for row in range(40)] == list(digits.ranking)
-    for query, best in zip(data["matches"], digits.ranking.values(), strict=True):
+    assert [data["names"][str(row)] for row in range(40)] == digits.ranking.queries
+    for query, best in zip(data["matches"], digits.ranking.names().values(), strict=True):
         assert [data["names"][str(row)] for row in query] == best[:10]
     assert all(data["pictures"][str(row)] for rows in data["matches"] for row in rows)
     assert sorted(data["random"]) == list(range(40))

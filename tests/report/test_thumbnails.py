@@ -1,4 +1,5 @@
 import numpy as np
+from conftest import ranking_of
 from PIL import Image, ImageColor
 
 from get_images import find_images
@@ -22,7 +23,7 @@ def paint(folder, **colours):
 def test_right_and_wrong_matches_stand_in_their_order_with_their_frames(tmp_path):
     queries = paint(tmp_path / "q", a_1="red", b_1="blue")
     gallery = paint(tmp_path / "g", a_x="orange", b_x="navy")
-    ranking = {"a/1.png": ["a/x.png", "b/x.png"], "b/1.png": ["a/x.png", "b/x.png"]}
+    ranking = ranking_of({"a/1.png": ["a/x.png", "b/x.png"], "b/1.png": ["a/x.png", "b/x.png"]})
     draw_matches(ranking, queries, gallery, top_k=2, path=tmp_path / "matches.png")
     sheet = Image.open(tmp_path / "matches.png")
     right, wrong = (ImageColor.getrgb(colour) for colour in (RIGHT, WRONG))
@@ -39,7 +40,8 @@ def test_unlabelled_and_unreadable_images_are_drawn_too(tmp_path):
     queries = paint(tmp_path / "q", x="red")
     gallery = paint(tmp_path / "g", y="blue", z="green")
     gallery[1].path.write_bytes(b"")
-    draw_matches({"x.png": ["z.png", "y.png"]}, queries, gallery, top_k=10, path=tmp_path / "matches.png")
+    ranking = ranking_of({"x.png": ["z.png", "y.png"]})
+    draw_matches(ranking, queries, gallery, top_k=10, path=tmp_path / "matches.png")
     sheet = Image.open(tmp_path / "matches.png")
     assert frame(sheet, 0, 0) == frame(sheet, 0, 1) == ImageColor.getrgb(UNKNOWN)
 
@@ -47,7 +49,7 @@ def test_unlabelled_and_unreadable_images_are_drawn_too(tmp_path):
 def test_top_k_and_the_number_of_queries_set_the_size_of_the_picture(tmp_path):
     queries = paint(tmp_path / "q", **{f"{n:02}": "red" for n in range(20)})
     gallery = paint(tmp_path / "g", **{f"{n:02}": "blue" for n in range(12)})
-    ranking = {query.name: [image.name for image in gallery] for query in queries}
+    ranking = ranking_of({query.name: [image.name for image in gallery] for query in queries})
     sizes = []
     for top_k, rows in ((3, 8), (12, 8), (3, 30)):
         draw_matches(ranking, queries, gallery, top_k, tmp_path / "matches.png", rows)

@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import image_files
+from conftest import image_files, ranking_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from retrieval.errors import InputError
-from retrieval.metrics import figures_of
+from retrieval.metrics import metrics_of
 from retrieval.server.scoring import (
     AnswerKey,
     RefusedError,
@@ -220,7 +220,8 @@ def test_any_permutation_scores_as_the_metrics_say(images, random):
     found = score(judge(read_body(sent(shuffled)), KEY), KEY)
     labelled = {query: [name if GALLERY[name] else f"nobody/{name}" for name in names]
                 for query, names in images.items()}  # fmt: skip
-    told = figures_of(labelled)
+    padded = {query: [*names, *["nobody/none"] * (10 - len(names))] for query, names in labelled.items()}
+    told = metrics_of(ranking_of(padded))
     assert found.accuracy == pytest.approx(told["score"], abs=1e-9)
     assert found.results == [told["top_1"], told["top_5"], told["top_10"]]
 

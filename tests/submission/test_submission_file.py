@@ -1,14 +1,17 @@
 import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
-from conftest import GALLERY, RANKING, Server, answer, image_files, run, submission_of
+from conftest import GALLERY, RANKING, Server, answer, ranking_of, run, submission_of
 
 from retrieval.errors import InputError
+from retrieval.records import Ranking
 from retrieval.submission.submission_file import (
     check_submission,
     make_submission,
     read_submission,
-    save_submission,
+    write_submission,
 )
 
 # ---- make and check
@@ -30,9 +33,12 @@ def test_a_small_gallery_is_warned_of_and_sent(caplog):
     [GALLERY[:9], [*GALLERY[:9], GALLERY[0]], [*GALLERY[:9], "unknown.jpg"], []],
     ids=["short", "repeated", "unknown", "empty"],
 )
-def test_a_ranking_that_the_server_would_refuse_is_never_saved(names):
+def test_a_ranking_that_the_server_would_refuse_is_never_saved(names, tmp_path):
+    rows = np.array([[GALLERY.index(name) if name in GALLERY else len(GALLERY) for name in names]], np.int64)
+    ranking = Ranking(["q2.jpg"], GALLERY, rows, np.ones(rows.shape))
     with pytest.raises(InputError, match=r"q2\.jpg"):
-        submission_of({"q1.jpg": GALLERY, "q2.jpg": names}, GALLERY, "team")
+        write_submission(ranking, "team", tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -74,14 +80,14 @@ def earlier(folder):
 
 
 def test_the_same_submission_again_replaces_itself(saved):
-    save_submission(submission_of(RANKING, GALLERY, "Team AAA"), saved.parent)
+    write_submission(ranking_of(RANKING, GALLERY), "Team AAA", saved.parent)
     assert not earlier(saved.parent)
 
 
 def test_a_reply_is_never_dropped(saved):
     body = saved.read_bytes()
     saved.with_name("reply.txt").write_text("its reply")
-    save_submission(submission_of(RANKING, GALLERY, "Team AAA"), saved.parent)
+    write_submission(ranking_of(RANKING, GALLERY), "Team AAA", saved.parent)
     (kept,) = earlier(saved.parent)
     assert (kept / "submission.json").read_bytes() == body
     assert (kept / "reply.txt").read_text() == "its reply"
@@ -90,15 +96,23 @@ def test_a_reply_is_never_dropped(saved):
 
 def test_another_submission_moves_the_earlier_one_away(saved):
     body = saved.read_bytes()
-    save_submission(submission_of(RANKING, GALLERY, "Team BBB"), saved.parent)
+    write_submission(ranking_of(RANKING, GALLERY), "Team BBB", saved.parent)
     (kept,) = earlier(saved.parent)
     assert (kept / "submission.json").read_bytes() == body
     assert json.loads(saved.read_bytes())["groupname"] == "Team BBB"
 
 
 def test_a_ranking_that_lost_a_query_is_never_saved():
-    with pytest.raises(InputError, match="has 1 queries, and not the 2 that were given"):
-        make_submission({"q1.jpg": GALLERY}, image_files(["q1.jpg", "q2.jpg"]), image_files(GALLERY), "team")
+    ranking = ranking_of({"q1.jpg": GALLERY}, GALLERY)
+    for queries in (["q1.jpg", "q2.jpg"], ["q1.jpg", "q1.jpg"]):
+        with pytest.raises(InputError, match="has 1 queries, and not the 2 that were given"):
+            make_submission(replace(ranking, queries=queries), "team")
+
+
+def test_the_folder_of_a_submission_is_made(tmp_path):
+    path = write_submission(ranking_of(RANKING, GALLERY), "Team AAA", str(tmp_path / "new" / "results"))
+    assert path == tmp_path / "new" / "results" / "submission.json"
+    assert read_submission(path)["groupname"] == "Team AAA"
 
 
 # ---- python -m retrieval.submission
