@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import sys
 import tempfile
 import time
 from contextlib import ExitStack
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from get_images import ImageFile
-from retrieval.errors import InputError, RunError
+from retrieval.console import program
+from retrieval.errors import InputError, RunError, StopError
 from retrieval.files import LOCK, as_json, lock, write_through, write_whole
 from retrieval.records import Embeddings
 from retrieval.settings import Form
@@ -164,9 +164,9 @@ def say(outcome: Outcome) -> None:
 
 
 def stop_if_failed(outcome: Outcome) -> None:
-    """Leave with status 1, or 130 after Ctrl-C, if the submission did not go through."""
+    """End the command with status 1, or 130 after Ctrl-C, if the submission did not go through."""
     if outcome.failed:
-        raise SystemExit(130 if outcome.word == "interrupted" else 1)
+        raise StopError(130 if outcome.word == "interrupted" else 1)
 
 
 def _try_to_write(folder: Path, size: int, flag: str) -> None:
@@ -204,7 +204,7 @@ def append_line(folder: Path, settings: Form, outcome: Outcome, **more: Any) -> 
     path = folder / LEDGER
     record = {
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "script": Path(sys.argv[0]).name,
+        "script": program(),
     }
     record |= {"settings": settings.model_dump(mode="json"), "outcome": asdict(outcome)} | more
     line = as_json(record) + b"\n"

@@ -59,9 +59,10 @@ def test_help(command, tmp_path):
 
 def test_batch_size_and_device_reach_the_network(few, monkeypatch, backbone, tmp_path):
     import model_not_tuned
+    from retrieval.backbones import backbone as room
 
     asked, seen = [], []
-    find = model_not_tuned.find_backbone
+    find = room.find_backbone
     network = backbone.network.__class__.forward
     monkeypatch.setattr(backbone.network.__class__, "forward",
                         lambda self, images: seen.append(len(images)) or network(self, images))  # fmt: skip
@@ -70,7 +71,7 @@ def test_batch_size_and_device_reach_the_network(few, monkeypatch, backbone, tmp
         asked.append((word, device))
         return find(word, "cpu", *more)
 
-    monkeypatch.setattr(model_not_tuned, "find_backbone", on_the_cpu)
+    monkeypatch.setattr(room, "find_backbone", on_the_cpu)
     folders = {"query_dir": few / "query", "gallery_dir": few / "gallery", "output_dir": tmp_path}
     model_not_tuned.main(
         model_not_tuned.Settings(**folders, custom_dataset=True, device="cuda", batch_size=3, no_cache=True)
