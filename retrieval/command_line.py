@@ -7,14 +7,11 @@ from collections.abc import Iterator
 from inspect import get_annotations
 from pathlib import Path
 from shutil import get_terminal_size
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from pydantic import SecretStr
 from pydantic.fields import FieldInfo
-from pydantic_settings import SettingsError
-
-if TYPE_CHECKING:
-    from retrieval.forms import Form
+from pydantic_settings import BaseSettings, SettingsError
 
 PLACEHOLDERS = {Path: "PATH", int: "N", float: "X", SecretStr: "TOKEN"}
 
@@ -26,7 +23,7 @@ class Metavar(str):
 class FormParser(ArgumentParser):
     """Parses the flags of a form; --help lists the script's own first, then those of each shared form."""
 
-    def __init__(self, form: type[Form], program: str | None) -> None:
+    def __init__(self, form: type[BaseSettings], program: str | None) -> None:
         width = min(get_terminal_size().columns, 110)
         super().__init__(
             prog=program,
@@ -69,7 +66,7 @@ class FormParser(ArgumentParser):
         raise SettingsError(message)
 
 
-def _title(form: type[Form]) -> str:
+def _title(form: type[BaseSettings]) -> str:
     """Return the first line of a form's docstring as the title of its group."""
     return form.__doc__.splitlines()[0].removesuffix(".").lower()
 
@@ -92,8 +89,8 @@ def _parts(annotation: Any, metadata: list[Any]) -> Iterator[Any]:
 
 def choices_of(field: FieldInfo) -> list[str]:
     """Return the words that a setting may be, or none where it may be anything."""
-    literal = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
-    return list(field.examples or literal)
+    literals = [part for part in _parts(field.annotation, []) if get_origin(part) is Literal]
+    return list(field.examples or (get_args(literals[0]) if literals else ()))
 
 
 def help_of(field: FieldInfo) -> str:

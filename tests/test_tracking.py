@@ -56,11 +56,10 @@ def about(pairs):
 LOOK = """
 import sys
 from pathlib import Path
-import fine_tuning
-from retrieval.forms import Form
+import fine_tuning, retrieval.forms
 from retrieval.tracking import check_tracker, track_run
 check_tracker(sys.argv[1])
-class Settings(Form):
+class Settings(retrieval.forms.Form):
     seed: int = 3
 track_run(sys.argv[1], Path("out"), "word", Settings(_cli_parse_args=[]), {"top_1": 0.5})
 print(sorted({"accelerate", "tensorboard", "wandb"} & set(sys.modules)))
