@@ -43,7 +43,7 @@ class Split(Form):
     """Lay out any images that lie in a folder per class."""
 
     source: FileOrFolder
-    """folder or archive with a folder per class"""
+    """a folder, or an archive, with a folder a class"""
     out: NewFolder
     """folder to lay the data set out in"""
     train: Share = 0.7
