@@ -205,6 +205,8 @@ def test_a_server_that_fails_loses_nothing(flat):
         ended = run(*again.replace(server.url, better.url).split(), cwd=flat)
     assert "the server's score: 698" in ended.stdout
     assert [line["outcome"]["word"] for line in ledger(flat / "results")] == ["failed", "scored"]
+    programs = ["model_not_tuned.py", "python -m retrieval.submission"]
+    assert [line["script"] for line in ledger(flat / "results")] == programs
 
 
 @AFTER_A_FIRST_RUN
