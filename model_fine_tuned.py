@@ -10,48 +10,32 @@ Edit the settings below, or give them as flags, in the environment or in .env (t
 from pathlib import Path
 from typing import ClassVar
 
-from retrieval.console import run_script
-from retrieval.pipeline import embed_both, find, rank_both, save, send, show
-from retrieval.run import Run
+from retrieval.console import run_script  # first, since it checks that the packages are installed
+
+# isort: split
 from retrieval.settings import (
-    CACHE_DIR,
-    Device,
-    EngineWord,
     File,
     Folder,
-    Form,
     GroupName,
-    GroupToken,
     NewFolder,
     PositiveInt,
-    Search,
+    RetrievalSettings,
     ServerUrl,
-    Tracker,
 )
 
 
-class Settings(Form):
+class Settings(RetrievalSettings):
     """Rank a gallery for each query with a network of fine_tuning.py, and submit the ranking."""
 
-    weights: File = Path("checkpoints/fine_tuned_model.pth")  # it knows its network and how to prepare images
+    weights: File = Path("checkpoints/fine_tuned_model.pth")
+    """checkpoint of fine_tuning.py, which knows its network and how to prepare images"""
     query_dir: Folder = Path("data/test/query")
     gallery_dir: Folder = Path("data/test/gallery")
     top_k: PositiveInt = 10
     custom_dataset: bool = False  # True: score by the folder labels, and send nothing
     server_url: ServerUrl = ""  # such as "http://10.0.0.7:3001/retrieval/", or "local"; empty: only save
     group_name: GroupName = "my-team"
-    group_token: GroupToken = GroupToken("")  # where the server asks for one; better in .env than here
     output_dir: NewFolder = Path("results")
-    batch_size: PositiveInt = 32
-    device: Device = "auto"  # or "cpu", "cuda", "mps"
-    engine: EngineWord = "auto"  # or "torch", "onnx"
-    save_crops: NewFolder | None = None  # to look at
-    cache_dir: NewFolder = CACHE_DIR  # of embeddings, faces, exported networks
-    no_cache: bool = False
-    verify_cache: bool = False  # True: read images whose size and time are what they were, too
-    no_report: bool = False  # True: no report.html, no pictures
-    search: Search = "exact"  # or by FAISS "flat", "ivf", "hnsw"
-    tracker: Tracker = "none"  # or "tensorboard", "wandb"
 
     refused: ClassVar = dict.fromkeys(
         ("model_type", "crop", "image_size", "face_margin", "min_face_size"),
@@ -61,6 +45,8 @@ class Settings(Form):
 
 def main(settings: Settings) -> None:
     from retrieval.backbones.fine_tuned import find_fine_tuned
+    from retrieval.pipeline import embed_both, find, rank_both, save, send, show
+    from retrieval.run import Run
 
     with Run(settings) as run:  # its clock, its files, its line in the ledger
         images = find(run)

@@ -1,4 +1,4 @@
-"""A script's `main` in; its run from the command line, ended by a sentence and an exit status, out."""
+"""The `main` of a command and its form in; its run from the command line, with an exit status, out."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+# Before the imports that need a package: in a fresh checkout a sentence takes the place of a traceback.
+if missing := [name for name in ("numpy", "PIL", "pydantic_settings", "dotenv", "requests", "tqdm")
+               if find_spec(name) is None]:  # fmt: skip
+    hint = "run `make demo` once and `source .venv/bin/activate`, or `pip install -r requirements.txt`"
+    raise SystemExit(f"error: No module named {missing[0]!r}: {hint}")
+
 from retrieval.distributed import which_process
-from retrieval.errors import InputError, OthersEndedError, RunError, did_you_mean
-from retrieval.settings import Form, FormType, read_form
+from retrieval.errors import InputError, OthersEndedError, RunError, StopError, did_you_mean
+from retrieval.forms import Form, FormType, read_form
 
 
 def run_script(main: Callable[[FormType], None], form: type[FormType]) -> None:
@@ -26,14 +33,15 @@ def run_script(main: Callable[[FormType], None], form: type[FormType]) -> None:
 
 
 def run_command(commands: dict[str, tuple[type[Form], Callable[[Any], None]]]) -> None:
-    """As run_script, for a script whose first argument chooses one of several commands."""
+    """Do the same as run_script, for a script whose first argument chooses one of several commands."""
     _log_to_console()
-    # Instead of every 700 to 2000 objects: torch and timm are imported in nine tenths of the time.
-    gc.set_threshold(100_000)
+    gc.set_threshold(100_000)  # collect less often: importing torch and timm then takes about 10 % less time
     try:
         command, arguments = _choose(commands, sys.argv[1:])
         form, main = commands[command]
-        main(read_form(form, arguments, program=f"{Path(sys.argv[0]).name} {command}".strip()))
+        main(read_form(form, arguments, program=f"{program()} {command}".strip()))
+    except StopError as error:
+        raise SystemExit(error.status) from None
     except (InputError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
         _stop(error, 2)
     except (RunError, OthersEndedError, OSError) as error:
@@ -43,7 +51,13 @@ def run_command(commands: dict[str, tuple[type[Form], Callable[[Any], None]]]) -
     except KeyboardInterrupt:
         _stop("stopped by Ctrl-C; no file is half-written", 130)
     finally:
-        gc.freeze()  # or Python looks through all of torch once more, for a second, as it ends
+        gc.freeze()  # without it Python searches all of torch for garbage as it ends, for a second
+
+
+def program() -> str:
+    """Return the name of the running program: that of the script, or `python -m` and the module's."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
 
 
 def _choose(commands: dict[str, tuple], arguments: list[str]) -> tuple[str, list[str]]:
@@ -51,39 +65,40 @@ def _choose(commands: dict[str, tuple], arguments: list[str]) -> tuple[str, list
         return "", arguments
     if arguments and arguments[0] in commands:
         return arguments[0], arguments[1:]
-    known = "\n".join(f"    {name:10} {form.__doc__}" for name, (form, _) in commands.items())
+    known = "\n".join(f"    {name:12} {form.__doc__}" for name, (form, _) in commands.items())
     if {"-h", "--help"} & set(arguments):
-        print(f"usage: {Path(sys.argv[0]).name} COMMAND [flags]\n\n{known}")
+        print(f"usage: {program()} COMMAND [flags]\n\n{known}\n\nCOMMAND --help lists its flags")
         raise SystemExit(0)
     hint = did_you_mean(arguments[0], commands) if arguments else ""
     raise InputError(f"give one of these commands first{hint or ':'}\n{known}")
 
 
 def _log_to_console() -> None:
-    """What our rooms log: information to standard output, warnings to standard error."""
+    """Print what the package logs: information on standard output, warnings on standard error."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook's has none
-            stream.reconfigure(errors="backslashreplace")  # a file name in any script never stops a run
-    logging.raiseExceptions = False  # nor does a reader that went away, as with `| head`
-    told, warned = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
-    told.addFilter(lambda record: record.levelno < logging.WARNING)
-    warned.setLevel(logging.WARNING)
-    warned.addFilter(lambda record: setattr(record, "kind", record.levelname.lower()) or True)
-    warned.setFormatter(logging.Formatter("%(kind)s: %(message)s"))
-    rooms = logging.getLogger("retrieval")
-    # Of several processes the first one speaks; the others end with a sentence, if with an error.
-    rooms.setLevel(logging.INFO if which_process() == 0 else logging.ERROR)
-    rooms.handlers = [told, warned]
+        if hasattr(stream, "reconfigure"):  # a notebook's stream has no such method
+            stream.reconfigure(errors="backslashreplace")  # no file name in another script stops a run
+    logging.raiseExceptions = False  # nor does a reader that closes the pipe, as with `| head`
+    output, errors = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+    output.addFilter(lambda record: record.levelno < logging.WARNING)
+    errors.setLevel(logging.WARNING)
+    errors.addFilter(lambda record: setattr(record, "kind", record.levelname.lower()) or True)
+    errors.setFormatter(logging.Formatter("%(kind)s: %(message)s"))
+    package = logging.getLogger("retrieval")
+    # Rank 0 logs for all processes; the others print errors only.
+    package.setLevel(logging.INFO if which_process() == 0 else logging.ERROR)
+    package.handlers = [output, errors]
 
 
 def _stop(error: BaseException | str, status: int) -> None:
+    """Print the error as a sentence, and exit."""
     if isinstance(error, OSError) and error.strerror:
         error = f"{error.filename or 'the system'}: {error.strerror.lower()}"
     by_torchrun = "LOCAL_RANK" in os.environ
     if by_torchrun:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends a moment later anyway, with its own sentence
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it now; the sentence comes first
     number = which_process()
     print(f"process {number + 1}: error: {error}" if number else f"error: {error}", file=sys.stderr)
     if by_torchrun:
-        time.sleep(1)  # or the others are ended before they have said theirs
+        time.sleep(1)  # time for the other processes to print their own sentences
     raise SystemExit(status)

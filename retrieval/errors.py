@@ -1,4 +1,4 @@
-"""The errors that end a script with a sentence, and with which exit status."""
+"""The errors that end a command: each with a sentence for the user, and with an exit status."""
 
 from __future__ import annotations
 
@@ -15,10 +15,21 @@ class RunError(RuntimeError):
 
 
 class OthersEndedError(BaseException):
-    """Another process of this run has ended, so this one does: no Exception, as Ctrl-C is none. Status 1."""
+    """Another process of this run has ended, so this one ends too. Status 1.
+
+    It is not an Exception, so that no `except Exception` holds it up, as with Ctrl-C.
+    """
+
+
+class StopError(BaseException):
+    """The command ends now, with this exit status: what there was to say has been logged."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown word: the known one that is like it, or nothing."""
+    """Return the end of a sentence about an unknown name: the known name most like it, or nothing."""
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""

@@ -14,18 +14,18 @@ from retrieval.errors import InputError
 
 log = logging.getLogger("retrieval.files")
 
-LOCK = ".lock"  # which a run holds on the folder it writes into
+LOCK = ".lock"  # the file in an output folder that a run locks
 
 
 @contextmanager
 def lock(folder: Path, flag: str) -> Iterator[None]:
-    """`with` it, no other program holds the folder that a flag names.
+    """Lock the folder that a flag names, inside a `with` block.
 
-    Raises InputError where one does. Where the folder's disk knows no locks, that is said, and it goes on.
+    Raises InputError if another run has locked it. On a disk without locks, warns and goes on.
     """
     from filelock import FileLock, Timeout
 
-    held = FileLock(folder / LOCK, fallback_to_soft=False)  # that would outlive a run that is killed
+    held = FileLock(folder / LOCK, fallback_to_soft=False)  # a soft lock would outlive a killed run
     try:
         held.acquire(blocking=False)
     except Timeout:
@@ -41,12 +41,12 @@ def lock(folder: Path, flag: str) -> Iterator[None]:
 
 
 def as_json(value: Any, indent: int | None = None) -> bytes:
-    """JSON as ASCII bytes, so that no server can read the names in another encoding."""
+    """Return a value as JSON in ASCII bytes, so that no server can read the names in another encoding."""
     return (json.dumps(value, indent=indent, allow_nan=False) + ("\n" if indent else "")).encode("ascii")
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that at any moment it is the old one or the new one, and on the disk when done."""
+    """Write a file whole: at any moment it is the old or the new one, and on the disk when this returns."""
     unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
     try:
         with open(unfinished, "wb") as file:
@@ -58,14 +58,14 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def write_through(file: IO[bytes], data: bytes) -> None:
-    """Write, and go on when it is on the disk."""
+    """Write the bytes to a file, and return when they are on the disk."""
     file.write(data)
     file.flush()
     os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:
-    if os.name == "posix":  # Windows has no such call, and keeps a rename without it
+    if os.name == "posix":  # Windows has no such call, and keeps a renamed file without it
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

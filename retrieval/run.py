@@ -1,4 +1,4 @@
-"""A run in; its seconds, its files (each written whole) and its line in the ledger runs.jsonl out."""
+"""The settings of a run in; its seconds, its files and its line in the ledger runs.jsonl out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import sys
 import tempfile
 import time
 from contextlib import ExitStack
@@ -16,48 +15,49 @@ from pathlib import Path
 from typing import Any, Self
 
 from get_images import ImageFile
-from retrieval.errors import InputError, RunError
+from retrieval.console import program
+from retrieval.errors import InputError, RunError, StopError
 from retrieval.files import LOCK, as_json, lock, write_through, write_whole
 from retrieval.records import Embeddings
 from retrieval.settings import Form
 
-# What the next run replaces.
+# The files that the next run replaces.
 SUBMISSION = "submission.json"
 PER_RUN = (SUBMISSION, "metrics.json", "reply.txt", "without_face.json", "report.html", "similar_images.png",
            "tsne.png", "per_class.png", "confusion.png", "similarities.png", "loss.png")  # fmt: skip
 LEDGER = "runs.jsonl"
-EARLIER = "earlier"  # the folder that they move to
+EARLIER = "earlier"  # the folder that the next run moves them to
 
 log = logging.getLogger("retrieval.ledger")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a submission, in a word and in a sentence for the user."""
+    """The outcome of a submission, as a word and as a sentence for the user."""
 
     word: str  # scored, answered (without a score), saved (not sent), failed or interrupted
     sentence: str
     accuracy: float | None = None  # the server's score, 0 to 1000
-    status: int | None = None  # of the server's HTTP answer
+    status: int | None = None  # the HTTP status of the server's answer
 
     @property
     def failed(self) -> bool:
-        """Whether the submission should have reached a score and did not."""
+        """Return whether the submission should have got a score and did not."""
         return self.word in ("failed", "interrupted")
 
 
 @dataclass
 class Run:
-    """One run of a script: where its files go, what it was asked, and how long each step took.
+    """One run of a script: its settings, the folder of its files, and the seconds of each step.
 
-    `with` it, no other run writes into the same folder meanwhile, from check_output_dir on.
+    Inside a `with` block it locks the output folder, from check_output_dir on.
     """
 
     settings: Form
     seconds: dict[str, float] = field(default_factory=dict)
-    inside: dict[str, float] = field(default_factory=dict)  # the engine's seconds while it embeds; its cores
-    search: dict[str, float] = field(default_factory=dict)  # what the search found, unless it is exact
-    parts: list[Path] = field(default_factory=list)  # the files of shards/ that its vectors are from
+    inside: dict[str, float] = field(default_factory=dict)  # seconds of the runtime, and its cores
+    search: dict[str, float] = field(default_factory=dict)  # the recall of the search, unless it is exact
+    parts: list[Path] = field(default_factory=list)  # the files of shards/ that hold its vectors
     started: float = field(default_factory=time.perf_counter)
     held: ExitStack = field(default_factory=ExitStack, init=False)
 
@@ -72,11 +72,11 @@ class Run:
         return self.settings.output_dir
 
     def check_output_dir(self, queries: list[ImageFile], gallery: list[ImageFile]) -> None:
-        """Create the output folders and write as much into them as a submission of these images can take.
+        """Create the output folders, and write as many bytes into them as a submission of these images takes.
 
-        So a full disk or a folder that cannot be written is known before the images are embedded. Raises
-        InputError where it is a file, where another run writes into it, or where the next run would find its
-        pictures among the images; RunError where it cannot be written.
+        A full disk or a read-only folder is thus noticed before the images are embedded. Raises InputError if
+        a folder is a file, if another run writes into it, or if the next run would find this run's pictures
+        among the images; raises RunError if it cannot be written.
         """
         written = {"output_dir": self.folder, "save_crops": self.settings.save_crops}
         for images in (self.settings.query_dir, self.settings.gallery_dir):
@@ -104,20 +104,20 @@ class Run:
         self.held.enter_context(lock(self.folder, "output_dir"))
 
     def done(self, step: str, what: str = "") -> None:
-        """End a step: keep the seconds since the one before under its name, and say `what` was done."""
+        """End a step: record the seconds since the step before, and log `what` was done."""
         self.seconds[step] = time.perf_counter() - self.started - sum(self.seconds.values())
         if what:
             log.info("%s in %.1f s", what, self.seconds[step])
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
-        """metrics.json: the figures, the seconds of the steps so far, and those of what embedding did."""
+        """Write metrics.json: the metrics, the seconds of each step so far, and those inside embedding."""
         spent = {"seconds": self.rounded_seconds()}
         if self.inside:
             spent["embedding_seconds"] = {name: round(seconds, 3) for name, seconds in self.inside.items()}
         write_whole(self.folder / "metrics.json", as_json(metrics | spent, indent=2))
 
     def where_the_seconds_went(self) -> str:
-        """The steps in a line; decoding and the network run at once, on several cores."""
+        """Return a line of the seconds of all steps; decoding and the network run at once, on many cores."""
         steps = [f"{name} {spent:.1f}" for name, spent in self.seconds.items()]
         if self.inside:
             at = list(self.seconds).index("embed")
@@ -127,18 +127,18 @@ class Run:
         return f"seconds: {', '.join(steps)}; total {sum(self.seconds.values()):.1f}"
 
     def rounded_seconds(self) -> dict[str, float]:
-        """Of each step, and `total`."""
+        """Return the seconds of each step, and `total`."""
         seconds = {name: round(spent, 3) for name, spent in self.seconds.items()}
         return seconds | {"total": round(sum(self.seconds.values()), 3)}
 
     def write_without_face(self, queries: Embeddings, gallery: Embeddings) -> None:
-        """without_face.json: the names of the images without a face, if one was looked for."""
+        """Write without_face.json, the names of the images without a face, if faces were looked for."""
         if queries.without_face is not None:
             names = {"queries": queries.without_face, "gallery_images": gallery.without_face}
             write_whole(self.folder / "without_face.json", as_json(names, indent=2))
 
     def write_names(self, queries: list[str], gallery: list[str]) -> str:
-        """names-DIGEST.json, which all runs on these images share; its digest."""
+        """Write names-DIGEST.json, which all runs on these images share, and return its digest."""
         names = as_json({"queries": queries, "gallery_images": gallery}, indent=1)
         digest = hashlib.sha256(names).hexdigest()[:16]
         path = self.folder / f"names-{digest}.json"
@@ -147,30 +147,28 @@ class Run:
         return digest
 
     def conclude(self, metrics: dict[str, Any], outcome: Outcome, **more: Any) -> None:
-        """Say the outcome, and add it to metrics.json and, with `more`, to the ledger."""
+        """Log the outcome, and add it to metrics.json and, with `more`, to the ledger."""
         say(outcome)
         if outcome.accuracy is not None:
             metrics["server_score"] = outcome.accuracy
         self.write_metrics(metrics)
-        figures = {name: value for name, value in metrics.items() if name != "per_class"}
-        append_line(
-            self.folder, self.settings, outcome, metrics=figures, seconds=self.rounded_seconds(), **more
-        )
+        kept = {name: value for name, value in metrics.items() if name != "per_class"}
+        append_line(self.folder, self.settings, outcome, metrics=kept, seconds=self.rounded_seconds(), **more)
 
 
 def say(outcome: Outcome) -> None:
-    """Say what became of the submission: before anything is written, so that a full disk cannot hide it."""
+    """Log the outcome of the submission, before anything is written: a full disk cannot hide it."""
     log.log(logging.ERROR if outcome.failed else logging.INFO, "%s", outcome.sentence)
 
 
 def stop_if_failed(outcome: Outcome) -> None:
-    """Leave with status 1, or 130 after Ctrl-C, if the submission did not go through."""
+    """End the command with status 1, or 130 after Ctrl-C, if the submission did not go through."""
     if outcome.failed:
-        raise SystemExit(130 if outcome.word == "interrupted" else 1)
+        raise StopError(130 if outcome.word == "interrupted" else 1)
 
 
 def _try_to_write(folder: Path, size: int, flag: str) -> None:
-    """Make the folder that a flag names and write so many bytes into it, as Run.check_output_dir says."""
+    """Create the folder that a flag names, and write `size` bytes into it, as Run.check_output_dir says."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as trial:
@@ -188,29 +186,29 @@ def _try_to_write(folder: Path, size: int, flag: str) -> None:
 
 
 def set_aside(folder: Path, names: tuple[str, ...] = PER_RUN) -> None:
-    """Move the files of the run before to earlier/<its time>/: no run overwrites another's submission."""
-    there = [folder / name for name in names if (folder / name).exists()]
-    if there:
-        when = datetime.fromtimestamp(there[0].stat().st_mtime).strftime("%Y%m%d-%H%M%S")
+    """Move the files of the last run to earlier/<its time>/, so that no run overwrites a submission."""
+    files = [folder / name for name in names if (folder / name).exists()]
+    if files:
+        when = datetime.fromtimestamp(files[0].stat().st_mtime).strftime("%Y%m%d-%H%M%S")
         taken = len(list((folder / EARLIER).glob(f"{when}*")))
         earlier = folder / EARLIER / (f"{when}-{taken + 1}" if taken else when)
         earlier.mkdir(parents=True)
-        for path in there:
+        for path in files:
             os.replace(path, earlier / path.name)
 
 
 def append_line(folder: Path, settings: Form, outcome: Outcome, **more: Any) -> None:
-    """Append one run to the ledger, runs.jsonl, and flush it to the disk."""
+    """Append the line of a run to the ledger, runs.jsonl, and flush it to the disk."""
     path = folder / LEDGER
     record = {
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "script": Path(sys.argv[0]).name,
+        "script": program(),
     }
     record |= {"settings": settings.model_dump(mode="json"), "outcome": asdict(outcome)} | more
     line = as_json(record) + b"\n"
     with open(path, "a+b") as file:
         if file.tell() and not _ends_in_newline(path):
-            line = b"\n" + line  # a line that a crash tore must not take this one with it
+            line = b"\n" + line  # a line that a crash cut off must not spoil this one
         write_through(file, line)
 
 

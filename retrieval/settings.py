@@ -1,26 +1,23 @@
-"""Command line, environment and `.env` in; one typed, checked form out, or one sentence and status 2.
+"""The types of the settings, and the forms that several scripts share: each field with its default and help.
 
-The command line wins over the environment, that over `.env`, and that over the defaults in the script.
+The first paragraph below a field is its line in --help. docs/settings.md, which `python -m docs.settings`
+writes, also holds the paragraphs after it.
 """
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import re
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from dotenv import dotenv_values
-from dotenv.parser import parse_stream
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError
-from pydantic_settings import BaseSettings, InitSettingsSource, SettingsConfigDict, SettingsError
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
-from retrieval.errors import InputError, did_you_mean
-from retrieval.words import WORDS
+from retrieval.command_line import Metavar
+from retrieval.forms import CONTROL, Form
 
 CACHE_DIR = Path("~/.cache/image-retrieval")
 LOCAL = "local"  # the URL of the evaluation server that a run starts by itself
@@ -36,6 +33,11 @@ def _path(value: Any) -> Path:
         raise ValueError("it may not be empty")  # Path("") would be the current folder
     if "\0" in str(value):
         raise ValueError("it holds a character that no path can have")
+    if re.search(CONTROL, str(value)) and not os.path.exists(value):
+        raise ValueError(
+            "it holds a tab or a line break, since Python reads a \\ as the start of one: "
+            'write r"…" around the path, or forward slashes'
+        )
     try:
         return Path(value).expanduser()
     except RuntimeError:
@@ -51,7 +53,7 @@ def _existing_folder(path: Path) -> Path:
 
 
 def _server_url(url: str) -> str:
-    """A URL without the blanks around it, or LOCAL; '' means that nothing is sent."""
+    """Check a URL and strip the blanks around it. LOCAL and '' (send nothing) pass."""
     stripped = url.strip()
     if stripped != url:
         log.warning("removed the blanks around the server's URL: %s", stripped)
@@ -60,7 +62,7 @@ def _server_url(url: str) -> str:
     try:
         parts = urlsplit(stripped)
         valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:  # the port is no number, or a bracket is missing
+    except ValueError:  # the port is not a number, or a bracket is missing
         valid = False
     if stripped and (not valid or re.search(r"\s", stripped)):
         raise ValueError("a server's URL looks like http://10.0.0.7:3001/retrieval/")
@@ -96,150 +98,141 @@ def _no_folder(path: Path) -> Path:
 
 
 def _with_zone(moment: datetime) -> datetime:
-    """A moment without a zone is one of this machine's clock."""
+    """Give a moment without a time zone the zone of this machine."""
     return moment if moment.tzinfo else moment.astimezone()
 
 
-NewFolder = Annotated[Path, BeforeValidator(_path)]
+NewFolder = Annotated[Path, BeforeValidator(_path), Metavar("FOLDER")]
 Folder = Annotated[NewFolder, AfterValidator(_existing_folder)]
-File = Annotated[Path, BeforeValidator(_path), AfterValidator(_existing_file)]
-FileOrFolder = Annotated[Path, BeforeValidator(_path), AfterValidator(_existing)]
-NewFile = Annotated[Path, BeforeValidator(_path), AfterValidator(_no_folder)]
+NewFile = Annotated[Path, BeforeValidator(_path), AfterValidator(_no_folder), Metavar("FILE")]
+File = Annotated[Path, BeforeValidator(_path), AfterValidator(_existing_file), Metavar("FILE")]
+FileOrFolder = Annotated[Path, BeforeValidator(_path), AfterValidator(_existing), Metavar("PATH")]
 Port = Annotated[int, Field(ge=0, le=65535)]
-Moment = Annotated[datetime, AfterValidator(_with_zone)]
+Moment = Annotated[datetime, AfterValidator(_with_zone), Metavar("TIME")]
 PositiveInt = Annotated[int, Field(gt=0)]
-Side = Annotated[int, Field(ge=16)]  # pixels: networks halve it five times
+Side = Annotated[int, Field(ge=16), Metavar("PIXELS")]  # networks halve it five times
 Share = Annotated[float, Field(ge=0, lt=1)]
 PositiveShare = Annotated[float, Field(gt=0, lt=1)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveAmount = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-ServerUrl = Annotated[str, AfterValidator(_server_url)]
+ServerUrl = Annotated[str, AfterValidator(_server_url), Metavar("URL")]
 GroupName = Annotated[str, AfterValidator(_not_blank)]
 GroupToken = SecretStr  # no file and no page shows it
-EngineWord = Literal["auto", "torch", "onnx"]
+Runtime = Literal["auto", "torch", "onnx"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Crop = Literal["auto", "none", "face"]
 Search = Literal["exact", "flat", "ivf", "hnsw"]
-Freeze = Literal["bn", "stem", "all_but_last", "backbone"]
-Augmentation = Literal["gentle", "plain", "strong"]
 Tracker = Literal["none", "tensorboard", "wandb"]
 
 
-# ---- the form -------------------------------------------------------------------------------------
+# ---- the shared forms -----------------------------------------------------------------------------
 
 
-class Form(BaseSettings):
-    """A script's settings: subclass it with typed fields named in WORDS and their defaults."""
+class RetrievalSettings(Form):
+    """More settings of the run."""
 
-    refused: ClassVar[dict[str, str]] = {}  # flags of other scripts that this one cannot have, and why
+    query_dir: Folder = Path("data/test/query")
+    """folder of the query images
 
-    model_config = SettingsConfigDict(
-        extra="forbid",
-        frozen=True,
-        validate_default=True,
-        protected_namespaces=(),
-        cli_implicit_flags=True,  # a switch takes no value: --custom_dataset or --no-custom_dataset
-        cli_avoid_json=True,
-        cli_parse_none_str="unset",  # what --help calls None; not "none" or "null": a group may be called so
-        case_sensitive=True,
-        cli_exit_on_error=False,  # the sentence is ours
-    )
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        for name, setting in cls.model_fields.items():
-            if name.upper() not in WORDS and name not in WORDS:
-                raise TypeError(f"the setting {name} needs a meaning: add it to WORDS in retrieval/words.py")
-            setting.description = WORDS.get(name.upper()) or WORDS[name]
-
-    @classmethod
-    def settings_customise_sources(cls, settings_cls, init_settings, **others) -> tuple:  # noqa: ANN001, ANN003
-        """After the command line, which pydantic-settings asks first: arguments, environment, .env."""
-        environment = InitSettingsSource(cls, _settings_in(cls, os.environ))
-        return init_settings, environment, InitSettingsSource(cls, _settings_in(cls, _dotenv()))
-
-
-def _settings_in(form: type[Form], names: dict[str, str | None]) -> dict[str, str]:
-    """The form's own settings among the names of the environment or of .env; an empty value is none."""
-    fields = [field for field in form.model_fields if field.upper() in WORDS]
-    return {field: names[field.upper()] for field in fields if names.get(field.upper())}
-
-
-def _dotenv() -> dict[str, str | None]:
-    """The names in the .env of the current folder, if there is one. Raises InputError for a broken line."""
-    path = Path(".env")
-    if not path.is_file():
-        return {}
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"{path.absolute()} is not UTF-8 text: save it as UTF-8") from None
-    for line in parse_stream(io.StringIO(text)):
-        if line.error or (line.key and line.value is None):
-            written = line.original.string.lstrip()
-            number = line.original.line + line.original.string.removesuffix(written).count("\n")
-            broken = written.partition("\n")[0]
-            raise InputError(f"{path.absolute()}, line {number}: {broken!r} is not of the form NAME=value")
-    return dotenv_values(stream=io.StringIO(text))
-
-
-FormType = TypeVar("FormType", bound=Form)
-
-
-def read_form(form: type[FormType], arguments: list[str], program: str | None = None) -> FormType:
-    """Fill in a form from the command line's arguments, the environment, .env and the form's defaults.
-
-    Warns of names in .env that no form knows. Raises InputError, with a sentence for each wrong setting.
+    It is searched recursively. The name of an image is its path below the folder.
     """
-    known = [word for word in WORDS if word.isupper()]
-    for name in _dotenv():
-        if name not in known:
-            hint = (
-                f": it is a flag only, --{name.lower()}"
-                if name.lower() in WORDS
-                else did_you_mean(name.upper(), known)
-            )
-            log.warning(".env sets %s, which no script reads%s", name, hint)
-    try:
-        return form(_cli_parse_args=arguments, _cli_prog_name=program)
-    except SettingsError as error:
-        raise InputError(_flag_sentence(str(error), form)) from None
-    except ValidationError as error:
-        sentences = [_value_sentence(problem, arguments) for problem in error.errors()]
-        raise InputError("\nerror: ".join(sentences)) from None
+    gallery_dir: Folder = Path("data/test/gallery")
+    """folder of the gallery images"""
+    top_k: PositiveInt = 10
+    """k of the top_k metric; a submission always holds ten names a query
+
+    The pictures of the report show as many matches.
+    """
+    custom_dataset: bool = False
+    """score by the folder labels and send nothing; --no-custom_dataset undoes it"""
+    server_url: ServerUrl = ""
+    """URL to submit to, such as http://10.0.0.7:3001/retrieval/, or local (default: only save)
+
+    `local` starts an evaluation server inside the run, whose answers are the folder labels.
+    """
+    group_name: GroupName = "my-team"
+    """name of your group on the server"""
+    group_token: GroupToken = GroupToken("")
+    """token of your group, if the server asks for one"""
+    output_dir: NewFolder = Path("results")
+    """folder for the files of a run, such as submission.json and report.html
+
+    One run at a time writes into it, and holds `.lock` there; the file stays when the run has ended.
+    """
+    device: Device = "auto"
+    """device of the network: cuda, mps, cpu, or auto, the first that is there"""
+    batch_size: PositiveInt = 32
+    """images that the network takes at once
+
+    ONNX Runtime takes four a core instead. BATCH_SIZE in the environment or in `.env` is also that of
+    `fine_tuning.py`.
+    """
+    engine: Runtime = "auto"
+    """runtime of the network: torch, onnx (ONNX Runtime) or auto, the faster
+
+    ONNX Runtime runs on a CPU, and needs an exported network, which is made once and kept in the cache
+    folder. If its vectors differ from those of torch (a cosine below 0.9999 on the first images), a warning
+    says so and torch runs. `auto` is `onnx` if the network was exported before, or from 200 images on.
+    """
+    search: Search = "exact"
+    """search of the gallery: exact, or by FAISS: flat, ivf or hnsw
+
+    After `pip install faiss-cpu`, `flat` compares everything in float32, `ivf` looks into the nearest cells,
+    and `hnsw` walks a graph. The run logs how much of the exact ranking FAISS finds. The exact search takes
+    seconds up to a million gallery images ([scale.md](scale.md)).
+    """
+    cache_dir: NewFolder = CACHE_DIR
+    """cache of embeddings, faces and exported networks
+
+    The key of an entry is made of the image's bytes and everything else that changes its vector. A second run
+    computes no embedding again, and an added image costs one, unless another `--engine` runs the network.
+    `python -m retrieval.embedding` lists the cache. Keep it on a local disk, not on a network drive.
+    """
+    no_cache: bool = False
+    """compute every embedding and face crop again, and cache none
+
+    Exported networks are still cached, and so are the finished shards of an interrupted multi-process run in
+    the output folder.
+    """
+    verify_cache: bool = False
+    """read every image, even if its size and time have not changed"""
+    save_crops: NewFolder | None = None
+    """folder to save what the network sees of each image"""
+    no_report: bool = False
+    """draw no report.html and no pictures
+
+    [report.md](report.md) shows them.
+    """
+    tracker: Tracker = "none"
+    """where to track the metrics: none, tensorboard or wandb
+
+    Install the package first. [report.md](report.md) has an example.
+    """
 
 
-def _flag_sentence(problem: str, form: type[Form]) -> str:
-    problem = problem.removeprefix("error parsing CLI: ")
-    unknown = re.match(r"unrecognized arguments: ((--[^\s=]+)?.*)", problem)
-    if not unknown:
-        return f"{problem} (--help lists the flags)"
-    refused = form.refused.get((unknown[2] or "").removeprefix("--"))
-    if refused:
-        return f"{unknown[2]} is not for this script: {refused}"
-    if not unknown[2]:
-        return f"{unknown[1]} is neither a flag nor a flag's value: quote what has blanks (see --help)"
-    hint = did_you_mean(unknown[2].lower(), [f"--{name}" for name in form.model_fields])
-    return f"there is no flag {unknown[2]}{hint} (--help lists the flags)"
+class BackboneSettings(Form):
+    """Settings of the network."""
+
+    model_type: str = "efficientnet_lite0"
+    """model name; python -m retrieval.backbones lists them"""
+    weights: File | None = None
+    """file of weights in the place of the network's own
+
+    It is a state dict, safetensors, or a checkpoint of SupContrast, lightly or Lightning.
+    """
+    image_size: Side | None = None
+    """side of the square image that the network sees (default: the network's own)"""
 
 
-def _value_sentence(problem: dict[str, Any], arguments: list[str]) -> str:
-    """Where a wrong value stands, what it is, and what is wrong with it."""
-    name = str(problem["loc"][0])
-    if problem["type"] == "missing":
-        return f"give --{name}: {WORDS.get(name.upper()) or WORDS[name]}"
-    what = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-    if any(argument.partition("=")[0] == f"--{name}" for argument in arguments):
-        where = f"--{name}"
-    elif name.upper() in WORDS and os.environ.get(name.upper()):
-        where = f"{name.upper()} in the environment"
-    elif name.upper() in WORDS and _dotenv().get(name.upper()):
-        where = f"{name.upper()} in .env"
-    elif str(problem["input"]) in arguments:
-        where = "the argument"
-    else:
-        where = f"the script's default for --{name}"
-    return f"{where} is '{problem['input']}': {what}"
+class FaceSettings(Form):
+    """Settings of the face crop."""
 
+    crop: Crop = "auto"
+    """cut the face out first: face, none, or auto, as the network was trained"""
+    face_margin: Share | None = None
+    """margin around the face, as a share of the crop's side (default: the network's own)"""
+    min_face_size: PositiveShare | None = None
+    """smallest face, as a share of the photograph's longer side (default: the network's own)
 
-# ---- running a script -----------------------------------------------------------------------------
+    Smaller is slower.
+    """

@@ -9,7 +9,7 @@ from torch import nn
 
 from retrieval.backbones.fine_tuned import Mapped
 from retrieval.errors import InputError
-from retrieval.settings import Freeze
+from supcon.settings import Freeze
 
 STACKS = ("blocks", "stages", "layers", "levels", "features", "body")  # what libraries call a list of stages
 DEPTH = 8  # steps of the layer-wise decay from the output to the input, as EfficientNet has

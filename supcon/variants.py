@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from retrieval.errors import InputError, did_you_mean
 from retrieval.settings import Form
@@ -164,4 +164,4 @@ def known_loss(word: str) -> str:
     return word
 
 
-Loss = Annotated[str, AfterValidator(known_loss)]
+Loss = Annotated[str, AfterValidator(known_loss), Field(examples=list(VARIANTS))]

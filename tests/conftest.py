@@ -18,8 +18,8 @@ from PIL import Image
 
 from get_images import ImageFile
 from retrieval.datasets.layouts import lay_out_sample
+from retrieval.forms import IN_ENVIRONMENT
 from retrieval.records import Ranking
-from retrieval.settings import WORDS
 from retrieval.submission.submission_file import make_submission, write_submission
 
 ROOT = Path(__file__).parent.parent
@@ -92,8 +92,8 @@ def backbone():
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch, tmp_path_factory):
     """The environment and the .env of whoever runs the tests must not reach them."""
-    for word in WORDS:
-        monkeypatch.delenv(word.upper(), raising=False)
+    for name in IN_ENVIRONMENT:
+        monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setenv("CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.chdir(tmp_path_factory.mktemp("cwd"))
     yield

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, ranking_of
 
 from get_images import ImageFile
-from retrieval.errors import InputError, RunError
+from retrieval.errors import InputError, RunError, StopError
 from retrieval.files import lock, write_whole
 from retrieval.run import Outcome, Run, append_line, set_aside, stop_if_failed
 from retrieval.settings import Form, NewFolder
@@ -207,9 +207,9 @@ def test_seconds_add_up_and_the_files_are_written_even_when_sending_failed(tmp_p
     assert seconds["total"] == pytest.approx(seconds["find"] + seconds["send"], abs=0.002)
     for number, (word, status) in enumerate((("failed", 1), ("interrupted", 130))):
         run.conclude({"queries": number}, Outcome(word, "no answer"))
-        with pytest.raises(SystemExit) as end:
+        with pytest.raises(StopError) as end:
             stop_if_failed(Outcome(word, "no answer"))
-        assert end.value.code == status
+        assert end.value.status == status
         assert (caplog.records[-1].levelname, caplog.records[-1].getMessage()) == ("ERROR", "no answer")
         assert json.loads((tmp_path / "metrics.json").read_text())["queries"] == number
     assert [line["outcome"]["word"] for line in lines(tmp_path)] == ["scored", "failed", "interrupted"]

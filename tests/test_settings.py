@@ -2,26 +2,35 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from dotenv import dotenv_values
 
-from retrieval import console, errors
 from retrieval.errors import InputError
-from retrieval.settings import WORDS, Device, Folder, Form, GroupName, PositiveInt, ServerUrl, read_form
+from retrieval.forms import IN_ENVIRONMENT, Form, read_form
+from retrieval.settings import Device, Folder, GroupName, PositiveInt, RetrievalSettings, ServerUrl
+
+SCRIPTS = ("model_not_tuned", "model_fine_tuned", "fine_tuning")
 
 
 class Example(Form):
     """A form with every kind of setting."""
 
     query_dir: Folder = Path()
+    """folder of images"""
     top_k: PositiveInt = 10
+    """k of the metric"""
     custom_dataset: bool = False
+    """send nothing"""
     server_url: ServerUrl = ""
+    """where to send it"""
     group_name: GroupName = "my-team"
+    """who sends it"""
     device: Device = "auto"
+    """device of the network"""
 
 
 def read(*arguments):
@@ -45,11 +54,19 @@ def test_an_empty_value_in_the_environment_counts_as_none(monkeypatch):
     assert (read().group_name, read().server_url) == ("mine", "")
 
 
-@pytest.mark.parametrize("name", [word.upper() for word in WORDS if word.islower()])
-def test_words_of_the_system_are_flags_only(monkeypatch, name):
-    monkeypatch.setenv(name, "nonsense")
-    Path(".env").write_text(f"{name}=nonsense\n")
-    assert read().device == "auto"
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_names_of_the_system_are_flags_only(monkeypatch, script):
+    form = import_module(script).Settings
+    given = {name: "." for name in ("query_dir", "gallery_dir", "train_dir") if name in form.model_fields}
+    if script == "model_fine_tuned":
+        given["weights"] = __file__
+    defaults = form(**given)
+    for name in form.model_fields:
+        if name not in IN_ENVIRONMENT:
+            monkeypatch.setenv(name.upper(), "nonsense")
+            with open(".env", "a") as file:
+                file.write(f"{name.upper()}=nonsense\n")
+    assert read_form(form, [f"--{name}={value}" for name, value in given.items()]) == defaults
 
 
 def test_names_are_in_capitals(monkeypatch):
@@ -128,7 +145,7 @@ def test_the_sentence_says_where_a_wrong_value_stands(monkeypatch):
     with pytest.raises(InputError, match=r"^QUERY_DIR in the environment is 'lost'"):
         read()
 
-    class Elsewhere(Form):
+    class Elsewhere(Example):
         query_dir: Folder = Path("data/test/query")
 
     monkeypatch.delenv("QUERY_DIR")
@@ -169,11 +186,138 @@ def test_the_placeholder_of_the_readme_is_no_server():
         read("--server_url", "http://HOST:3001/retrieval/")
 
 
-def test_every_setting_of_a_form_needs_a_meaning():
-    with pytest.raises(TypeError, match="colour needs a meaning"):
+# ---- the form at the top of a script
 
-        class Wrong(Form):
-            colour: str = "red"
+
+def mistake_in(form):
+    with pytest.raises(InputError) as error:
+        read_form(form, [])
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_setting_without_its_type_is_a_sentence():
+    class Edited(RetrievalSettings):
+        top_k = 3
+        query_dir: Folder = Path()
+
+    assert mistake_in(Edited) == (
+        "test_settings.py: top_k needs its type again: write top_k: PositiveInt = 3"
+    )
+
+
+def test_a_misspelt_setting_is_a_sentence_with_or_without_its_type():
+    class Typed(RetrievalSettings):
+        groupname: GroupName = "Team AAA"  # a comment is no help
+
+    class Untyped(RetrievalSettings):
+        groupname = "Team AAA"
+
+    for form in (Typed, Untyped):
+        sentence = mistake_in(form)
+        assert sentence.startswith(
+            "test_settings.py: there is no setting groupname; did you mean group_name?"
+        )
+
+
+def test_all_mistakes_in_a_form_are_told_at_once():
+    class Edited(RetrievalSettings):
+        top_k = 3
+        groupname = "x"
+        colour: str = "red"
+
+    with pytest.raises(InputError) as error:
+        read_form(Edited, [])
+    first, second, third = str(error.value).split("\nerror: ")
+    assert "top_k: PositiveInt = 3" in first
+    assert "did you mean group_name?" in second
+    assert "there is no setting colour (a new one needs its help below it)" in third
+
+
+def test_a_script_with_a_mistake_ends_with_status_2(tmp_path):
+    text = (ROOT / "model_not_tuned.py").read_text()
+    edited = tmp_path / "mine.py"
+    edited.write_text(text.replace("top_k: PositiveInt = 10", "top_k = 3"))
+    ended = subprocess.run([sys.executable, edited], capture_output=True, text=True, cwd=tmp_path,
+                           env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert ended.returncode == 2
+    assert ended.stderr == "error: mine.py: top_k needs its type again: write top_k: PositiveInt = 3\n"
+
+
+def test_a_windows_path_with_single_backslashes_is_a_sentence():
+    class Edited(RetrievalSettings):
+        query_dir: Folder = Path("C:\new\table")
+        gallery_dir: Folder = Path()
+
+    sentence = mistake_in(Edited)
+    assert sentence.startswith(r"the script's default for --query_dir is 'C:\new\table': ")
+    assert 'write r"…" around the path, or forward slashes' in sentence
+
+
+def test_a_path_that_really_holds_a_tab_can_be_given(tmp_path):
+    (tmp_path / "a\tb").mkdir()
+    assert read("--query_dir", str(tmp_path / "a\tb")).query_dir == tmp_path / "a\tb"
+
+
+def test_it_is_logged_when_the_environment_wins_over_an_edited_default(monkeypatch, caplog):
+    caplog.set_level("INFO")
+
+    class Edited(Example):
+        top_k: PositiveInt = 3
+        group_name: GroupName = "Team AAA"
+
+    Path(".env").write_text("GROUP_NAME=Team BBB\nTOP_K=10\nCUSTOM_DATASET=true\n")
+    assert read().group_name == "Team BBB"  # of a form that nobody edited
+    assert not caplog.records
+    read_form(Edited, [])
+    assert [record.getMessage() for record in caplog.records] == [
+        "TOP_K in .env (10) wins over the script's default for top_k (3)",
+        "GROUP_NAME in .env (Team BBB) wins over the script's default for group_name (Team AAA)",
+    ]
+    caplog.clear()
+    monkeypatch.setenv("TOP_K", "5")
+    read_form(Edited, ["--group_name=mine"])
+    (record,) = caplog.records
+    assert record.getMessage() == "TOP_K in the environment (5) wins over the script's default for top_k (3)"
+
+
+# ---- the files and pages that describe the settings
+
+
+def test_the_settings_page_and_env_example_are_those_of_the_forms():
+    from docs.settings import env_example, settings_page
+
+    for name, text in (("docs/settings.md", settings_page()), (".env.example", env_example())):
+        assert (ROOT / name).read_text() == text, "run python -m docs.settings"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_a_row_a_flag(monkeypatch, capsys, script):
+    monkeypatch.setenv("COLUMNS", "120")
+    form = import_module(script).Settings
+    with pytest.raises(SystemExit):
+        read_form(form, ["--help"], script)
+    told = capsys.readouterr().out
+    assert told.startswith(f"usage: {script} [flags]\n")
+    for ugly in ("--no-no", "SecretStr", "(default )", "Path", "{", "False", "None", "\n  --no-"):
+        assert ugly not in told
+    for name in form.model_fields:
+        assert re.search(rf"^  --{name}( [A-Z]+)? {{2,}}\w", told, re.M), name
+    assert len(told.splitlines()) < len(form.model_fields) + 25
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_switch_can_be_undone_and_every_none_asked_for(script):
+    form = import_module(script).Settings
+    given = [f"--{name}=." for name in ("query_dir", "gallery_dir", "train_dir") if name in form.model_fields]
+    if script == "model_fine_tuned":
+        given.append(f"--weights={__file__}")
+    for name, field in form.model_fields.items():
+        if field.default is False:
+            assert getattr(read_form(form, [*given, f"--{name}"]), name) is True
+            assert getattr(read_form(form, [*given, f"--{name}", f"--no-{name}"]), name) is False
+        elif field.default is None:
+            assert getattr(read_form(form, [*given, f"--{name}", "unset"]), name) is None
 
 
 def test_env_example_lists_what_the_environment_knows_and_the_defaults_of_the_script():
@@ -182,7 +326,7 @@ def test_env_example_lists_what_the_environment_knows_and_the_defaults_of_the_sc
 
     text = (ROOT / ".env.example").read_text()
     names = [line.removeprefix("# ").partition("=")[0] for line in text.splitlines() if "=" in line]
-    assert names == [word for word in WORDS if word.isupper()]
+    assert names == [name.upper() for name in IN_ENVIRONMENT]
     blocks = [block.splitlines() for block in text.split("\n\n")[1:]]
     assert all(
         len(block) == 2 and block[0].startswith("# ") and block[0].endswith((".", "false."))
@@ -196,71 +340,3 @@ def test_env_example_lists_what_the_environment_knows_and_the_defaults_of_the_sc
     for name, value in given.items():
         if name not in ("SERVER_URL", "CUSTOM_DATASET"):
             assert value == str(defaults[name.lower()])
-
-
-# ---- running a script
-
-
-@pytest.mark.parametrize(
-    ("error", "status", "sentence"),
-    [
-        (InputError("wrong"), 2, "error: wrong"),
-        (FileNotFoundError("no images"), 2, "error: no images"),
-        (FileExistsError("something else"), 2, "error: something else"),
-        (errors.RunError("no answer"), 1, "error: no answer"),
-        (OSError(28, "No space left on device", "results/x"), 1, "error: results/x: no space left on device"),
-        (ModuleNotFoundError("No module named 'timm'"), 1, "pip install -r requirements.txt"),
-        (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
-    ],
-)
-def test_a_script_ends_with_a_sentence_and_a_status(monkeypatch, capsys, error, status, sentence):
-    def main(form):
-        raise error
-
-    monkeypatch.setattr(sys, "argv", ["script.py"])
-    with pytest.raises(SystemExit) as end:
-        console.run_script(main, Example)
-    assert end.value.code == status
-    assert sentence in capsys.readouterr().err
-
-
-def test_a_bug_keeps_its_traceback(monkeypatch):
-    def main(form):
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(sys, "argv", ["script.py"])
-    with pytest.raises(ZeroDivisionError):
-        console.run_script(main, Example)
-
-
-def test_commands(monkeypatch, capsys):
-    asked = []
-    commands = {"one": (Example, asked.append), "two": (Example, asked.append)}
-    monkeypatch.setattr(sys, "argv", ["script.py", "two", "--top_k", "3"])
-    console.run_command(commands)
-    assert [form.top_k for form in asked] == [3]
-    for arguments, status in (([], 2), (["three"], 2), (["--help"], 0)):
-        monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
-        with pytest.raises(SystemExit) as end:
-            console.run_command(commands)
-        assert end.value.code == status
-        said = capsys.readouterr()
-        assert "one        A form with every kind" in said.out + said.err
-
-
-def test_a_reader_that_goes_away_is_no_noise(tmp_path):
-    script = f"{sys.executable} {ROOT / 'model_not_tuned.py'} --help | head -1"
-    ended = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path)
-    assert ended.stdout.startswith("usage: model_not_tuned.py")
-    assert "Logging error" not in ended.stderr
-
-
-def test_a_file_name_that_no_console_can_show_stops_nothing(tmp_path):
-    from conftest import run
-
-    (tmp_path / os.fsdecode(b"\xff.txt")).write_text("")
-    ended = run(
-        "model_not_tuned.py", "--query_dir", ".", "--gallery_dir", ".", cwd=tmp_path, PYTHONIOENCODING="ascii"
-    )
-    assert ended.returncode == 2
-    assert "such as \\udcff.txt" in ended.stderr

@@ -17,7 +17,7 @@ import fine_tuning
 from retrieval import tracking
 from retrieval.backbones.fine_tuned import read_fine_tuned
 from retrieval.errors import InputError
-from retrieval.settings import read_form
+from retrieval.forms import read_form
 from retrieval.tracking import check_tracker, track_run
 from supcon import steps, training
 
@@ -56,12 +56,12 @@ def about(pairs):
 LOOK = """
 import sys
 from pathlib import Path
-import fine_tuning
+import fine_tuning, retrieval.forms
 from retrieval.tracking import check_tracker, track_run
 check_tracker(sys.argv[1])
-class Form(fine_tuning.Form):
+class Settings(retrieval.forms.Form):
     seed: int = 3
-track_run(sys.argv[1], Path("out"), "word", Form(_cli_parse_args=[]), {"top_1": 0.5})
+track_run(sys.argv[1], Path("out"), "word", Settings(_cli_parse_args=[]), {"top_1": 0.5})
 print(sorted({"accelerate", "tensorboard", "wandb"} & set(sys.modules)))
 """
 

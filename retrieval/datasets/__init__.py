@@ -1,4 +1,4 @@
-"""A folder or an archive of images in; train, test/query and test/gallery, which share no image, out.
+"""A folder or an archive of images in; train, test/query and test/gallery without duplicates out.
 
 Open layouts.py first.
 """

@@ -11,45 +11,61 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from retrieval import settings
-from retrieval.console import run_command
+from retrieval.console import run_command  # first, since it checks that the packages are installed
+
+# isort: split
 from retrieval.datasets import layouts
+from retrieval.forms import Form
+from retrieval.settings import FileOrFolder, NewFolder, Share
 
 
-class Sample(settings.Form):
+class Sample(Form):
     """Lay out scikit-learn's handwritten digits as train, test/query and test/gallery."""
 
-    out: settings.NewFolder = Path("data/sample")
+    out: NewFolder = Path("data/sample")
+    """folder to lay the data set out in"""
 
 
-class Intel(settings.Form):
+class Intel(Form):
     """Lay out the Intel scenes, from the zip of Kaggle or the folder it was unpacked to."""
 
-    out: settings.NewFolder = Path("data/intel_dataset")
-    archive: settings.FileOrFolder | None = None  # None: download it by kagglehub
+    out: NewFolder = Path("data/intel_dataset")
+    """folder to lay the data set out in"""
+    archive: FileOrFolder | None = None
+    """zip of Kaggle, or the folder it was unpacked to (default: kagglehub downloads it)"""
     keep_duplicates: bool = False
+    """keep the images that lie on two sides"""
     seed: int = 0
+    """seed of the random split"""
 
 
-class Split(settings.Form):
-    """Lay out any images that lie in a folder a class."""
+class Split(Form):
+    """Lay out any images that lie in a folder per class."""
 
-    source: settings.FileOrFolder
-    out: settings.NewFolder
-    train: settings.Share = 0.7  # of each class; of the rest 40 % are queries and 60 % gallery
+    source: FileOrFolder
+    """a folder, or an archive, with a folder a class"""
+    out: NewFolder
+    """folder to lay the data set out in"""
+    train: Share = 0.7
+    """share of each class to train on; of the rest 40 % are queries and 60 % gallery"""
     keep_duplicates: bool = False
+    """keep the images that lie on two sides"""
     seed: int = 0
+    """seed of the random split"""
 
 
-class Competition(settings.Form):
+class Competition(Form):
     """Lay out what the organisers hand out: train, test/query and test/gallery."""
 
-    archive: settings.FileOrFolder
-    out: settings.NewFolder = Path("data")
+    archive: FileOrFolder
+    """zip or tar archive, or the folder it was unpacked to"""
+    out: NewFolder = Path("data")
+    """folder to lay the data set out in"""
     keep_duplicates: bool = False
+    """keep the images that lie on two sides"""
 
 
-def _with_all(lay_out: Callable[..., None]) -> Callable[[settings.Form], None]:
+def _with_all(lay_out: Callable[..., None]) -> Callable[[Form], None]:
     return lambda form: lay_out(**dict(form))
 
 

@@ -1,4 +1,4 @@
-"""A folder, or an archive that is not to be trusted, in; a folder with its images out, or a refusal."""
+"""A folder, or an archive that nobody vouches for, in; a folder with its images, or an InputError, out."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import IO, NamedTuple
 from get_images import is_image
 from retrieval.errors import InputError, RunError
 
-# Images hardly shrink in an archive: what grows more than this is made to fill a disk.
+# Images hardly shrink in an archive: an archive that grows more than this is made to fill a disk.
 MOST_GROWTH, ALWAYS_ALLOWED = 100, 2**30  # times its size; bytes
 
 
@@ -25,16 +25,16 @@ class Member(NamedTuple):
     name: str
     size: int  # bytes when unpacked, as the archive says
     is_link: bool
-    content: object  # what its archive opens it by
+    content: object  # the handle that its archive opens it by
 
 
 @contextmanager
 def unpacked(source: Path, beside: Path) -> Iterator[Path]:
-    """The folder `source`; or one with the images of the archive `source`, which goes when this ends.
+    """Yield the folder `source`, or a temporary folder with the images of the archive `source`.
 
-    That one lies beside the folder `beside`, so that files can be linked from one to the other. Zip and
-    tar (also compressed) are read. Raises InputError for an archive that cannot be read, would write outside
-    its folder, holds links, or would grow more than images do; RunError where the disk has no room.
+    The temporary folder lies beside the folder `beside`, so that files can be linked from one to the other.
+    Zip and tar (also compressed) are read. Raises InputError for an archive that cannot be read, would write
+    outside its folder, holds links, or would grow more than images do; RunError if the disk has no room.
     """
     if source.is_dir():
         yield source
@@ -67,7 +67,7 @@ def _unpack(source: Path, folder: Path) -> None:
 
 
 def _write(source: Path, members: list[Member], read, folder: Path) -> None:  # noqa: ANN001
-    """Write the images among the members, none of them anywhere but below the folder."""
+    """Write the images among the members, all of them below the folder."""
     for member in members:
         _refuse_unless_plain(source, member)
     images = [member for member in members if is_image(member.name)]
@@ -106,7 +106,7 @@ def _refuse_unless_plain(source: Path, member: Member) -> None:
 
 
 def _copy(source: Path, member: Member, packed: IO[bytes], file: IO[bytes]) -> None:
-    """Copy no more than the archive says there is."""
+    """Copy the bytes of a member, but no more than the archive says it has."""
     left = member.size
     while chunk := packed.read(min(2**20, left + 1)):
         left -= len(chunk)

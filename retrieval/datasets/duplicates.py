@@ -1,4 +1,4 @@
-"""Images in groups in; those that are also in a group before theirs, byte by byte or as a picture, out."""
+"""Groups of images in; the images that an earlier group holds too, as bytes or as a picture, out."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from tqdm import tqdm
 from get_images import UnreadableImageError, read_image
 
 SIDE = 16  # of the perceptual hash: 16 × 16 bits
-# Bits that may differ. Measured on 1500 scenes of 100 pixels and 708 faces of 250: a picture saved again as a
-# JPEG of quality 60, or at half its size, differs in 14 at most, two different pictures in more than 30.
+# Bits of the hash that may differ. Measured on 1500 scenes of 100 pixels and 708 faces of 250: a picture
+# saved again, as a JPEG of quality 60 or at half its size, differs in 14 bits at most. Two different pictures
+# differ in more than 30.
 SAME = 14
 
 
 @dataclass(frozen=True)
-class Twin:
-    """What an image is the same as."""
+class Duplicate:
+    """The image of an earlier group that an image repeats."""
 
-    of: str  # the other's name
+    of: str  # the name of the other image
     because: str  # "the same bytes" or "the same picture"
 
 
-def find_twins(groups: list[Mapping[str, Path]]) -> dict[str, Twin]:
-    """Of the images {name: path} of several groups, those that are also in a group before theirs.
+def find_duplicates(groups: list[Mapping[str, Path]]) -> dict[str, Duplicate]:
+    """Find the images {name: path} that also occur in an earlier group.
 
-    Two are the same where their bytes are, or where their perceptual hashes (pHash of the ImageHash library,
-    256 bits) differ in SAME bits at most. An image that cannot be read is compared by its bytes.
+    Two images are the same if their bytes are equal, or if their perceptual hashes (pHash of the ImageHash
+    library, 256 bits) differ in at most SAME bits. An unreadable image is compared by its bytes.
     """
     everything = {name: path for group in groups for name, path in group.items()}
     with ThreadPoolExecutor() as pool, tqdm(total=len(everything), desc="duplicates", unit="image",
@@ -41,22 +42,24 @@ def find_twins(groups: list[Mapping[str, Path]]) -> dict[str, Twin]:
         for name, print_ in zip(everything, pool.map(_prints, everything.values()), strict=True):
             seen[name] = print_
             bar.update()
-    twins: dict[str, Twin] = {}
+    duplicates: dict[str, Duplicate] = {}
     before: list[str] = []
     for group in groups:
         kept = {seen[name].digest: name for name in reversed(before)}
-        found = {name: Twin(kept[seen[name].digest], "the same bytes")
+        found = {name: Duplicate(kept[seen[name].digest], "the same bytes")
                  for name in group if seen[name].digest in kept}  # fmt: skip
         found |= _same_pictures([name for name in group if name not in found], before, seen)
-        twins |= found
+        duplicates |= found
         before += [name for name in group if name not in found]
-    return twins
+    return duplicates
 
 
 @dataclass(frozen=True)
 class _Prints:
+    """The digest of an image's bytes, and the perceptual hash of its picture."""
+
     digest: bytes
-    picture: np.ndarray | None  # uint8 (SIDE² / 8,); None: it cannot be read
+    picture: np.ndarray | None  # uint8 (SIDE² / 8,); None for an unreadable image
 
 
 def _prints(path: Path) -> _Prints:
@@ -71,8 +74,8 @@ def _prints(path: Path) -> _Prints:
     return _Prints(digest, np.packbits(bits))
 
 
-def _same_pictures(names: list[str], before: list[str], seen: dict[str, _Prints]) -> dict[str, Twin]:
-    """Of `names`, those whose picture is among `before`."""
+def _same_pictures(names: list[str], before: list[str], seen: dict[str, _Prints]) -> dict[str, Duplicate]:
+    """Find the images among `names` whose picture is among `before`."""
     names = [name for name in names if seen[name].picture is not None]
     before = [name for name in before if seen[name].picture is not None]
     if not names or not before:
@@ -83,5 +86,5 @@ def _same_pictures(names: list[str], before: list[str], seen: dict[str, _Prints]
         differing = np.bitwise_count(seen[name].picture.view(np.uint64) ^ others).sum(axis=1)
         nearest = int(differing.argmin())
         if differing[nearest] <= SAME:
-            found[name] = Twin(before[nearest], "the same picture")
+            found[name] = Duplicate(before[nearest], "the same picture")
     return found

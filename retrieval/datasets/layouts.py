@@ -1,4 +1,4 @@
-"""A folder or an archive of labelled images in; train, test/query and test/gallery, which share none, out."""
+"""A folder or an archive of labelled images in; train, test/query and test/gallery without duplicates out."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from PIL import Image
 
 from get_images import ImageFile, find_images, label_of
 from retrieval.datasets.archives import unpacked
-from retrieval.datasets.duplicates import find_twins
+from retrieval.datasets.duplicates import find_duplicates
 from retrieval.errors import InputError, RunError
 from retrieval.files import as_json
 
 TRAIN, QUERY, GALLERY = "train", "test/query", "test/gallery"
-QUERIES = 0.4  # of a class's test images, the rest being its gallery: as in the SimCLR-SupCon study
+QUERIES = 0.4  # share of a class's test images, as in the SimCLR-SupCon study; the others are its gallery
 PLAN = "split.json"
 INTEL = ["buildings", "forest", "glacier", "mountain", "sea", "street"]
 INTEL_ON_KAGGLE = "puneet6060/intel-image-classification"
 
-Places = dict[str, ImageFile]  # the name below the folder that is laid out → the image that goes there
-Files = dict[str, Callable[[Path], object]]  # … → what writes it
+Places = dict[str, ImageFile]  # a name in the new folder → the image that goes there
+Files = dict[str, Callable[[Path], object]]  # a name in the new folder → the function that writes the file
 
 log = logging.getLogger("retrieval.layout")
 
@@ -35,10 +35,10 @@ log = logging.getLogger("retrieval.layout")
 
 
 def lay_out_intel(out: Path, archive: Path | None, seed: int = 0, keep_duplicates: bool = False) -> None:
-    """Lay out the Intel scenes: seg_train to train, and of each of the six classes of seg_test 40 % to query.
+    """Lay out the Intel scenes: seg_train to train, 40 % of each class of seg_test to query, 60 % to gallery.
 
-    `archive` is the zip of Kaggle or what it was unpacked to; None: kagglehub downloads it, where installed.
-    Raises InputError for anything else, RunError where the download fails; otherwise as lay_out_split.
+    `archive` is the zip of Kaggle or the folder it was unpacked to; with None kagglehub downloads it. Raises
+    InputError for another data set, RunError if the download fails, and the errors of lay_out_split.
     """
     refuse_full(out)
     source = archive or _download_intel()
@@ -59,10 +59,10 @@ def lay_out_intel(out: Path, archive: Path | None, seed: int = 0, keep_duplicate
 def lay_out_split(
     out: Path, source: Path, train: float = 0.7, seed: int = 0, keep_duplicates: bool = False
 ) -> None:
-    """Lay out a folder or an archive with a folder a class: of each a share to train, the rest 40 : 60.
+    """Lay out a folder or an archive with a folder per class: a share of each to train, the rest 40 : 60.
 
     A class too small for a query and a gallery image goes to train as a whole. Raises InputError for another
-    layout, and FileExistsError where `out` holds anything.
+    layout, and FileExistsError if `out` holds a data set already.
     """
     refuse_full(out)
     with unpacked(source, out) as folder:
@@ -82,10 +82,10 @@ def lay_out_split(
 
 
 def lay_out_competition(out: Path, archive: Path, keep_duplicates: bool = False) -> None:
-    """Lay out what the organisers hand out: train/, test/query/ and test/gallery/, in a folder or bare.
+    """Lay out what the organisers hand out: train/, test/query/ and test/gallery/, with or without a folder.
 
-    The test images all stay, since the server asks for them; only train loses those that are among them.
-    Raises InputError where the folders are not there; otherwise as lay_out_split.
+    All test images stay, since the server asks for them; only train loses its duplicates of test images.
+    Raises InputError if the folders are missing, and the errors of lay_out_split.
     """
     refuse_full(out)
     with unpacked(archive, out) as folder:
@@ -108,8 +108,8 @@ def lay_out_sample(out: Path, seed: int = 0) -> None:
     """Write scikit-learn's 1797 handwritten digits (8 × 8 px, ten classes) as PNG files below `out`.
 
     Each class gives 20 images to test/query, 80 to test/gallery and the rest to train, no image twice.
-    The folder appears whole or not at all. A folder that already holds the sample is left as it is;
-    raises FileExistsError where it holds anything else.
+    The folder appears whole or not at all. A folder that already holds the sample is left as it is. Raises
+    FileExistsError if the folder holds anything else.
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
     """
     from sklearn.datasets import load_digits
@@ -133,7 +133,7 @@ def lay_out_sample(out: Path, seed: int = 0) -> None:
 
 
 def _draw(levels: np.ndarray, path: Path) -> None:
-    """The data set counts ink from 0 to 16."""
+    """Save a digit as a grey image: the data set counts ink from 0 to 16."""
     Image.fromarray((levels * (255 / 16)).round().astype(np.uint8)).save(path)
 
 
@@ -147,7 +147,7 @@ def _download_intel() -> Path:
         ) from None
     try:
         return Path(kagglehub.dataset_download(INTEL_ON_KAGGLE))
-    except Exception as error:  # its client raises anything
+    except Exception as error:  # kagglehub raises errors of any class
         raise RunError(
             f"kagglehub cannot download {INTEL_ON_KAGGLE} ({error}): download it in a browser, and give the "
             "zip by --archive"
@@ -158,18 +158,18 @@ def _download_intel() -> Path:
 
 
 def _below(files: list[ImageFile], part: str) -> list[ImageFile]:
-    """The images below the innermost folder called `part`, named from there."""
+    """Return the images below the innermost folder called `part`, with names that begin there."""
     return [ImageFile(f"/{image.name}".rpartition(f"/{part}/")[2], image.path)
             for image in files if f"/{part}/" in f"/{image.name}"]  # fmt: skip
 
 
 def _inside(files: list[ImageFile]) -> list[ImageFile]:
-    """The images that lie in a folder, named from there."""
+    """Return the images that lie in a folder, with names that begin inside it."""
     return [ImageFile(image.name.partition("/")[2], image.path) for image in files if "/" in image.name]
 
 
 def _without_wrapping(files: list[ImageFile]) -> list[ImageFile]:
-    """The images named from where their folders part: archives often hold one folder around all."""
+    """Remove the folders around all images from their names: archives often hold one folder around all."""
     while len({label_of(image.name) for image in files}) == 1 and all(
         image.name.count("/") > 1 for image in files
     ):
@@ -182,7 +182,7 @@ def _of_side(side: str, files: list[ImageFile]) -> list[ImageFile]:
 
 
 def _divided(files: list[ImageFile], train: float, seed: int) -> Places:
-    """Each class by itself: a share to train, of the rest 40 % to the queries and 60 % to the gallery."""
+    """Divide each class: a share to train, 40 % of the rest to the queries and 60 % to the gallery."""
     random = np.random.default_rng(seed)
     of_class: dict[str | None, list[ImageFile]] = {}
     for image in sorted(files, key=lambda image: image.name):
@@ -199,23 +199,28 @@ def _divided(files: list[ImageFile], train: float, seed: int) -> Places:
 
 
 def _lay_out(
-    out: Path, places: Places, source: Path, told: dict, keep_duplicates: bool, all_of_the_test: bool = False
+    out: Path,
+    places: Places,
+    source: Path,
+    notes: dict,
+    keep_duplicates: bool,
+    all_of_the_test: bool = False,
 ) -> None:
-    """Write the images to their places, and split.json; but not those that are also on another side."""
+    """Write the images to their places, without the duplicates between two sides, and write split.json."""
     sides = {side: {name: image.path for name, image in sorted(places.items()) if name.startswith(f"{side}/")}
              for side in (QUERY, GALLERY, TRAIN)}  # fmt: skip
-    twins = {} if keep_duplicates else find_twins(list(sides.values()))
-    left_out = {name: asdict(twin) for name, twin in twins.items()
+    duplicates = {} if keep_duplicates else find_duplicates(list(sides.values()))
+    left_out = {name: asdict(duplicate) for name, duplicate in duplicates.items()
                 if not all_of_the_test or name in sides[TRAIN]}  # fmt: skip
-    for name, twin in list(twins.items())[:5]:
+    for name, duplicate in list(duplicates.items())[:5]:
         stays = "" if name in left_out else ", and stays: the server asks for it"
-        log.warning("%s is %s as %s%s", name, twin.because, twin.of, stays)
-    if twins:
+        log.warning("%s is %s as %s%s", name, duplicate.because, duplicate.of, stays)
+    if duplicates:
         log.warning("on two sides: %d images, of which %d are left out (--keep_duplicates keeps them)",
-                    len(twins), len(left_out))  # fmt: skip
+                    len(duplicates), len(left_out))  # fmt: skip
     kept = {name: image for name, image in sorted(places.items()) if name not in left_out}
     counts = {side: sum(name not in left_out for name in names) for side, names in sides.items()}
-    plan = {"source": source.name, **told, "counts": counts, "left_out": left_out,
+    plan = {"source": source.name, **notes, "counts": counts, "left_out": left_out,
             "files": {name: image.name for name, image in kept.items()}}  # fmt: skip
     files: Files = {name: partial(_link, image.path) for name, image in kept.items()}
     files[PLAN] = partial(_save, as_json(plan, indent=1))
@@ -228,7 +233,7 @@ def _lay_out(
 
 
 def refuse_full(out: Path) -> None:
-    """Raise FileExistsError where one of the names that are to be laid out is there already."""
+    """Raise FileExistsError if the folder holds one of the names that are laid out."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file: give a folder as --out")
     there = [name for name in ("train", "test", PLAN) if (out / name).exists()]
@@ -238,7 +243,7 @@ def refuse_full(out: Path) -> None:
 
 
 def _write_whole(out: Path, files: Files) -> None:
-    """Each name below `out` by its function; each folder in `out` appears whole or not at all."""
+    """Write each file below `out` by its function; each folder in `out` appears whole or not at all."""
     out = out.absolute()
     unfinished = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
     try:
@@ -253,7 +258,7 @@ def _write_whole(out: Path, files: Files) -> None:
 
 
 def _link(file: Path, path: Path) -> None:
-    """Another name for the same bytes on the disk, or a copy where that is not possible."""
+    """Make a hard link to a file, or a copy where the disk allows no link."""
     try:
         os.link(os.path.realpath(file), path)
     except OSError:

@@ -1,7 +1,7 @@
-"""Say what the cache of embeddings holds, or remove what nobody used.
+"""List what the cache of embeddings holds, or delete what no run has used lately.
 
 python -m retrieval.embedding --cache_dir DIR                     # what the cache holds
-python -m retrieval.embedding --cache_dir DIR --older_than 30     # remove what nobody used for thirty days
+python -m retrieval.embedding --cache_dir DIR --older_than 30     # delete what no run used for thirty days
 """
 
 from __future__ import annotations
@@ -11,20 +11,25 @@ import sqlite3
 from datetime import datetime
 from pathlib import Path
 
-from retrieval import settings
-from retrieval.console import run_script
+from retrieval.console import run_script  # first, since it checks that the packages are installed
+
+# isort: split
 from retrieval.embedding.cache import FILES, Cache, contents, left_over, prune
 from retrieval.embedding.runtime import NETWORKS, exported_networks
 from retrieval.errors import InputError, RunError
+from retrieval.forms import Form
+from retrieval.settings import CACHE_DIR, Amount, NewFolder
 
 log = logging.getLogger("retrieval.embedding")
 
 
-class Settings(settings.Form):
-    """Say what the cache of embeddings holds, or remove what nobody used."""
+class Settings(Form):
+    """List what the cache of embeddings holds, or delete what no run has used lately."""
 
-    cache_dir: settings.NewFolder = settings.CACHE_DIR
-    older_than: settings.Amount | None = None  # days
+    cache_dir: NewFolder = CACHE_DIR
+    """folder of the cache"""
+    older_than: Amount | None = None
+    """delete what no run has used for this many days"""
 
 
 def main(form: Settings) -> None:

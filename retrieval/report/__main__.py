@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import logging
 
+from retrieval.console import run_script  # first, since it checks that the packages are installed
+
+# isort: split
 from pydantic_settings import CliPositionalArg
 
-from retrieval import settings
-from retrieval.console import run_script
+from retrieval.forms import Form
 from retrieval.report.comparison import compare_ledgers
+from retrieval.settings import FileOrFolder
 
 log = logging.getLogger("retrieval.report")
 
 
-class Settings(settings.Form):
+class Settings(Form):
     """Compare the runs in the ledgers of these folders."""
 
-    folders: CliPositionalArg[list[settings.FileOrFolder]]
+    folders: CliPositionalArg[list[FileOrFolder]]
+    """folders that hold a runs.jsonl, at any depth, or such files"""
 
 
 def main(form: Settings) -> None:

@@ -14,36 +14,53 @@ import signal
 from pathlib import Path
 from typing import NoReturn
 
+from retrieval.console import run_script  # first, since it checks that the packages are installed
+
+# isort: split
 from get_images import find_query_and_gallery
-from retrieval import settings
-from retrieval.console import run_script
+from retrieval.errors import StopError
+from retrieval.forms import Form
 from retrieval.server.database import Database
 from retrieval.server.scoring import Rules, key_of_folders, key_of_table
 from retrieval.server.serve import digest_of, listen, make_server, public_queries, read_tokens, url_of
+from retrieval.settings import File, Folder, Moment, NewFile, Port, PositiveInt, PositiveShare
 
 log = logging.getLogger("retrieval.server")
 
 
-class Settings(settings.Form):
+class Settings(Form):
     """Score submissions to labelled folders, and show the leaderboard."""
 
-    query_dir: settings.Folder = Path("data/test/query")
-    gallery_dir: settings.Folder = Path("data/test/gallery")
-    answers: settings.File | None = None  # a table name,identity; None: the class folders
-    port: settings.Port = 3001
-    host: str = "127.0.0.1"  # "0.0.0.0": whoever reaches this machine
-    database: settings.NewFile = Path("competition.sqlite")
-    closes_at: settings.Moment | None = None  # such as "2026-06-01 16:00", by this machine's clock
-    public_share: settings.PositiveShare | None = None  # of the queries, which alone count until it closes
-    seed: int = 0  # of that share
-    hide_scores: bool = False  # True: replies hold the accuracy only, and leak no answers
-    tokens: settings.File | None = None  # a table group,token
-    per_minute: settings.PositiveInt = 60  # submissions of a group
-    per_address: settings.PositiveInt | None = None  # of an address; a lecture hall shares one
+    query_dir: Folder = Path("data/test/query")
+    """folder of the query images, of which only the names are read"""
+    gallery_dir: Folder = Path("data/test/gallery")
+    """folder of the gallery images"""
+    answers: File | None = None
+    """CSV table of lines name,identity (default: the class folders)"""
+    port: Port = 3001
+    """port to listen on"""
+    host: str = "127.0.0.1"
+    """address to listen on: 127.0.0.1 is this machine only, 0.0.0.0 any network"""
+    database: NewFile = Path("competition.sqlite")
+    """SQLite file that keeps the submissions"""
+    closes_at: Moment | None = None
+    """end of the competition, such as '2026-06-01 16:00', by this machine's clock"""
+    public_share: PositiveShare | None = None
+    """share of the queries that alone count until the competition closes (default: all)"""
+    seed: int = 0
+    """seed of that share"""
+    hide_scores: bool = False
+    """answer with the accuracy only: which identities were right leaks the answers"""
+    tokens: File | None = None
+    """CSV table of lines group,token: who may submit (default: anybody)"""
+    per_minute: PositiveInt = 60
+    """submissions of a group in a minute"""
+    per_address: PositiveInt | None = None
+    """submissions of a network address in a minute; a lecture hall shares one (default: any number)"""
 
 
 def main(form: Settings) -> None:
-    signal.signal(signal.SIGTERM, _end)  # as Ctrl-C, with what waits written
+    signal.signal(signal.SIGTERM, _end)  # as after Ctrl-C, waiting submissions are still written
     images = find_query_and_gallery(form.query_dir, form.gallery_dir)
     key = key_of_table(form.answers, *images) if form.answers else key_of_folders(*images)
     public = public_queries(key, form.public_share, form.seed) if form.public_share else None
@@ -62,7 +79,7 @@ def main(form: Settings) -> None:
 
 
 def _end(*_: object) -> NoReturn:
-    raise SystemExit(0)
+    raise StopError(0)
 
 
 if __name__ == "__main__":

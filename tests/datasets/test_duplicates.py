@@ -4,7 +4,7 @@ import numpy as np
 from PIL import Image
 from skimage import data
 
-from retrieval.datasets.duplicates import find_twins
+from retrieval.datasets.duplicates import find_duplicates
 
 
 def test_a_picture_saved_again_is_found_and_a_similar_one_is_not(tmp_path):
@@ -20,14 +20,14 @@ def test_a_picture_saved_again_is_found_and_a_similar_one_is_not(tmp_path):
     exif[0x0112] = 6  # to be turned back by whoever shows it
     turned.save(tmp_path / "turned.jpg", exif=exif, quality=90)
     again = {path.name: path for path in tmp_path.iterdir() if path.name != "a.png"}
-    twins = find_twins([{"a.png": tmp_path / "a.png"}, again])
-    assert {name: twin.because for name, twin in twins.items()} == {
+    duplicates = find_duplicates([{"a.png": tmp_path / "a.png"}, again])
+    assert {name: duplicate.because for name, duplicate in duplicates.items()} == {
         "bytes.png": "the same bytes",
         "quality.jpg": "the same picture",
         "smaller.jpg": "the same picture",
         "turned.jpg": "the same picture",
     }
-    assert {twin.of for twin in twins.values()} == {"a.png"}
+    assert {duplicate.of for duplicate in duplicates.values()} == {"a.png"}
 
 
 def test_only_an_earlier_group_counts_and_what_cannot_be_read_is_compared_by_its_bytes(tmp_path):
@@ -38,9 +38,9 @@ def test_only_an_earlier_group_counts_and_what_cannot_be_read_is_compared_by_its
         {"d": tmp_path / "d"},
         {n: tmp_path / n for n in "ce"},
     ]
-    twins = find_twins(groups)
-    assert {name: twin.of for name, twin in twins.items()} == {"c": "a", "e": "d"}
-    assert find_twins([{}, {"a": tmp_path / "a"}, {}]) == {}
+    duplicates = find_duplicates(groups)
+    assert {name: duplicate.of for name, duplicate in duplicates.items()} == {"c": "a", "e": "d"}
+    assert find_duplicates([{}, {"a": tmp_path / "a"}, {}]) == {}
 
 
 def test_two_hundred_images_are_told_apart(tmp_path):
@@ -53,4 +53,4 @@ def test_two_hundred_images_are_told_apart(tmp_path):
         paths[path.name] = path
     names = list(paths)
     halves = [{name: paths[name] for name in names[:100]}, {name: paths[name] for name in names[100:]}]
-    assert find_twins(halves) == {}
+    assert find_duplicates(halves) == {}

@@ -128,11 +128,11 @@ def test_no_image_is_on_two_sides(tmp_path, caplog):
     lay_out_split(tmp_path / "out", source)
     plan = json.loads((tmp_path / "out" / "split.json").read_bytes())
     assert "are left out (--keep_duplicates keeps them)" in caplog.text
-    assert {twin["because"] for twin in plan["left_out"].values()} == {"the same bytes", "the same picture"}
-    for name, twin in plan["left_out"].items():
+    assert {found["because"] for found in plan["left_out"].values()} == {"the same bytes", "the same picture"}
+    for name, found in plan["left_out"].items():
         assert not (tmp_path / "out" / name).exists()
-        assert (tmp_path / "out" / twin["of"]).exists()
-        assert name.rpartition("/")[0].rpartition("/")[0] != twin["of"].rpartition("/")[0].rpartition("/")[0]
+        assert (tmp_path / "out" / found["of"]).exists()
+        assert name.rpartition("/")[0].rpartition("/")[0] != found["of"].rpartition("/")[0].rpartition("/")[0]
     sides = {}
     for place, name in plan["files"].items():
         same = (

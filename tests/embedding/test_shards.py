@@ -36,8 +36,8 @@ import os, signal, sys, time
 from pathlib import Path
 
 import model_not_tuned
-from retrieval import shards
-from retrieval.settings import run_script
+from retrieval.embedding import shards
+from retrieval.console import run_script
 
 made, write = shards.make, shards.write_part
 

@@ -1,0 +1,1 @@
+"""The pages on the project, and what writes those of them that follow from the code."""

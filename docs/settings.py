@@ -1,0 +1,105 @@
+"""The forms of the scripts in; docs/settings.md and .env.example, which describe every setting, out.
+
+python -m docs.settings
+
+A test compares both files with what this writes: run it after a change of a setting, a default or a loss.
+"""
+
+from __future__ import annotations
+
+from inspect import get_annotations
+from pathlib import Path
+
+from pydantic.fields import FieldInfo
+
+import fine_tuning
+import model_not_tuned
+from retrieval.command_line import default_of, sentence_of
+from retrieval.forms import IN_ENVIRONMENT, Form
+from retrieval.settings import FaceSettings
+from supcon.variants import VARIANTS
+
+ROOT = Path(__file__).parent.parent
+RETRIEVAL, TRAINING = model_not_tuned.Settings, fine_tuning.Settings
+
+PAGE = """# Settings
+
+A flag wins over the environment, the environment over `.env` in the folder where you type, and `.env` over
+the form at the top of the script. In the environment and in `.env` the names are in capitals. Settings marked
+*flag* are flags only, since systems set names like DEVICE for purposes of their own. `unset` as the value of
+a flag means none, as in `--clip unset`.
+
+`python -m docs.settings` writes this page and `.env.example` from the forms of the scripts.
+
+## `model_not_tuned.py` and `model_fine_tuned.py`
+
+{retrieval}
+
+`model_fine_tuned.py` takes the checkpoint of `--weights`, by default `checkpoints/fine_tuned_model.pth`.
+It refuses `--model_type`, `--crop`, `--image_size`, `--face_margin` and `--min_face_size`, which the
+checkpoint knows.
+
+## `fine_tuning.py`
+
+{training}
+
+`--crop`, `--face_margin` and `--min_face_size` are those of the retrieval scripts.
+"""
+
+ENVIRONMENT = """\
+# Copy this file to .env and take the # off the lines you need. A flag on the command line wins over the
+# environment, the environment over .env, and .env over the defaults at the top of a script.
+# Whatever is not listed here, such as --device, is a flag only.
+"""
+EXAMPLES = {"server_url": "http://HOST:3001/retrieval/", "group_name": '"my-team"', "custom_dataset": "false"}
+NOTES = {
+    "batch_size": "; in fine_tuning.py, images in a training step",
+    "group_name": "; quotes keep blanks and # as they are",
+    "custom_dataset": ": true or false",
+}
+
+
+def settings_page() -> str:
+    """Return the text of docs/settings.md."""
+    return PAGE.format(retrieval=_table(RETRIEVAL), training=_table(TRAINING, FaceSettings))
+
+
+def env_example() -> str:
+    """Return the text of .env.example: the help and the default of each setting that .env may set."""
+    blocks = [ENVIRONMENT]
+    for name in IN_ENVIRONMENT:
+        field = (RETRIEVAL if name in RETRIEVAL.model_fields else TRAINING).model_fields[name]
+        text = sentence_of(field).partition("; --no-")[0] + NOTES.get(name, "")
+        value = EXAMPLES.get(name, default_of(field))
+        blocks.append(f"# {text[0].upper()}{text[1:]}.\n# {name.upper()}={value}\n")
+    return "\n".join(blocks)
+
+
+def _table(form: type[Form], said: type[Form] | None = None) -> str:
+    """Return a row for each setting, the script's own first, but none for those of the form `said`."""
+    shared = [name for base in form.__bases__ if base is not said for name in base.model_fields]
+    rows = ["| flag | default | what it means |", "|---|---|---|"]
+    names = dict.fromkeys([*get_annotations(form), *shared])
+    return "\n".join(rows + [_row(name, form.model_fields[name]) for name in names])
+
+
+def _row(name: str, field: FieldInfo) -> str:
+    default = f"`{default_of(field)}`" if default_of(field) else _defaults_of_losses(name)
+    default = "off" if field.default is False else default
+    more = " ".join(field.description.partition("\n\n")[2].split())
+    text = f"{sentence_of(field)}. {more}" if more else sentence_of(field)
+    return f"| `--{name}` | {default} | {text}{'' if name in IN_ENVIRONMENT else ' (*flag*)'} |"
+
+
+def _defaults_of_losses(name: str) -> str:
+    """Return the defaults that the losses give a setting of theirs, each with its losses."""
+    users: dict[str, list[str]] = {}
+    for loss, variant in VARIANTS.items():
+        if name in variant.choices:
+            users.setdefault(f"{variant.choices[name]}", []).append(f"`{loss}`")
+    return "; ".join(f"{value} ({', '.join(losses)})" for value, losses in users.items())
+
+
+if __name__ == "__main__":
+    (ROOT / "docs" / "settings.md").write_text(settings_page(), encoding="utf-8")
+    (ROOT / ".env.example").write_text(env_example(), encoding="utf-8")

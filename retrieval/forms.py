@@ -1,0 +1,232 @@
+"""Command line, environment and `.env` in; one typed, checked form out, or one sentence and status 2.
+
+The command line wins over the environment, that over `.env`, and that over the defaults in the script.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import re
+import sys
+from inspect import get_annotations
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from dotenv import dotenv_values
+from dotenv.parser import parse_stream
+from pydantic import ValidationError
+from pydantic.errors import PydanticUserError
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    InitSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from retrieval.command_line import FormParser, help_of
+from retrieval.errors import InputError, did_you_mean
+
+# The settings that the environment and .env may set, there in capitals, in the order of .env.example.
+# All others are flags only, since systems set names like DEVICE for purposes of their own.
+IN_ENVIRONMENT = (
+    "model_type", "crop", "query_dir", "gallery_dir", "top_k", "custom_dataset", "server_url", "group_name",
+    "group_token", "output_dir", "batch_size", "loss", "model", "train_dir", "save_dir", "epochs", "tracker",
+    "cache_dir",
+)  # fmt: skip
+
+CONTROL = r"[\x01-\x1f]"  # characters that "C:\\new\\table" holds once Python has read it
+
+log = logging.getLogger("retrieval.settings")
+
+
+# ---- the form -------------------------------------------------------------------------------------
+
+
+class _FormClass(type(BaseSettings)):
+    """Records the mistakes in an edited form: read_form raises them, not the import of the script."""
+
+    def __new__(metacls, name: str, bases: tuple, namespace: dict[str, Any], **options: Any) -> type[Form]:
+        mistakes = []
+        while True:
+            try:
+                form = super().__new__(metacls, name, bases, dict(namespace), **options)
+            except PydanticUserError as error:
+                if error.code not in ("model-field-overridden", "model-field-missing-annotation"):
+                    raise
+                field = re.search(r"[`'](\w+)", error.message)[1]  # the attribute that has no type
+                mistakes.append(_untyped(field, namespace.pop(field), bases))
+            else:
+                form.mistakes = (*mistakes, *form.mistakes)
+                return form
+
+
+class Form(BaseSettings, metaclass=_FormClass):
+    """The settings of a command: typed fields with their defaults, each with its help below it.
+
+    The first paragraph of the help is what --help prints; docs/settings.md also holds the others. A script
+    may repeat a field of a shared form with another default: the help stays that of the shared form.
+    """
+
+    refused: ClassVar[dict[str, str]] = {}  # flags of other scripts that this one cannot have, and why
+    mistakes: ClassVar[tuple[str, ...]] = ()  # sentences about what was edited wrongly
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,
+        cli_implicit_flags="toggle",  # a switch takes no value
+        cli_avoid_json=True,
+        cli_parse_none_str="unset",  # None on the command line; a group may be called "none" or "null"
+        case_sensitive=True,
+    )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        for name, field in cls.model_fields.items():
+            shared = shared_field(cls, name)
+            field.description = field.description or (shared and shared.description)
+            if not field.description:
+                hint = did_you_mean(name.lower(), [known for known in cls.model_fields if known != name])
+                cls.mistakes += (f"there is no setting {name}{hint} (a new one needs its help below it)",)
+
+    @classmethod
+    def settings_customise_sources(cls, settings_cls, init_settings, **others) -> tuple:  # noqa: ANN001, ANN003
+        """Return the sources after the command line: arguments, environment, .env."""
+        environment = InitSettingsSource(cls, _settings_in(cls, os.environ))
+        return init_settings, environment, InitSettingsSource(cls, _settings_in(cls, _dotenv()))
+
+
+FormType = TypeVar("FormType", bound=Form)
+
+
+def shared_field(form: type[Form], name: str) -> FieldInfo | None:
+    """Return the field of this name in the shared form that declares it, or None for a form's own field."""
+    parents = [parent for parent in form.__mro__[1:] if issubclass(parent, Form)]
+    return next((parent.model_fields[name] for parent in parents if name in parent.model_fields), None)
+
+
+def _untyped(field: str, value: Any, bases: tuple[type[Form], ...]) -> str:
+    """Say how to write a field that lost its type, or which field a misspelt name may mean."""
+    known = [name for base in bases for name in getattr(base, "model_fields", {})]
+    if field not in known:
+        return f"there is no setting {field}{did_you_mean(field.lower(), known)}"
+    parents = [parent for base in bases for parent in base.__mro__]
+    kinds = [get_annotations(parent).get(field) for parent in parents]
+    kind = next((kind for kind in kinds if isinstance(kind, str)), "its type")
+    return f"{field} needs its type again: write {field}: {kind} = {value!r}"
+
+
+# ---- environment and .env -------------------------------------------------------------------------
+
+
+def _settings_in(form: type[Form], names: dict[str, str | None]) -> dict[str, str]:
+    """Return the form's settings among the names of the environment or of .env, without the empty ones."""
+    fields = [field for field in form.model_fields if field in IN_ENVIRONMENT]
+    return {field: names[field.upper()] for field in fields if names.get(field.upper())}
+
+
+def _dotenv() -> dict[str, str | None]:
+    """Read the .env of the current folder, if there is one. Raises InputError for a broken line."""
+    path = Path(".env")
+    if not path.is_file():
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{path.absolute()} is not UTF-8 text: save it as UTF-8") from None
+    for line in parse_stream(io.StringIO(text)):
+        if line.error or (line.key and line.value is None):
+            written = line.original.string.lstrip()
+            number = line.original.line + line.original.string.removesuffix(written).count("\n")
+            broken = written.partition("\n")[0]
+            raise InputError(f"{path.absolute()}, line {number}: {broken!r} is not of the form NAME=value")
+    return dotenv_values(stream=io.StringIO(text))
+
+
+def _warn_of_unknown_names(form: type[Form]) -> None:
+    known = [name.upper() for name in IN_ENVIRONMENT]
+    for name in _dotenv():
+        if name not in known:
+            is_flag = name.lower() in form.model_fields and name.lower() not in IN_ENVIRONMENT
+            hint = f": it is a flag only, --{name.lower()}" if is_flag else did_you_mean(name.upper(), known)
+            log.warning(".env sets %s, which no script reads%s", name, hint)
+
+
+# ---- read a form ----------------------------------------------------------------------------------
+
+
+def read_form(form: type[FormType], arguments: list[str], program: str | None = None) -> FormType:
+    """Fill in a form from the command line's arguments, the environment, .env and the form's defaults.
+
+    Warns of names in .env that no form knows, and logs which edited defaults the environment or .env
+    overrides. Raises InputError, with a sentence for each mistake in the form and for each wrong setting.
+    """
+    if form.mistakes:
+        script = Path(sys.modules[form.__module__].__file__).name
+        raise InputError("\nerror: ".join(f"{script}: {mistake}" for mistake in form.mistakes))
+    _warn_of_unknown_names(form)
+    parser = FormParser(form, program)
+    source = CliSettingsSource(form, root_parser=parser, add_argument_method=parser.add_flag)
+    try:
+        settings = form(_cli_settings_source=source(args=arguments))
+    except SettingsError as error:
+        raise InputError(_flag_sentence(str(error), form)) from None
+    except ValidationError as error:
+        sentences = [_value_sentence(problem, arguments, form) for problem in error.errors()]
+        raise InputError("\nerror: ".join(sentences)) from None
+    _tell_overridden(settings, arguments)
+    return settings
+
+
+def _origin(name: str, arguments: list[str]) -> str | None:
+    """Return where the value of a setting stands, unless it is the script's default."""
+    if {f"--{name}", f"--no-{name}"} & {argument.partition("=")[0] for argument in arguments}:
+        return f"--{name}"
+    if name in IN_ENVIRONMENT and os.environ.get(name.upper()):
+        return f"{name.upper()} in the environment"
+    if name in IN_ENVIRONMENT and _dotenv().get(name.upper()):
+        return f"{name.upper()} in .env"
+    return None
+
+
+def _tell_overridden(settings: Form, arguments: list[str]) -> None:
+    """Log each default that was edited in the script and has no effect, because the environment wins."""
+    for name, field in type(settings).model_fields.items():
+        shared, origin = shared_field(type(settings), name), _origin(name, arguments)
+        edited = shared is not None and field.default != shared.default
+        if edited and origin and not origin.startswith("--"):
+            value = getattr(settings, name)
+            log.info("%s (%s) wins over the script's default for %s (%s)", origin, value, name, field.default)
+
+
+def _flag_sentence(problem: str, form: type[Form]) -> str:
+    unknown = re.match(r"unrecognized arguments: ((--[^\s=]+)?.*)", problem)
+    if not unknown:
+        return f"{problem} (--help lists the flags)"
+    refused = form.refused.get((unknown[2] or "").removeprefix("--"))
+    if refused:
+        return f"{unknown[2]} is not for this script: {refused}"
+    if not unknown[2]:
+        return f"{unknown[1]} is neither a flag nor a flag's value: quote what has blanks (see --help)"
+    hint = did_you_mean(unknown[2].lower(), [f"--{name}" for name in form.model_fields])
+    return f"there is no flag {unknown[2]}{hint} (--help lists the flags)"
+
+
+def _value_sentence(problem: dict[str, Any], arguments: list[str], form: type[Form]) -> str:
+    """Say where a wrong value stands, what it is, and what is wrong with it."""
+    name = str(problem["loc"][0])
+    if problem["type"] == "missing":
+        return f"give --{name}: {help_of(form.model_fields[name])}"
+    what = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
+    value = str(problem["input"])
+    where = _origin(name, arguments)
+    if not where:
+        where = "the argument" if value in arguments else f"the script's default for --{name}"
+    shown = repr(value) if re.search(CONTROL, value) else f"'{value}'"
+    return f"{where} is {shown}: {what}"

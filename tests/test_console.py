@@ -1,0 +1,96 @@
+"""retrieval/console.py: a script ends with a sentence and an exit status."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, run
+
+from retrieval import console, errors
+from retrieval.errors import InputError
+from retrieval.forms import Form
+from retrieval.settings import PositiveInt
+
+
+class Example(Form):
+    """A form with every kind of setting."""
+
+    top_k: PositiveInt = 10
+    """k of the metric"""
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "sentence"),
+    [
+        (InputError("wrong"), 2, "error: wrong"),
+        (FileNotFoundError("no images"), 2, "error: no images"),
+        (FileExistsError("something else"), 2, "error: something else"),
+        (errors.RunError("no answer"), 1, "error: no answer"),
+        (OSError(28, "No space left on device", "results/x"), 1, "error: results/x: no space left on device"),
+        (ModuleNotFoundError("No module named 'timm'"), 1, "pip install -r requirements.txt"),
+        (KeyboardInterrupt(), 130, "stopped by Ctrl-C"),
+        (errors.StopError(130), 130, ""),
+    ],
+)
+def test_a_script_ends_with_a_sentence_and_a_status(monkeypatch, capsys, error, status, sentence):
+    def main(form):
+        raise error
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit) as end:
+        console.run_script(main, Example)
+    assert end.value.code == status
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def main(form):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(ZeroDivisionError):
+        console.run_script(main, Example)
+
+
+def test_commands(monkeypatch, capsys):
+    asked = []
+    commands = {"one": (Example, asked.append), "two": (Example, asked.append)}
+    monkeypatch.setattr(sys, "argv", ["script.py", "two", "--top_k", "3"])
+    console.run_command(commands)
+    assert [form.top_k for form in asked] == [3]
+    for arguments, status in (([], 2), (["three"], 2), (["--help"], 0)):
+        monkeypatch.setattr(sys, "argv", ["script.py", *arguments])
+        with pytest.raises(SystemExit) as end:
+            console.run_command(commands)
+        assert end.value.code == status
+        said = capsys.readouterr()
+        assert "one          A form with every kind" in said.out + said.err
+
+
+def test_a_reader_that_goes_away_is_no_noise(tmp_path):
+    script = f"{sys.executable} {ROOT / 'model_not_tuned.py'} --help | head -1"
+    ended = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert ended.stdout.startswith("usage: model_not_tuned.py")
+    assert "Logging error" not in ended.stderr
+
+
+def test_a_file_name_that_no_console_can_show_stops_nothing(tmp_path):
+    (tmp_path / os.fsdecode(b"\xff.txt")).write_text("")
+    ended = run(
+        "model_not_tuned.py", "--query_dir", ".", "--gallery_dir", ".", cwd=tmp_path, PYTHONIOENCODING="ascii"
+    )
+    assert ended.returncode == 2
+    assert "such as \\udcff.txt" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (["model_not_tuned.py"], "model_not_tuned.py"),
+        (["-m", "retrieval.backbones"], "python -m retrieval.backbones"),
+        (["-m", "retrieval.datasets", "split"], "python -m retrieval.datasets split"),
+    ],
+)
+def test_the_name_of_the_program_is_what_one_types(command, name, tmp_path):
+    assert run(*command, "--help", cwd=tmp_path).stdout.startswith(f"usage: {name} [flags]")
