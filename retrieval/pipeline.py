@@ -23,7 +23,7 @@ from retrieval.ranking.approximate import check_search, rank_by
 from retrieval.records import Embeddings, Ranking
 from retrieval.report.run_report import Found, write_report
 from retrieval.run import SUBMISSION, Outcome, Run, stop_if_failed
-from retrieval.server.scoring import key_of_folders
+from retrieval.server.answer_key import key_of_folders
 from retrieval.server.serve import local_server
 from retrieval.settings import LOCAL
 from retrieval.submission.client import NOT_SENT, send_submission
