@@ -8,7 +8,8 @@ from test_run_report import STRANGE
 
 from retrieval.errors import InputError
 from retrieval.metrics import competition_score, first_hits, metrics_of
-from retrieval.report.comparison import compare_ledgers, holm, mcnemar, read_ledgers
+from retrieval.report.comparison import compare_ledgers, holm, mcnemar
+from retrieval.report.ledgers import read_ledgers
 from retrieval.run import Outcome, Run
 from retrieval.settings import Form, NewFolder
 
@@ -153,7 +154,7 @@ def test_what_is_no_line_is_named_and_passed_over(tmp_path, caplog):
     torn = [b'{"time": "2026', b"[]", b"\xff\xfe", good.replace(b'"first": [1,', b'"first": ['), b"1"]
     (tmp_path / "runs.jsonl").write_bytes(resent + b"\n".join([*torn, good]))
     (run_line,) = read_ledgers([tmp_path])
-    assert run_line.word == "word"
+    assert run_line.network == "word"
     warned = [record.getMessage() for record in caplog.records]
     assert [text.partition(", line ")[2].split()[0] for text in warned] == ["2", "3", "4", "5", "6"]
 
