@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -85,24 +85,26 @@ def _grouped(runs: list[RunLine]) -> list[list[RunLine]]:
 
 
 def _beside_the_best(runs: list[RunLine]) -> list[Row]:
-    """Compare each run with the first one, by both tests if the labels of both are known."""
+    """Compare each run with the first one, and correct the p-values for their number."""
     best, *others = runs
-    tested = [run for run in others if best.first and run.first]
-    p_values = holm([mcnemar(best.first, run.first) for run in tested])
-    p_of = dict(zip(map(id, tested), p_values, strict=True))
     names = best.query_names()
-    rows = [Row(best)]
-    for run in others:
-        if id(run) not in p_of:
-            rows.append(Row(run))
-            continue
-        pairs = list(zip(names, best.first, run.first, strict=True))
-        rows.append(Row(
-            run, compare(points_of(list(run.first)), points_of(list(best.first))), p_of[id(run)],
-            [name for name, of_best, of_run in pairs if of_best == 1 != of_run],
-            [name for name, of_best, of_run in pairs if of_run == 1 != of_best],
-        ))  # fmt: skip
-    return rows
+    rows = [Row(best), *(_compared(run, best, names) for run in others)]
+    corrected = iter(holm([row.p for row in rows if row.p is not None]))
+    return [row if row.p is None else replace(row, p=next(corrected)) for row in rows]
+
+
+def _compared(run: RunLine, best: RunLine, names: list[str]) -> Row:
+    """Compare a run with the best one, query by query, if the labels are known for both."""
+    if not (best.first and run.first):
+        return Row(run)
+    pairs = list(zip(names, best.first, run.first, strict=True))
+    return Row(
+        run,
+        compare(points_of(list(run.first)), points_of(list(best.first))),
+        mcnemar(best.first, run.first),
+        only_best=[name for name, of_best, of_run in pairs if of_best == 1 != of_run],
+        only_this=[name for name, of_best, of_run in pairs if of_run == 1 != of_best],
+    )
 
 
 def mcnemar(first: tuple[int, ...], other: tuple[int, ...]) -> float:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import AfterValidator, BaseModel, model_validator
-from pydantic_core import from_json
 
 from retrieval.errors import InputError
 from retrieval.metrics import CUTS
@@ -180,10 +179,10 @@ def _read_ledger(ledger: Path) -> list[RunLine]:
         if not line.strip():
             continue
         try:
-            content = from_json(line)
+            content = json.loads(line)
             if isinstance(content, dict) and "metrics" not in content:  # sent again
                 continue
             runs.append(RunLine.model_validate(content).model_copy(update={"ledger": ledger}))
-        except ValueError:  # no JSON, or a ValidationError
+        except (ValueError, RecursionError):  # no JSON, or pydantic's ValidationError
             log.warning("%s, line %d is no line of a ledger, and is passed over", ledger, number)
     return runs

@@ -27,7 +27,7 @@ from retrieval.metrics import CUTS, are_labelled, first_hits
 from retrieval.records import UNREADABLE, Embeddings, Ranking
 from retrieval.report import charts
 from retrieval.report.charts import Chart, Points
-from retrieval.report.thumbnails import draw_matches, small_pictures
+from retrieval.report.thumbnails import draw_matches, encoded_thumbnails
 from retrieval.run import Outcome, Run
 
 PAGE, SHEET = "report.html", "similar_images.png"
@@ -75,8 +75,8 @@ def write_report(run: Run, found: Found, outcome: Outcome) -> Path:
     matches = Matches(found)
     draw_matches(found.ranking, found.queries, found.gallery, run.settings.top_k, run.folder / SHEET)
     shown = _sample(found)
-    tsne, behind = _map(found, matches, shown)
-    charts = {chart.name: chart for chart in [*tsne, *_charts(found, matches)]}
+    maps, behind = _map(found, matches, shown)
+    charts = {chart.name: chart for chart in [*maps, *_charts(found, matches)]}
     for chart in charts.values():
         write_whole(run.folder / f"{chart.name}.png", chart.png)
     data = _data(found, matches, [shown[rows].tolist() for rows in behind])
@@ -198,7 +198,7 @@ def _data(found: Found, matches: Matches, points: list[list[int]]) -> dict[str, 
     used |= dict.fromkeys(row for rows in points for row in rows)
     drawn = list(used)[:MOST_PICTURES]
     side = next(side for count, side in SIDES.items() if len(drawn) <= count)
-    pictures = dict(zip(drawn, small_pictures([images[row] for row in drawn], side), strict=True))
+    pictures = dict(zip(drawn, encoded_thumbnails([images[row] for row in drawn], side), strict=True))
     classes = sorted({label_of(images[row].name) or "" for row in used})
     class_of = {label: number for number, label in enumerate(classes)}
     return {
@@ -264,7 +264,7 @@ def _map(found: Found, matches: Matches, shown: np.ndarray) -> tuple[list[Chart]
         untuned = vectors[:, : vectors.shape[1] // 2]  # both have as many numbers
         lengths = np.linalg.norm(untuned, axis=1, keepdims=True)
         panels.insert(0, ("before fine-tuning", untuned / np.maximum(lengths, 1e-12)))
-    points = [Points(title, places(vectors)) for title, vectors in panels]
+    points = [Points(title, tsne(vectors)) for title, vectors in panels]
     labels, colours = _coloured(found, matches, shown)
     chart, behind = charts.embedding_map(points, labels, shown < len(found.queries), colours)
     return [chart], behind
@@ -284,8 +284,11 @@ def _coloured(found: Found, matches: Matches, shown: np.ndarray) -> tuple[list[s
     return [verdicts[row] for row in shown], colours
 
 
-def places(vectors: np.ndarray, seed: int = 0) -> np.ndarray:
-    """t-SNE (van der Maaten and Hinton 2008) of vectors (points, dimension), after PCA to 50: (points, 2)."""
+def tsne(vectors: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Reduce vectors (points, dimension) to (points, 2) by PCA to 50 dimensions, then t-SNE.
+
+    L. van der Maaten and G. Hinton, JMLR 9 (2008) 2579.
+    """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 

@@ -159,6 +159,14 @@ def test_what_is_no_line_is_named_and_passed_over(tmp_path, caplog):
     assert [text.partition(", line ")[2].split()[0] for text in warned] == ["2", "3", "4", "5", "6"]
 
 
+def test_a_folder_whose_name_is_no_utf_8_is_compared_too(tmp_path):
+    put(tmp_path, "word", GOOD, query_dir="caf\udce9")
+    (tmp_path / "runs.jsonl").open("a").write("[" * 100_000 + "\n")
+    page = compare_ledgers([tmp_path])
+    assert [row[0] for row in table(page)[1:]] == ["word"]
+    assert "**caf?: 10 queries" in page.with_name("comparison.md").read_text()
+
+
 def test_earlier_submissions_hold_no_ledgers_and_a_folder_without_one_is_told(tmp_path):
     put(tmp_path / "earlier" / "x", "word", GOOD)
     with pytest.raises(InputError, match=r"no runs.jsonl in or below .*: give the --output_dir of runs"):

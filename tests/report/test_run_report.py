@@ -12,7 +12,7 @@ from retrieval.backbones.backbone import Trained
 from retrieval.ranking.exact import rank
 from retrieval.report import run_report
 from retrieval.report.charts import RIGHT, WRONG, confusion, per_class
-from retrieval.report.run_report import Found, Matches, places, write_report
+from retrieval.report.run_report import Found, Matches, tsne, write_report
 from retrieval.run import Outcome, Run
 from retrieval.settings import Form, GroupToken, NewFolder
 
@@ -171,7 +171,7 @@ def test_an_image_that_cannot_be_read_costs_its_picture_only(digits, tmp_path):
 
 def test_the_map_is_seeded_and_keeps_classes_together(digits):
     vectors = digits.gallery_vectors.vectors
-    first, second = places(vectors), places(vectors)
+    first, second = tsne(vectors), tsne(vectors)
     assert np.array_equal(first, second)
     labels = np.array([name[0] for name in digits.gallery_vectors.names])
     distances = np.linalg.norm(first[:, None] - first[None], axis=2) + 1e9 * np.eye(len(first))
