@@ -162,7 +162,7 @@ def similarities(first: np.ndarray, right: np.ndarray | None) -> Chart:
     axes.set_xlabel("cosine similarity of the first match")
     axes.set_ylabel("queries")
     axes.yaxis.get_major_locator().set_params(integer=True)
-    axes.set_title("how sure the first matches are")
+    axes.set_title("similarity of the first matches")
     axes.legend(loc="upper left", frameon=False, labelcolor=INK)
     medians = ", ".join(f"{name} {np.median(values):.2f}" for name, values, _ in parts if len(values))
     return chart_of(figure, "similarities", f"Similarity of the first match, in the median: {medians}")

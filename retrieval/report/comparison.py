@@ -20,9 +20,9 @@ PAGE, TABLE = "comparison.html", "comparison.md"
 MOST_NAMES = 200  # in a list of the page
 ALPHA = 0.05
 NOTE = (
-    "In brackets: the 95 % interval. Told apart from the best query by query: top-1 by McNemar's exact test, "
-    "corrected by Holm for the rows of a table (5 %); the score by a paired bootstrap, whose interval, not "
-    "corrected, must not hold 0."
+    "In brackets: the 95 % interval. Each run is compared with the best, query by query: top-1 by McNemar's "
+    "exact test (5 %, corrected by Holm for the rows of a table), the score by a paired bootstrap, whose "
+    "interval is not corrected and must exclude 0."
 )
 
 TEMPLATES = Path(__file__).with_name("templates")

@@ -1,5 +1,4 @@
 import json
-import shutil
 from datetime import UTC, datetime
 
 import pytest
@@ -189,28 +188,21 @@ def test_names_are_text_in_the_page_and_cells_in_the_table(tmp_path):
     assert r"a\|b&lt;script&gt;" in page.with_name("comparison.md").read_text()
 
 
-def test_two_real_runs_from_the_command_line(few, tmp_path):
-    shutil.copytree(few, tmp_path / "data")
-    folders = (
-        "--query_dir",
-        "data/query",
-        "--gallery_dir",
-        "data/gallery",
-        "--custom_dataset",
-        "--no_report",
-    )
-    for size in ("64", "96"):
-        ended = run("model_not_tuned.py", *folders, "--image_size", size, "--output_dir", f"results/{size}",
+def test_real_runs_from_the_command_line(few, exported, tmp_path):
+    folders = ("--query_dir", few / "query", "--gallery_dir", few / "gallery", "--custom_dataset")
+    for name in ("one", "other"):
+        ended = run("model_not_tuned.py", *folders, "--no_report", "--output_dir", f"results/{name}",
                     cwd=tmp_path)  # fmt: skip
         assert ended.returncode == 0, ended.stderr
+    change(tmp_path / "results" / "other", settings={"image_size": 96})
     ended = run("-m", "retrieval.report", "results", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
-    assert "data/query: 8 queries × 24 images" in ended.stdout
+    assert f"{few / 'query'}: 8 queries × 24 images" in ended.stdout
     assert ended.stdout.count("efficientnet_lite0") == 2
     assert "wrote results/comparison.html" in ended.stdout
-    ended = run("-m", "retrieval.report", "data", cwd=tmp_path)
+    ended = run("-m", "retrieval.report", few, cwd=tmp_path)
     assert ended.returncode == 2
-    assert "error: there is no runs.jsonl in or below data" in ended.stderr
+    assert f"error: there is no runs.jsonl in or below {few}" in ended.stderr
 
 
 @pytest.mark.parametrize("width", [1280, 400])
