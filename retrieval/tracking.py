@@ -104,8 +104,8 @@ def start_tracking(
 ) -> Tracking:
     """Begin to track a run in its folder, or resume the run whose state was `before`.
 
-    A resumed run forgets the steps after that state. Of the config, text and numbers are kept. Nothing is
-    raised: a tracker that cannot begin is a warning. With "none" nothing is imported or written.
+    A resumed run forgets the steps after that state. Only text and numbers in the config are kept.
+    Raises nothing: a tracker that cannot begin is a warning. With "none" nothing is imported or written.
     """
     unique = f"{datetime.now():%Y%m%d-%H%M%S}-{re.sub('[^A-Za-z0-9_.]+', '-', name)[:60]}-{token_hex(2)}"
     tracking = Tracking(**(before or {"run": unique}))
@@ -117,7 +117,7 @@ def start_tracking(
         PartialState(cpu=True)  # the trackers ask it whether this is the main process; it touches no device
         start = _start_tensorboard if tracker == "tensorboard" else _start_wandb
         tracking.tracker, where = start(tracking, folder, name)
-        plain = {word: value for word, value in config.items() if isinstance(value, str | int | float)}
+        plain = {key: value for key, value in config.items() if isinstance(value, str | int | float)}
         tracking.tracker.store_init_configuration(plain)
         log.info("tracking: %s", where)
     return tracking

@@ -40,13 +40,13 @@ class Row:
     only_this: list[str] | None = None  # and in this run only
 
     @property
-    def apart(self) -> str:
-        """Say which tests tell the run from the best one."""
+    def significant(self) -> str:
+        """Name the metrics in which the run differs significantly from the best one."""
         if self.difference is None or self.p is None:
             return "–"
         low, high = self.difference[1]
-        significant = {"score": high < 0 or low > 0, "top-1": self.p < ALPHA}
-        return " and ".join(metric for metric, is_so in significant.items() if is_so) or "no"
+        differs = {"score": high < 0 or low > 0, "top-1": self.p < ALPHA}
+        return " and ".join(metric for metric, is_so in differs.items() if is_so) or "no"
 
 
 def compare_ledgers(folders: list[Path]) -> Path:
@@ -75,10 +75,10 @@ def _grouped(runs: list[RunLine]) -> list[list[RunLine]]:
     """Group the runs by their images, the best first; the newest of equal runs stands for all of them."""
     groups: dict[tuple, dict[tuple, list[RunLine]]] = {}
     for run in sorted(runs, key=lambda run: run.time):
-        groups.setdefault(run.images, {}).setdefault(run.same, []).append(run)
+        groups.setdefault(run.images, {}).setdefault(run.identity, []).append(run)
     newest = [[runs[-1].model_copy(update={"count": len(runs)}) for runs in group.values()]
               for group in groups.values()]  # fmt: skip
-    return [sorted(runs, key=lambda run: -run.height) for runs in newest]
+    return [sorted(runs, key=lambda run: -run.sort_score) for runs in newest]
 
 
 # ---- compare --------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def _cells_of(name: str, row: Row, with_server: bool) -> list[str]:
     server, seconds = run.outcome.accuracy, run.seconds.total
     return [name + again, "yes" if run.tuned else "no", *shares,
             _estimate(run, "score", lambda score: f"{score:.0f}"),
-            *(["–" if server is None else f"{server:g}"] if with_server else []), difference, row.apart,
+            *(["–" if server is None else f"{server:g}"] if with_server else []), difference, row.significant,
             "–" if seconds is None else f"{seconds:.0f}"]  # fmt: skip
 
 

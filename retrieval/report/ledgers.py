@@ -103,7 +103,7 @@ class RunLine(BaseModel):
 
     @property
     def name(self) -> str:
-        """The model name, and the settings that were given; of a weights file the end of its path."""
+        """The model name and the settings that were given; a weights file is named by the end of its path."""
         given = self.distinguishing
         if given["weights"]:
             given["weights"] = "/".join(Path(given["weights"]).parts[-2:])
@@ -122,20 +122,20 @@ class RunLine(BaseModel):
 
     @property
     def images(self) -> tuple:
-        """The identity of the images: runs can be compared if theirs are equal."""
+        """What runs must have in common to be compared: the names of the images, or else the folders."""
         folders = self.settings.query_dir, self.settings.gallery_dir
         return self.metrics.names or folders, self.size
 
     @property
-    def same(self) -> tuple:
-        """The identity of the run: runs with an equal one are the same run again."""
+    def identity(self) -> tuple:
+        """What a repeated run has in common with the first: network, settings, and results."""
         server = self.outcome.accuracy if self.first is None else None  # sending changes no ranking
         score = self.metrics.estimates.get("score")
         return self.network, json.dumps(self.distinguishing), self.first, score and score.value, server
 
     @property
-    def height(self) -> float:
-        """The score by the labels, or else the server's: the rows are sorted by it."""
+    def sort_score(self) -> float:
+        """The score by the labels, or else the server's score, or else -1."""
         if "score" in self.metrics.estimates:
             return self.metrics.estimates["score"].value
         return -1.0 if self.outcome.accuracy is None else self.outcome.accuracy
@@ -173,14 +173,14 @@ def _ledgers_in(folder: Path) -> list[Path]:
 
 
 def _read_ledger(ledger: Path) -> list[RunLine]:
-    """Read the runs in a ledger, but not the submissions that were only sent again; warn of broken lines."""
+    """Read the runs in a ledger. Skip a submission that was only sent again; skip a broken line and warn."""
     runs = []
     for number, line in enumerate(ledger.read_bytes().splitlines(), 1):
         if not line.strip():
             continue
         try:
             content = json.loads(line)
-            if isinstance(content, dict) and "metrics" not in content:  # sent again
+            if isinstance(content, dict) and "metrics" not in content:  # a submission sent again
                 continue
             runs.append(RunLine.model_validate(content).model_copy(update={"ledger": ledger}))
         except (ValueError, RecursionError):  # no JSON, or pydantic's ValidationError
