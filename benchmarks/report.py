@@ -27,7 +27,8 @@ from get_images import ImageFile, find_images  # noqa: E402
 from retrieval.metrics import measure  # noqa: E402
 from retrieval.ranking.exact import rank  # noqa: E402
 from retrieval.records import Embeddings  # noqa: E402
-from retrieval.report.run_report import Found, write_report  # noqa: E402
+from retrieval.report.results import Results  # noqa: E402
+from retrieval.report.run_report import write_report  # noqa: E402
 from retrieval.run import Outcome, Run  # noqa: E402
 
 
@@ -58,7 +59,7 @@ def seconds_to_draw(arguments: argparse.Namespace, folder: Path) -> float:
     folders = {"query_dir": arguments.query_dir, "gallery_dir": arguments.gallery_dir, "output_dir": folder}
     run, found = (
         Run(Settings(**folders)),
-        Found(queries, gallery, query_vectors, gallery_vectors, ranking, metrics),
+        Results(queries, gallery, query_vectors, gallery_vectors, ranking, metrics),
     )
     start = time.perf_counter()
     write_report(run, found, Outcome("saved", "a benchmark"))

@@ -1,4 +1,4 @@
-"""A template and its values in; an HTML page, one file that opens offline, out."""
+"""A template and its values in; an HTML page as bytes out."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-SHARED = Path(__file__).with_name("templates")  # what every page extends
+SHARED = Path(__file__).with_name("templates")  # what every page extends or includes
 
 
 def render(templates: Path, template: str, **values: Any) -> bytes:
-    """Return the page of a template in the folder `templates`, as UTF-8.
+    """Render a template of the folder `templates` as UTF-8.
 
-    Text is escaped. What UTF-8 cannot encode, such as half a surrogate pair, becomes a question mark.
+    Values are escaped. What UTF-8 cannot encode, such as half a surrogate pair, becomes a question mark.
     """
     return _environment(templates).get_template(template).render(values).encode("utf-8", "replace")
 

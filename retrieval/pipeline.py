@@ -21,9 +21,10 @@ from retrieval.machine import cores
 from retrieval.metrics import measure, require_labels
 from retrieval.ranking.approximate import check_search, rank_by
 from retrieval.records import Embeddings, Ranking
-from retrieval.report.run_report import Found, write_report
+from retrieval.report.results import Results
+from retrieval.report.run_report import write_report
 from retrieval.run import SUBMISSION, Outcome, Run, stop_if_failed
-from retrieval.server.scoring import key_of_folders
+from retrieval.server.answer_key import key_of_folders
 from retrieval.server.serve import local_server
 from retrieval.settings import LOCAL
 from retrieval.submission.client import NOT_SENT, send_submission
@@ -107,7 +108,7 @@ def rank_both(run: Run, vectors: Vectors, backbone: Unloaded) -> Ranking:
     return ranking
 
 
-def save(run: Run, images: Images, vectors: Vectors, ranking: Ranking, backbone: Unloaded) -> Found:
+def save(run: Run, images: Images, vectors: Vectors, ranking: Ranking, backbone: Unloaded) -> Results:
     """Write submission.json and all else but the outcome; what was found, with its figures."""
     metrics = {"backbone": backbone.word, "tuned": backbone.trained is not None}
     metrics |= {"names": run.write_names(vectors.queries.names, vectors.gallery.names)}
@@ -117,10 +118,10 @@ def save(run: Run, images: Images, vectors: Vectors, ranking: Ranking, backbone:
     run.write_without_face(*vectors)
     remove_shards(run)
     run.done("save", f"saved {path}, and metrics.json beside it,")
-    return Found(*images, *vectors, ranking, metrics, backbone.trained)
+    return Results(*images, *vectors, ranking, metrics, backbone.trained)
 
 
-def send(run: Run, found: Found) -> Outcome:
+def send(run: Run, found: Results) -> Outcome:
     """Send what was saved, unless nothing is to be sent; say what became of it, and keep that."""
     settings = run.settings
     path, token = run.folder / SUBMISSION, settings.group_token.get_secret_value()
@@ -139,7 +140,7 @@ def send(run: Run, found: Found) -> Outcome:
     return outcome
 
 
-def show(run: Run, found: Found, outcome: Outcome) -> None:
+def show(run: Run, found: Results, outcome: Outcome) -> None:
     """Draw the page and its pictures, unless they are not wanted, tell a tracker, and end as the run went."""
     if not run.settings.no_report and outcome.word != "interrupted":
         try:

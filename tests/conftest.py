@@ -282,7 +282,7 @@ def found_of(folder, queries_of_each=None, gallery_of_each=None):
     from get_images import find_images, label_of
     from retrieval.metrics import measure
     from retrieval.ranking.exact import rank
-    from retrieval.report.run_report import Found
+    from retrieval.report.results import Results
 
     sides = []
     for part, most in (("query", queries_of_each), ("gallery", gallery_of_each)):
@@ -299,7 +299,7 @@ def found_of(folder, queries_of_each=None, gallery_of_each=None):
         }
         vectors.append(vectors_of({name: values - values.mean() for name, values in pixels.items()}))
     ranking = rank(*vectors, k=10)
-    return Found(*sides, *vectors, ranking, {"backbone": "pixels"} | measure(ranking, *vectors, 3))
+    return Results(*sides, *vectors, ranking, {"backbone": "pixels"} | measure(ranking, *vectors, 3))
 
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

@@ -13,7 +13,8 @@ import requests
 from conftest import ROOT
 
 from get_images import find_images
-from retrieval.server.scoring import Rules, key_of_folders
+from retrieval.server.answer_key import key_of_folders
+from retrieval.server.rules import Rules
 from retrieval.server.serve import local_server
 
 

@@ -46,7 +46,8 @@ def test_the_form_is_read_before_the_slow_imports(script):
 
 ROOMS = ("submission", "backbones", "report", "embedding")  # that are scripts too
 COMMANDS = [["model_not_tuned.py"], ["fine_tuning.py"], ["model_fine_tuned.py"],
-            ["-m", "retrieval.datasets"], ["-m", "retrieval.datasets", "sample"], *(["-m", f"retrieval.{room}"] for room in ROOMS)]  # fmt: skip
+            ["-m", "retrieval.datasets"], ["-m", "retrieval.datasets", "sample"],
+            *(["-m", f"retrieval.{room}"] for room in ROOMS)]  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)

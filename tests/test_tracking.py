@@ -54,24 +54,37 @@ def about(pairs):
 
 
 LOOK = """
-import sys
+import logging, os, resource, sys
 from pathlib import Path
 import fine_tuning, retrieval.forms
-from retrieval.tracking import check_tracker, track_run
-check_tracker(sys.argv[1])
-class Settings(retrieval.forms.Form):
+from retrieval.tracking import check_tracker, start_tracking, track_run
+logging.basicConfig(format="%(message)s")
+class Form(retrieval.forms.Form):
     seed: int = 3
-track_run(sys.argv[1], Path("out"), "word", Settings(_cli_parse_args=[]), {"top_1": 0.5})
-print(sorted({"accelerate", "tensorboard", "wandb"} & set(sys.modules)))
+for tracker in ("none", "tensorboard"):
+    check_tracker(tracker)
+    track_run(tracker, Path("out"), "name", Form(_cli_parse_args=[]), {"top_1": 0.5})
+    print(sorted({"accelerate", "tensorboard", "wandb"} & set(sys.modules)), os.listdir())
+with start_tracking("tensorboard", Path("full"), "name", {"lr": 0.1}) as tracking:
+    tracking.log({"loss": 1.0}, 1)
+    (file,) = Path("full").glob("tensorboard/*/events*")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 10, -1))  # as on a full disk
+    for step in range(2, 9):
+        tracking.log({"loss": 1.0 / step}, step)
+print("the run goes on")
 """
 
 
-def test_only_the_tracker_that_is_asked_for_is_imported_and_writes(tmp_path):
-    ended = run("-c", LOOK, "none", cwd=tmp_path)
-    assert (ended.stdout, ended.stderr, os.listdir(tmp_path)) == ("[]\n", "", [])
+def test_only_the_tracker_that_is_asked_for_is_imported_and_a_full_disk_is_one_warning(tmp_path):
     pytest.importorskip("tensorboard")
-    ended = run("-c", LOOK, "tensorboard", cwd=tmp_path)
-    assert (ended.stdout, os.listdir(tmp_path)) == ("['accelerate', 'tensorboard']\n", ["out"])
+    ended = run("-c", LOOK, cwd=tmp_path)
+    none, tensorboard, last = ended.stdout.splitlines()
+    assert (none, tensorboard) == ("[] []", "['accelerate', 'tensorboard'] ['out']")
+    assert scalars_of(tmp_path / "out") == {"top_1": [(0, 0.5)]}
+    assert (ended.returncode, last) == (0, "the run goes on")
+    assert ended.stderr.count(FAILED) == 1
+    assert "File too large): this run goes on without it" in ended.stderr
+    assert scalars_of(tmp_path / "full")["loss"] == [(1, 1.0)]
 
 
 @pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
@@ -156,10 +169,8 @@ def test_a_training_shows_its_history_in_tensorboard(whole):
         assert line in config.read_text().splitlines()
 
 
-def test_a_tracker_changes_no_bit_of_what_is_learned(whole, tiny, tmp_path):
-    plain = fitted(settings_of(tiny, tmp_path)).settings
-    assert not (plain.save_dir / "tensorboard").exists()
-    one, other = (torch.load(s.save_dir / "best.pth", weights_only=True) for s in (plain, whole.settings))
+def assert_learned_alike(settings, others):
+    one, other = (torch.load(s.save_dir / "best.pth", weights_only=True) for s in (settings, others))
     assert_same(one["tuned"], other["tuned"])
 
 
@@ -184,14 +195,23 @@ def crash():
     raise RuntimeError("the power is out")
 
 
-# A crash in step 4 goes on from the end of the first epoch, and in step 2 from the untuned network.
-@pytest.mark.parametrize(("how", "number", "last"), [(ctrl_c, 3, 3), (crash, 4, 3), (crash, 2, 1)])
-def test_a_training_that_goes_on_shows_each_step_once(how, number, last, whole, tiny, tmp_path, monkeypatch):
+# Ctrl-C in step 3 keeps that step; a crash in step 4 resumes at the end of the first epoch.
+@pytest.mark.parametrize(
+    ("how", "number", "ends"), [(ctrl_c, 3, KeyboardInterrupt), (crash, 4, RuntimeError)]
+)
+def test_however_a_training_ends_its_tracking_does_and_a_resumed_one_shows_each_step_once(
+    how, number, ends, whole, tiny, tmp_path, monkeypatch
+):
+    from accelerate.tracking import TensorBoardTracker
+
+    real, finished = TensorBoardTracker.finish, []
+    monkeypatch.setattr(TensorBoardTracker, "finish", lambda self: finished.append(real(self)))
     halves = settings_of(tiny, tmp_path, tracker="tensorboard")
     stop_at(number, monkeypatch, how)
-    with pytest.raises((KeyboardInterrupt, RuntimeError)):
-        fitted(halves)
-    assert scalars_of(halves.save_dir)["train/loss"][-1][0] == last
+    with pytest.raises(ends):
+        fine_tuning.main(halves)
+    assert len(finished) == 1
+    assert scalars_of(halves.save_dir)["train/loss"][-1][0] == 3
     monkeypatch.setattr(training, "step", steps.step)
     fitted(halves.model_copy(update={"resume": True}))
     shown, expected = scalars_of(halves.save_dir), scalars_of(whole.settings.save_dir)
@@ -201,11 +221,14 @@ def test_a_training_that_goes_on_shows_each_step_once(how, number, last, whole, 
     assert {tag.partition("/")[0] for tag in expected if tag not in shown} == {"chosen", "train"}
 
 
-def test_a_checkpoint_of_before_there_were_trackers_goes_on_with_one(tiny, tmp_path, monkeypatch):
+def test_a_checkpoint_of_before_there_were_trackers_resumes_with_one_and_learns_the_same(
+    whole, tiny, tmp_path, monkeypatch
+):
     settings = settings_of(tiny, tmp_path)
     stop_at(3, monkeypatch, ctrl_c)
     with pytest.raises(KeyboardInterrupt):
         fitted(settings)
+    assert not (settings.save_dir / "tensorboard").exists()
     saved = torch.load(settings.save_dir / "last.pth", weights_only=True)
     del saved["tracked"], saved["settings"]["tracker"]
     torch.save(saved, settings.save_dir / "last.pth")
@@ -214,22 +237,10 @@ def test_a_checkpoint_of_before_there_were_trackers_goes_on_with_one(tiny, tmp_p
     shown = scalars_of(settings.save_dir)
     assert [step for step, _ in shown["train/loss"]] == [4]
     assert shown["validation/score"] == about([(4, history_of(settings)[1]["score"])])
+    assert_learned_alike(settings, whole.settings)
 
 
-@pytest.mark.parametrize(("how", "ends"), [(ctrl_c, KeyboardInterrupt), (crash, RuntimeError)])
-def test_however_a_training_ends_its_tracking_does(how, ends, tiny, tmp_path, monkeypatch):
-    pytest.importorskip("tensorboard")
-    from accelerate.tracking import TensorBoardTracker
-
-    real, finished = TensorBoardTracker.finish, []
-    monkeypatch.setattr(TensorBoardTracker, "finish", lambda self: finished.append(real(self)))
-    stop_at(2, monkeypatch, how)
-    with pytest.raises(ends):
-        fine_tuning.main(settings_of(tiny, tmp_path, tracker="tensorboard"))
-    assert len(finished) == 1
-
-
-def test_a_tracker_that_fails_in_a_training_costs_it_nothing(tiny, tmp_path, monkeypatch, caplog):
+def test_a_tracker_that_fails_in_a_training_costs_it_nothing(whole, tiny, tmp_path, monkeypatch, caplog):
     settings = settings_of(tiny, tmp_path, tracker="tensorboard")
     started = begun(settings)
     writer = started.tracking.tracker.tracker.file_writer.event_writer
@@ -240,6 +251,7 @@ def test_a_tracker_that_fails_in_a_training_costs_it_nothing(tiny, tmp_path, mon
     assert "tracking has failed (Writer is closed): this run goes on without it" in caplog.text
     assert [step for step, _ in scalars_of(settings.save_dir)["train/loss"]] == [1, 2]
     assert len(history_of(settings)) == 2
+    assert_learned_alike(settings, whole.settings)
 
 
 # ---- a run of retrieval
@@ -258,29 +270,6 @@ def test_the_numbers_of_a_run_are_tracked_under_the_path_to_them(tiny, tmp_path)
     (one,), (other,) = (os.listdir(tmp_path / part / "tensorboard") for part in ("one", "other"))
     assert one != other  # each run is another one
     assert re.fullmatch(r"\d{8}-\d{6}-timm-a-word-[0-9a-f]{4}", one)
-
-
-FULL = """
-import logging, os, resource, sys
-from pathlib import Path
-from retrieval.tracking import start_tracking
-logging.basicConfig(format="%(message)s")
-with start_tracking("tensorboard", Path("out"), "word", {"lr": 0.1}) as tracking:
-    tracking.log({"loss": 1.0}, 1)
-    (file,) = Path("out").glob("tensorboard/*/events*")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 10, -1))  # as on a full disk
-    for step in range(2, 9):
-        tracking.log({"loss": 1.0 / step}, step)
-print("the run goes on")
-"""
-
-
-def test_a_disk_that_is_full_in_mid_run_is_warned_of_once(tmp_path):
-    ended = run("-c", FULL, cwd=tmp_path)
-    assert (ended.returncode, ended.stdout) == (0, "the run goes on\n")
-    assert ended.stderr.count(FAILED) == 1
-    assert "File too large): this run goes on without it" in ended.stderr
-    assert scalars_of(tmp_path / "out")["loss"] == [(1, 1.0)]
 
 
 # ---- wandb
@@ -318,83 +307,72 @@ def offline_runs(folder):
     return found
 
 
-def test_a_training_shows_its_history_in_an_offline_wandb(tiny, tmp_path):
-    pytest.importorskip("wandb")
-    settings = settings_of(tiny, tmp_path)
-    flags = ["--train_dir", tiny, "--save_dir", settings.save_dir, "--tracker", "wandb"]
-    for name in ("image_size", "batch_size", "epochs", "device", "val_share"):
-        flags += [f"--{name}", getattr(settings, name)]
-    ended = run("fine_tuning.py", *flags, cwd=tmp_path, WANDB_MODE="offline")
-    assert (ended.returncode, ended.stderr.count("Traceback")) == (0, 0), ended.stderr
-    assert f"tracking: wandb sync {settings.save_dir}/wandb/offline-run-" in ended.stdout
-    assert "wandb:" not in ended.stdout + ended.stderr  # it prints nothing itself
-    ((run_id, config, rows),) = offline_runs(settings.save_dir)
-    assert "efficientnet_lite0-ce" in run_id
-    assert (config["lr"], config["loss"], config["label_smoothing"]) == (0.001, "ce", 0.1)
-    lines = history_of(settings)
-    assert [step for step, row in rows.items() if "train/loss" in row] == [1, 2, 3, 4]
-    assert [step for step, row in rows.items() if "validation/score" in row] == [0, 2, 4]
-    for step, line in zip((2, 4), lines, strict=True):
-        assert rows[step]["validation/score"] == line["score"]
-        assert rows[step]["train/epoch_loss"] == line["loss"]
-        assert (rows[step - 1]["train/loss"] + rows[step]["train/loss"]) / 2 == pytest.approx(line["loss"])
-    recipe, _, _ = read_fine_tuned(settings.save_dir / "fine_tuned_model.pth")
-    assert rows[4]["chosen/score"] == recipe.metrics["tuned"]["score"]
-    assert set(os.listdir(tmp_path)) <= {"save", "home"}
-
-
-TWICE = """
+RUNS = """
+import logging, psutil, sys
 from pathlib import Path
-from retrieval.tracking import start_tracking
-with start_tracking("wandb", Path("out"), "word", {"lr": 0.1, "none": None}) as tracking:
+from retrieval.tracking import check_tracker, start_tracking
+logging.basicConfig(format="%(message)s", stream=sys.stdout, level=logging.INFO)
+check_tracker("wandb")
+with start_tracking("wandb", Path("out"), "a name", {"lr": 0.1, "none": None}) as tracking:
     for step in range(4):
         tracking.log({"loss": 1.0 / (1 + step)}, step)
-with start_tracking("wandb", Path("out"), "word", {"lr": 0.1}, tracking.state) as tracking:
+    tracking.log({"validation": {"score": 2}})
+with start_tracking("wandb", Path("out"), "a name", {"lr": 0.1}, tracking.state) as tracking:
     tracking.log({"chosen": {"score": 1}})
     tracking.log({"loss": 0.2}, 4)
+with start_tracking("wandb", Path("died"), "other", {"lr": 0.1}) as tracking:
+    tracking.log({"loss": 1.0}, 1)
+    for child in psutil.Process().children():
+        if "wandb" in child.name():
+            child.kill()
+            child.wait()
+            print("killed")
+    for step in range(2, 9):
+        tracking.log({"loss": 1.0}, step)
+print("the run goes on")
 """
 
 
-def test_a_wandb_run_that_goes_on_is_the_same_run_at_the_next_step(tmp_path):
+def test_offline_wandb_runs_are_resumed_at_the_next_step_and_one_that_dies_is_one_warning(tmp_path):
     pytest.importorskip("wandb")
-    ended = run("-c", TWICE, cwd=tmp_path, WANDB_MODE="offline")
+    ended = run("-c", RUNS, cwd=tmp_path, WANDB_MODE="offline")
     assert (ended.returncode, ended.stderr) == (0, "")
+    *begun_at, killed, warning, last = ended.stdout.splitlines()  # wandb prints nothing itself
+    for line, folder in zip(begun_at, ("out", "out", "died"), strict=True):
+        assert re.fullmatch(rf"tracking: wandb sync \S*{folder}/wandb/offline-run-\S+ uploads this run", line)
+    assert re.fullmatch(rf"{FAILED} \(.+\): this run goes on without it", warning)
+    assert (killed, last) == ("killed", "the run goes on")
     (first, config, rows), (second, _, more) = offline_runs(tmp_path / "out")
     assert first == second
+    assert "a-name" in first
     assert (config["lr"], "none" in config) == (0.1, False)
     assert [(step, row["loss"]) for step, row in rows.items()] == [(0, 1.0), (1, 0.5), (2, 1 / 3), (3, 0.25)]
+    assert rows[3]["validation/score"] == 2
     assert list(more) == [3, 4]
     assert (more[3]["chosen/score"], more[4]["loss"]) == (1, 0.2)
     assert os.listdir(tmp_path / "out") == ["wandb"]
+    assert set(os.listdir(tmp_path)) <= {"out", "died", "home"}
 
 
-DIES = """
-import logging, psutil
+ALONE = """
+import logging
 from pathlib import Path
 from retrieval import tracking
 logging.basicConfig(format="%(message)s")
 tracking.LONGEST_START = 2
-with tracking.start_tracking("wandb", Path("out"), "word", {"lr": 0.1}) as tracked:
-    tracked.log({"loss": 1.0}, 1)
-    dying = [child for child in psutil.Process().children() if "wandb" in child.name()]
-    print(len(dying), "killed")
-    for child in dying:
-        child.kill()
-        child.wait()
-    for step in range(2, 9):
+tracking.check_tracker("wandb")
+with tracking.start_tracking("wandb", Path("out"), "name", {"lr": 0.1}) as tracked:
+    for step in range(8):
         tracked.log({"loss": 1.0}, step)
 print("the run goes on")
 """
 
 
-NOBODY = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40}
-
-
-@pytest.mark.parametrize(("environment", "killed"), [({"WANDB_MODE": "offline"}, 1), (NOBODY, 0)])
-def test_a_wandb_that_fails_is_warned_of_once_and_not_waited_for(environment, killed, tmp_path):
+def test_a_wandb_that_nobody_answers_is_one_warning_and_not_waited_for(tmp_path):
     pytest.importorskip("wandb")
     started = time.monotonic()
-    ended = run("-c", DIES, cwd=tmp_path, **environment)
-    assert (ended.returncode, ended.stdout) == (0, f"{killed} killed\nthe run goes on\n"), ended.stderr
+    nobody = {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40}
+    ended = run("-c", ALONE, cwd=tmp_path, **nobody)
+    assert (ended.returncode, ended.stdout) == (0, "the run goes on\n"), ended.stderr
     assert re.fullmatch(rf"{FAILED} \(.+\): this run goes on without it\n", ended.stderr)
     assert time.monotonic() - started < 60  # wandb itself waits for 90

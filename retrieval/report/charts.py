@@ -1,4 +1,4 @@
-"""Figures of a run or a training in; charts, as PNG for slides and as SVG for light and dark pages, out."""
+"""The metrics of a run or a training in; charts, as PNG for slides and SVG for the page, out."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# All of about the same brightness: at least 3 : 1 on white and on a dark page (WCAG 2.2, 1.4.11).
+# All about as bright: each has a contrast of at least 3 : 1 on a white and on a dark page (WCAG 2.2, 1.4.11).
 COLOURS = ("#0969da", "#1a7f37", "#cf222e", "#8250df", "#9a6700", "#bf3989", "#1b7c83", "#bc4c00", "#6e7781",
            "#6f7d00")  # fmt: skip
-INK = "#010203"  # what the page makes the colour of its text
-MOST_CLASSES = 25  # in a chart; more are the worst of them
-# For letters that matplotlib's own font lacks: the first of these that are installed.
+INK = "#010203"  # in the SVG the page replaces it by the colour of its text
+MOST_CLASSES = 25  # in a chart; of more classes the worst are shown
+# For letters that matplotlib's own font lacks: those of these fonts that are installed.
 MORE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Hiragino Sans", "Microsoft YaHei",
               "SimHei", "WenQuanYi Zen Hei", "Arial Unicode MS")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart, and what it says in words."""
+    """A chart in both forms, and a sentence that says what it shows."""
 
     name: str
-    words: str
+    description: str
     svg: str
     png: bytes
     inches: float  # its width
 
 
-def chart_of(figure: Figure, name: str, words: str) -> Chart:
-    """The figure in both forms; the ids in its SVG begin with its name, since a page holds several."""
+def chart_of(figure: Figure, name: str, description: str) -> Chart:
+    """Render a figure in both forms. The ids in its SVG begin with its name, since a page holds several."""
     import matplotlib as mpl
 
     _set_fonts(figure)
@@ -55,13 +55,15 @@ def chart_of(figure: Figure, name: str, words: str) -> Chart:
     width, height = figure.get_size_inches()
     start = (
         f'<svg viewBox="0 0 {width * 72:g} {height * 72:g}" style="max-width: {width * 100:g}px" '
-        f'role="img" aria-label="{escape(words)}"'
+        f'role="img" aria-label="{escape(description)}"'
     )
-    return Chart(name, words, re.sub(r"<svg[^>]*", lambda _: start, svg, count=1), png.getvalue(), width)
+    return Chart(
+        name, description, re.sub(r"<svg[^>]*", lambda _: start, svg, count=1), png.getvalue(), width
+    )
 
 
 def _set_fonts(figure: Figure) -> None:
-    """Let another font stand in for the letters that matplotlib's own lacks, where one is installed."""
+    """Let installed fonts stand in for the letters that matplotlib's own font lacks."""
     from matplotlib.font_manager import get_font_names
     from matplotlib.text import Text
 
@@ -72,12 +74,12 @@ def _set_fonts(figure: Figure) -> None:
 
 
 def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of so many inches with axes beside each other, in INK."""
+    """Return a figure of this size in inches, with `columns` axes beside each other, drawn in INK."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    every = figure.subplots(1, columns, squeeze=False)[0]
-    for axes in every:
+    panels = figure.subplots(1, columns, squeeze=False)[0]
+    for axes in panels:
         axes.tick_params(colors=INK, labelcolor=INK)
         for part in (axes.title, axes.xaxis.label, axes.yaxis.label):
             part.set_color(INK)
@@ -85,20 +87,20 @@ def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, l
             axes.spines[side].set_visible(False)
         for spine in axes.spines.values():
             spine.set_edgecolor(INK)
-    return figure, list(every)
+    return figure, list(panels)
 
 
-# ---- of a run -------------------------------------------------------------------------------------
+# ---- charts of a run ------------------------------------------------------------------------------
 
 
-def per_class(figures: dict[str, dict[str, Any]]) -> Chart:
-    """Top-1 of each class with its interval, the worst first; of many classes the worst."""
-    worst = sorted(figures, key=lambda label: (figures[label]["top_1"], label))
-    failing = sum(figures[label]["top_1"] < 1 for label in worst)
+def per_class(metrics: dict[str, dict[str, Any]]) -> Chart:
+    """Draw the top-1 accuracy of each class with its interval, the worst first; of many classes the worst."""
+    worst = sorted(metrics, key=lambda label: (metrics[label]["top_1"], label))
+    failing = sum(metrics[label]["top_1"] < 1 for label in worst)
     shown = worst if len(worst) <= MOST_CLASSES else worst[: max(1, min(MOST_CLASSES, failing))]
     figure, (axes,) = new_figure(7, 1 + 0.3 * len(shown))
-    shares = np.array([figures[label]["top_1"] for label in shown])
-    low, high = np.array([figures[label]["top_1_interval"] for label in shown]).T
+    shares = np.array([metrics[label]["top_1"] for label in shown])
+    low, high = np.array([metrics[label]["top_1_interval"] for label in shown]).T
     rows = np.arange(len(shown))[::-1]
     axes.barh(rows, shares, color=COLOURS[0], height=0.7)
     lengths = np.maximum([shares - low, high - shares], 0)
@@ -111,7 +113,7 @@ def per_class(figures: dict[str, dict[str, Any]]) -> Chart:
 
 
 def confusion(queries: list[str], matches: list[str]) -> Chart:
-    """What class the first match of the queries of each class has; of many classes the most confused."""
+    """Draw which class the first matches of each class have; of many classes the most confused."""
     pairs = list(zip(queries, matches, strict=True))
     classes = sorted({*queries, *matches})
     if len(classes) > MOST_CLASSES:
@@ -147,20 +149,20 @@ def confusion(queries: list[str], matches: list[str]) -> Chart:
 
 
 def similarities(first: np.ndarray, right: np.ndarray | None) -> Chart:
-    """Histograms of the similarity (queries,) of the first match, where it is right and where it is wrong."""
+    """Draw histograms of the first match's cosine (queries,), one for right and one for wrong matches."""
     figure, (axes,) = new_figure(7, 3)
     bins = np.linspace(min(first.min(), 0.99), max(1.0, first.max()), 41)
     parts = [("all", first, COLOURS[0])]
     if right is not None:
         parts = [("right", first[right], RIGHT), ("wrong", first[~right], WRONG)]
     for name, values, colour in parts:
-        # the wrong ones hatched, so that they are seen without colours too
+        # wrong matches are hatched, so that they can be told apart without colours
         looks = {"hatch": "////", "fill": False} if name == "wrong" else {"color": colour, "alpha": 0.6}
         axes.hist(values, bins, label=f"{name} ({len(values)})", edgecolor=colour, **looks)
     axes.set_xlabel("cosine similarity of the first match")
     axes.set_ylabel("queries")
     axes.yaxis.get_major_locator().set_params(integer=True)
-    axes.set_title("how sure the first matches are")
+    axes.set_title("similarity of the first matches")
     axes.legend(loc="upper left", frameon=False, labelcolor=INK)
     medians = ", ".join(f"{name} {np.median(values):.2f}" for name, values, _ in parts if len(values))
     return chart_of(figure, "similarities", f"Similarity of the first match, in the median: {medians}")
@@ -168,38 +170,39 @@ def similarities(first: np.ndarray, right: np.ndarray | None) -> Chart:
 
 @dataclass(frozen=True)
 class Points:
-    """A panel of the map: (points, 2) places, whose rows are those of its labels and sides."""
+    """A panel of the map: the position of each point."""
 
     title: str
-    places: np.ndarray
+    positions: np.ndarray  # (points, 2)
 
 
 def embedding_map(
     panels: list[Points], labels: list[str | None], is_query: np.ndarray, colours: dict[str, str]
 ) -> tuple[Chart, list[list[int]]]:
-    """t-SNE panels: a colour a label, ○ for the gallery and ▲ for the queries; and the rows behind each mark.
+    """Draw t-SNE panels: a colour for each label, ○ for the gallery, ▲ for the queries.
 
-    The marks of the SVG's groups `tsne-points-0`, `tsne-points-1` and so on are those rows, in order. A label
-    without a colour is grey.
+    `labels` and `is_query` belong to the points of every panel. A label without a colour is grey. Also return
+    which points each group of marks in the SVG shows, in order: the groups are called tsne-points-0,
+    tsne-points-1 and so on.
     """
-    figure, every = new_figure(6.2 * len(panels) + 1.3, 5.6, len(panels))
+    figure, all_axes = new_figure(6.2 * len(panels) + 1.3, 5.6, len(panels))
     behind: list[list[int]] = []
     array = np.array([label if label in colours else None for label in labels], dtype=object)
-    for axes, panel in zip(every, panels, strict=True):
+    for axes, panel in zip(all_axes, panels, strict=True):
         for label in [None, *colours]:
             for side, marker in ((False, "o"), (True, "^")):
                 rows = np.flatnonzero((array == label) & (is_query == side))
                 if len(rows):
                     looks = {"color": colours.get(label, UNKNOWN), "marker": marker, "s": 24 if side else 16}
-                    marks = axes.scatter(*panel.places[rows].T, linewidths=0, alpha=0.85, **looks)
+                    marks = axes.scatter(*panel.positions[rows].T, linewidths=0, alpha=0.85, **looks)
                     marks.set_gid(f"points-{len(behind)}")
                     behind.append(rows.tolist())
         axes.set_title(panel.title)
         axes.set_xticks([])
         axes.set_yticks([])
     _legend(figure, colours, others=None in array)
-    words = f"t-SNE of {len(labels)} embeddings: {' and '.join(panel.title for panel in panels)}"
-    return chart_of(figure, "tsne", words), behind
+    description = f"t-SNE of {len(labels)} embeddings: {' and '.join(panel.title for panel in panels)}"
+    return chart_of(figure, "tsne", description), behind
 
 
 def _legend(figure: Figure, colours: dict[str, str], others: bool) -> None:
@@ -213,16 +216,16 @@ def _legend(figure: Figure, colours: dict[str, str], others: bool) -> None:
 
 
 def _short(label: str) -> str:
-    """A label that fits beside a chart, with nothing in it that matplotlib takes for a formula."""
+    """Shorten a label so that it fits beside a chart, and escape what matplotlib takes for a formula."""
     text = label if len(label) <= 24 else label[:23] + "…"
     return text.replace("$", r"\$").encode("utf-8", "replace").decode()
 
 
-# ---- of a training --------------------------------------------------------------------------------
+# ---- the chart of a training ----------------------------------------------------------------------
 
 
 def curves(history: list[dict[str, Any]], untuned: dict[str, Any]) -> Chart:
-    """The loss of a training over its epochs, and its top-1 and top-3 on validation from untuned on."""
+    """Draw the training loss by epoch, and top-1 and top-3 on validation; epoch 0 is the untuned network."""
     from matplotlib.ticker import MaxNLocator
 
     figure, (losses, shares) = new_figure(9, 3.5, 2)
@@ -244,10 +247,10 @@ def curves(history: list[dict[str, Any]], untuned: dict[str, Any]) -> Chart:
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    words = f"Top-1 on validation from {untuned['top_1']:.3f} untuned to {history[-1]['top_1']:.3f}"
-    return chart_of(figure, "loss", words)
+    description = f"Top-1 on validation from {untuned['top_1']:.3f} untuned to {history[-1]['top_1']:.3f}"
+    return chart_of(figure, "loss", description)
 
 
 def draw_curves(history: list[dict[str, Any]], untuned: dict[str, Any], path: Path) -> None:
-    """Write `curves` as a PNG."""
+    """Draw `curves` and write them as a PNG."""
     write_whole(path, curves(history, untuned).png)

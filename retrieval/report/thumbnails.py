@@ -1,4 +1,4 @@
-"""Image files in; small pictures of them, one by one or a sheet of queries beside their matches, out."""
+"""Image files in; thumbnails for the page, and a sheet of queries beside their matches, out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from get_images import ImageFile, UnreadableImageError, label_of, read_image
 from retrieval.files import write_whole
 from retrieval.records import Ranking
 
-SIDE, GAP, FRAME = 96, 12, 4  # pixels of a thumbnail, around it, and of its frame
+SIDE, GAP, FRAME = 96, 12, 4  # pixels: of a thumbnail's side, between thumbnails, of a frame
 RIGHT, WRONG, UNKNOWN = "#1a7f37", "#cf222e", "#8c959f"
 
 
@@ -27,8 +27,8 @@ def draw_matches(
 ) -> None:
     """Write a PNG: in each row a query, then its `top_k` best matches (ten at most), best first.
 
-    Shown are `rows` queries at equal distances in their order. Right matches have a green frame, wrong ones a
-    red frame and a stroke across the corner, and unlabelled ones a grey frame.
+    The sheet shows `rows` queries, evenly spaced in their order. A right match has a green frame, a wrong
+    match a red frame and a stroke across the corner, an unlabelled match a grey frame.
     """
     shown = range(0, len(queries), max(1, len(queries) // rows))[:rows]
     columns = min(top_k, ranking.rows.shape[1], 10)
@@ -47,13 +47,13 @@ def draw_matches(
     write_whole(path, png.getvalue())
 
 
-def small_pictures(images: list[ImageFile], side: int) -> list[str]:
-    """Each image within `side` × `side` pixels as WebP in base64; nothing for one that cannot be read."""
+def encoded_thumbnails(images: list[ImageFile], side: int) -> list[str]:
+    """Shrink each image into `side` × `side` pixels, as WebP in base64; empty if it cannot be read."""
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda image: _small_picture(image.path, side), images))
+        return list(pool.map(lambda image: _encoded_thumbnail(image.path, side), images))
 
 
-def _small_picture(path: Path, side: int) -> str:
+def _encoded_thumbnail(path: Path, side: int) -> str:
     try:
         image = _within(Image.fromarray(read_image(path)), side)
     except UnreadableImageError:
@@ -64,14 +64,14 @@ def _small_picture(path: Path, side: int) -> str:
 
 
 def _within(image: Image.Image, side: int) -> Image.Image:
-    """As large as fits into a square, undistorted."""
+    """Resize an image so that its longer side has `side` pixels."""
     scale = side / max(image.size)
     size = [max(1, round(length * scale)) for length in image.size]
     return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
 
 
 def _thumbnail(path: Path) -> Image.Image:
-    """The whole image in a square, on grey; a cross where it cannot be read."""
+    """Return the whole image in a grey square, or a cross if it cannot be read."""
     square = Image.new("RGB", (SIDE, SIDE), "#eaeef2")
     try:
         image = _within(Image.fromarray(read_image(path)), SIDE)
@@ -86,5 +86,5 @@ def _frame(draw: ImageDraw.ImageDraw, x: int, y: int, query: str | None, match: 
     colour = UNKNOWN if query is None else RIGHT if query == match else WRONG
     outer = (x - FRAME, y - FRAME, x + SIDE + FRAME - 1, y + SIDE + FRAME - 1)
     draw.rectangle(outer, outline=colour, width=FRAME)
-    if colour == WRONG:  # seen without colours too
+    if colour == WRONG:  # to be told apart without colours
         draw.line([(x, y + SIDE // 3), (x + SIDE // 3, y)], fill=colour, width=FRAME)

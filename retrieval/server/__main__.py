@@ -20,9 +20,10 @@ from retrieval.console import run_script  # first, since it checks that the pack
 from get_images import find_query_and_gallery
 from retrieval.errors import StopError
 from retrieval.forms import Form
+from retrieval.server.answer_key import key_of_folders, key_of_table
 from retrieval.server.database import Database
-from retrieval.server.scoring import Rules, key_of_folders, key_of_table
-from retrieval.server.serve import digest_of, listen, make_server, public_queries, read_tokens, url_of
+from retrieval.server.rules import Rules, read_tokens
+from retrieval.server.serve import listen, make_server, url_of
 from retrieval.settings import File, Folder, Moment, NewFile, Port, PositiveInt, PositiveShare
 
 log = logging.getLogger("retrieval.server")
@@ -63,11 +64,11 @@ def main(form: Settings) -> None:
     signal.signal(signal.SIGTERM, _end)  # as after Ctrl-C, waiting submissions are still written
     images = find_query_and_gallery(form.query_dir, form.gallery_dir)
     key = key_of_table(form.answers, *images) if form.answers else key_of_folders(*images)
-    public = public_queries(key, form.public_share, form.seed) if form.public_share else None
+    public = key.public_queries(form.public_share, form.seed) if form.public_share else None
     tokens = read_tokens(form.tokens) if form.tokens else None
     rules = Rules(form.closes_at, public, form.hide_scores, tokens, form.per_minute, form.per_address)
     listening = listen(form.host, form.port)
-    database = Database(form.database, digest_of(key, public))
+    database = Database(form.database, key.digest(public))
     log.info("%d queries in %d gallery images of %d identities; %s holds %d submissions", len(key.queries),
              len(key.gallery), len(set(key.queries.values())), form.database, database.count())  # fmt: skip
     url = url_of(listening)

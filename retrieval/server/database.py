@@ -1,4 +1,4 @@
-"""Submissions in; a table on the disk that no crash empties, and what the leaderboard shows of it, out."""
+"""Scored and refused submissions in; a SQLite file that survives a crash, and the leaderboard, out."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from retrieval.errors import InputError
 
-APPLICATION = 0x52657472  # in the file's header, so that no other program's file is taken for ours
+APPLICATION = 0x52657472  # in the file's header: it tells our files from other programs'
 SCHEMA = f"""
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS submissions (
@@ -24,7 +24,7 @@ CREATE TABLE IF NOT EXISTS submissions (
     body BLOB NOT NULL,          -- as received, by zlib
     accuracy REAL NOT NULL,      -- over all queries
     public_accuracy REAL NOT NULL,
-    ranks BLOB NOT NULL,         -- a byte a query, in order: the rank of its first right image, 0: none
+    ranks BLOB NOT NULL,         -- a byte for each query: the rank of its first right image, 0: none
     repeats INTEGER NOT NULL DEFAULT 0,
     UNIQUE (team, digest)
 );
@@ -36,22 +36,22 @@ CREATE TABLE IF NOT EXISTS competition (digest TEXT PRIMARY KEY);
 PRAGMA application_id = {APPLICATION};
 COMMIT;
 """
-KEEP = """
+STORE = """
 INSERT INTO submissions (team, received, digest, body, accuracy, public_accuracy, ranks)
 VALUES (?, ?, ?, packed(?), ?, ?, ?)
 ON CONFLICT (team, digest) DO UPDATE SET repeats = repeats + 1 RETURNING received, ranks, repeats
 """
-FIRST = "INSERT INTO competition SELECT ? WHERE NOT EXISTS (SELECT 1 FROM competition)"
+COMPETITION = "INSERT INTO competition SELECT ? WHERE NOT EXISTS (SELECT 1 FROM competition)"
 REFUSE = "INSERT INTO refused (team, received, status, reason) VALUES (?, ?, ?, ?)"
-MOST_SHOWN = 200  # lines of a group's history, the latest
-MOST_AT_ONCE = 16  # statements in a commit
+MOST_SHOWN = 200  # latest lines of a group's history
+MOST_IN_A_COMMIT = 16  # statements
 
-Kept = tuple[str, bytes, int]  # when it was first received, its ranks, and how often it came again
+Stored = tuple[str, bytes, int]  # when it was first received, its ranks, and how often it was sent again
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A submission that was scored: the columns of its row."""
+class Scored:
+    """A scored submission: the columns of its row."""
 
     team: str
     received: str
@@ -68,18 +68,18 @@ class Standing:
 
     team: str
     best: float
-    when: str  # of the best
+    when: str  # the best was received
     count: int  # of submissions
-    history: list[float]  # of their scores, in order
+    history: list[float]  # the scores of all submissions, in order
 
 
 class Database:
-    """A SQLite file that one thread writes: all that waits at a moment goes to the disk in one commit."""
+    """A SQLite file. A single thread writes it, and commits whatever is waiting at once."""
 
     def __init__(self, path: Path, competition: str) -> None:
-        """Open it, or make it. `competition` tells one answer key from another.
+        """Open the file, or create it. `competition` is the digest of the answer key.
 
-        Raises InputError where it is no database of ours, or one of another competition.
+        Raises InputError if it is no database of ours, or holds another competition.
         """
         self.path = path
         try:
@@ -95,7 +95,7 @@ class Database:
         self._writer.start()
 
     def _open(self, competition: str) -> sqlite3.Connection:
-        """A connection to the file, which then has our tables and holds this competition."""
+        """Return a connection to the file, after creating the tables and checking the competition."""
         with closing(sqlite3.connect(self.path)) as plain:  # another program's file is not touched
             (application,) = plain.execute("PRAGMA application_id").fetchone()
             (tables,) = plain.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()
@@ -104,7 +104,7 @@ class Database:
         connection = self._connect()
         connection.executescript(SCHEMA)
         with connection:
-            connection.execute(FIRST, [competition])
+            connection.execute(COMPETITION, [competition])
         (kept,) = connection.execute("SELECT digest FROM competition").fetchone()
         if kept != competition:
             connection.close()
@@ -118,22 +118,22 @@ class Database:
         connection = sqlite3.connect(self.path, timeout=30, check_same_thread=False)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")  # a commit that returned is on the disk
-        # by the thread that writes, while the one that judges goes on
+        # SQL calls it, so that the writing thread compresses while the scoring thread goes on
         connection.create_function("packed", 1, _packed)
         return connection
 
     # ---- write
 
-    def keep(self, judged: Judged) -> Future[Kept]:
-        """Keep a submission; when it is on the disk, what stands there: the first of equal ones."""
-        return self._ask(KEEP, astuple(judged))
+    def store(self, scored: Scored) -> Future[Stored]:
+        """Store a submission. When it is on the disk, the future holds the first of equal submissions."""
+        return self._ask(STORE, astuple(scored))
 
     def refuse(self, team: str | None, received: str, status: int, reason: str) -> Future[None]:
-        """Log an attempt that was not scored."""
+        """Store a refused submission."""
         return self._ask(REFUSE, (team, received, status, reason[:1000]))
 
     def close(self) -> None:
-        """Write what waits, and end."""
+        """Write what is waiting, and close the file."""
         self._waiting.put(None)
         self._writer.join()
         self._reader.close()
@@ -147,21 +147,21 @@ class Database:
         ending = False
         while not ending:
             asked = [self._waiting.get()]
-            while not self._waiting.empty() and len(asked) < MOST_AT_ONCE:
+            while not self._waiting.empty() and len(asked) < MOST_IN_A_COMMIT:
                 asked.append(self._waiting.get())
             ending = None in asked
-            # whoever no longer waits for an answer gets no row; from here on nobody can go
+            # a request that was cancelled gets no row; from here on none can be cancelled
             wanted = [one for one in asked if one is not None and one[2].set_running_or_notify_cancel()]
             if wanted:
                 self._commit(connection, wanted)
         connection.close()
 
     def _commit(self, connection: sqlite3.Connection, asked: list[tuple[str, tuple, Future]]) -> None:
-        """Answer each when all are on the disk; where that fails, try each alone, or answer with why."""
+        """Commit all and answer each. If that fails, commit each alone, or answer with the error."""
         try:
             with connection:
                 rows = [connection.execute(statement, values).fetchone() for statement, values, _ in asked]
-        except Exception as error:  # whatever it is, somebody waits for it, and the others for this thread
+        except Exception as error:  # of any kind: a request waits for it, and the others need this thread
             if len(asked) == 1:
                 asked[0][2].set_exception(error)
             else:
@@ -174,7 +174,7 @@ class Database:
     # ---- read
 
     def standings(self, public: bool) -> list[Standing]:
-        """The leaderboard, best first; of equal groups the earlier."""
+        """Return the leaderboard: the best score first, and among equal scores the earliest."""
         teams: dict[str, list[tuple[float, str]]] = {}
         statement = f"SELECT team, {_column(public)}, received FROM submissions ORDER BY id"
         for team, accuracy, received in self._read(statement):
@@ -187,21 +187,21 @@ class Database:
         return sorted(standings, key=lambda standing: (-standing.best, standing.when))
 
     def submissions_of(self, team: str, public: bool) -> list[tuple[str, float, int]]:
-        """When each was received, its score, and how often it came again: the last MOST_SHOWN, last first."""
+        """Return (received, score, repeats) of the group's MOST_SHOWN latest submissions, the last first."""
         statement = f"SELECT received, {_column(public)}, repeats FROM submissions WHERE team = ?"
         return self._read(f"{statement} ORDER BY id DESC LIMIT {MOST_SHOWN}", team)
 
     def refused_of(self, team: str) -> list[tuple[str, int, str]]:
-        """When each refused attempt was received, its status, and why: the last MOST_SHOWN, last first."""
+        """Return (received, status, reason) of its MOST_SHOWN latest refused submissions, the last first."""
         statement = "SELECT received, status, reason FROM refused WHERE team = ?"
         return self._read(f"{statement} ORDER BY id DESC LIMIT {MOST_SHOWN}", team)
 
     def count(self) -> int:
-        """Of submissions that were scored."""
+        """Count the scored submissions."""
         return self._read("SELECT COUNT(*) FROM submissions")[0][0]
 
     def version(self) -> int:
-        """A number that changes whenever somebody has written."""
+        """Return a number that changes with every write."""
         return self._read("PRAGMA data_version")[0][0]
 
     def _read(self, statement: str, *values: str) -> list[tuple]:
@@ -214,6 +214,6 @@ def _column(public: bool) -> str:
 
 
 def _packed(body: bytes) -> bytes:
-    """As zlib.decompress reads it. Hex digits have no repeats to look for, and half the time goes there."""
+    """Compress for zlib.decompress, twice as fast without a search for repeats: hex digits have none."""
     packer = zlib.compressobj(1, strategy=zlib.Z_HUFFMAN_ONLY)
     return packer.compress(body) + packer.flush()

@@ -1,4 +1,4 @@
-"""A database and the rules in; what the pages and the table show of it, as values for templates, out."""
+"""A database and the rules in; the values that the page templates and the CSV table show out."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from datetime import datetime
 from typing import Any
 from urllib.parse import quote
 
+from retrieval.server.answer_key import AnswerKey
 from retrieval.server.database import Database, Standing
-from retrieval.server.scoring import AnswerKey, Rules
+from retrieval.server.rules import Rules
 
 LINE = (120, 28)  # pixels of a group's small line
 LARGE = (600, 120)
@@ -17,7 +18,7 @@ LONGEST_LINE = 60  # scores
 
 
 def board(database: Database, key: AnswerKey, rules: Rules) -> dict[str, Any]:
-    """What leaderboard.html shows."""
+    """Return the values that leaderboard.html shows."""
     return {
         "standings": [(rank, standing, page_of(standing.team), line(standing.history), moment(standing.when))
                       for rank, standing in enumerate(database.standings(rules.partly), 1)],
@@ -30,7 +31,7 @@ def board(database: Database, key: AnswerKey, rules: Rules) -> dict[str, Any]:
 
 
 def history(database: Database, rules: Rules, team: str) -> dict[str, Any]:
-    """What submissions.html shows."""
+    """Return the values that submissions.html shows."""
     scored, refused = database.submissions_of(team, rules.partly), database.refused_of(team)
     return {
         "team": team,
@@ -43,7 +44,7 @@ def history(database: Database, rules: Rules, team: str) -> dict[str, Any]:
 
 
 def as_csv(standings: list[Standing]) -> str:
-    """The leaderboard as a table."""
+    """Return the leaderboard as a CSV table."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["rank", "group", "score", "time", "submissions"])
@@ -53,7 +54,7 @@ def as_csv(standings: list[Standing]) -> str:
 
 
 def page_of(team: str) -> str:
-    """The address of a group's page. Browsers take . and .. for folders, however they are written.
+    """Return the address of a group's page. Browsers take . and .. for folders, however they are escaped.
 
     >>> page_of("a/b c"), page_of("..")
     ('/submissions/a%2Fb%20c', '/submissions/?group=..')
@@ -62,13 +63,13 @@ def page_of(team: str) -> str:
 
 
 def moment(when: datetime | str) -> str:
-    """A moment by this machine's clock, for people."""
+    """Return a moment in this machine's time zone, for people to read."""
     taken = datetime.fromisoformat(when) if isinstance(when, str) else when
     return taken.astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def line(scores: list[float], width: int = LINE[0], height: int = LINE[1]) -> str:
-    """The points of a line of scores, 0 to 1000, as an SVG polyline wants them: the last LONGEST_LINE.
+    """Return the last LONGEST_LINE scores, 0 to 1000, as the points of an SVG polyline.
 
     >>> line([0, 1000], 106, 26)
     '3.0,23.0 103.0,3.0'
@@ -81,5 +82,5 @@ def line(scores: list[float], width: int = LINE[0], height: int = LINE[1]) -> st
 
 
 def _plain(text: str) -> str:
-    """A text that no spreadsheet takes for a formula."""
+    """Return a text that no spreadsheet takes for a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text

@@ -1,5 +1,4 @@
 import json
-import shutil
 from datetime import UTC, datetime
 
 import pytest
@@ -8,7 +7,8 @@ from test_run_report import STRANGE
 
 from retrieval.errors import InputError
 from retrieval.metrics import competition_score, first_hits, metrics_of
-from retrieval.report.comparison import compare_ledgers, holm, mcnemar, read_ledgers
+from retrieval.report.comparison import compare_ledgers, holm, mcnemar
+from retrieval.report.ledgers import read_ledgers
 from retrieval.run import Outcome, Run
 from retrieval.settings import Form, NewFolder
 
@@ -153,9 +153,17 @@ def test_what_is_no_line_is_named_and_passed_over(tmp_path, caplog):
     torn = [b'{"time": "2026', b"[]", b"\xff\xfe", good.replace(b'"first": [1,', b'"first": ['), b"1"]
     (tmp_path / "runs.jsonl").write_bytes(resent + b"\n".join([*torn, good]))
     (run_line,) = read_ledgers([tmp_path])
-    assert run_line.word == "word"
+    assert run_line.network == "word"
     warned = [record.getMessage() for record in caplog.records]
     assert [text.partition(", line ")[2].split()[0] for text in warned] == ["2", "3", "4", "5", "6"]
+
+
+def test_a_folder_whose_name_is_no_utf_8_is_compared_too(tmp_path):
+    put(tmp_path, "word", GOOD, query_dir="caf\udce9")
+    (tmp_path / "runs.jsonl").open("a").write("[" * 100_000 + "\n")
+    page = compare_ledgers([tmp_path])
+    assert [row[0] for row in table(page)[1:]] == ["word"]
+    assert "**caf?: 10 queries" in page.with_name("comparison.md").read_text()
 
 
 def test_earlier_submissions_hold_no_ledgers_and_a_folder_without_one_is_told(tmp_path):
@@ -180,28 +188,21 @@ def test_names_are_text_in_the_page_and_cells_in_the_table(tmp_path):
     assert r"a\|b&lt;script&gt;" in page.with_name("comparison.md").read_text()
 
 
-def test_two_real_runs_from_the_command_line(few, tmp_path):
-    shutil.copytree(few, tmp_path / "data")
-    folders = (
-        "--query_dir",
-        "data/query",
-        "--gallery_dir",
-        "data/gallery",
-        "--custom_dataset",
-        "--no_report",
-    )
-    for size in ("64", "96"):
-        ended = run("model_not_tuned.py", *folders, "--image_size", size, "--output_dir", f"results/{size}",
+def test_real_runs_from_the_command_line(few, exported, tmp_path):
+    folders = ("--query_dir", few / "query", "--gallery_dir", few / "gallery", "--custom_dataset")
+    for name in ("one", "other"):
+        ended = run("model_not_tuned.py", *folders, "--no_report", "--output_dir", f"results/{name}",
                     cwd=tmp_path)  # fmt: skip
         assert ended.returncode == 0, ended.stderr
+    change(tmp_path / "results" / "other", settings={"image_size": 96})
     ended = run("-m", "retrieval.report", "results", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
-    assert "data/query: 8 queries × 24 images" in ended.stdout
+    assert f"{few / 'query'}: 8 queries × 24 images" in ended.stdout
     assert ended.stdout.count("efficientnet_lite0") == 2
     assert "wrote results/comparison.html" in ended.stdout
-    ended = run("-m", "retrieval.report", "data", cwd=tmp_path)
+    ended = run("-m", "retrieval.report", few, cwd=tmp_path)
     assert ended.returncode == 2
-    assert "error: there is no runs.jsonl in or below data" in ended.stderr
+    assert f"error: there is no runs.jsonl in or below {few}" in ended.stderr
 
 
 @pytest.mark.parametrize("width", [1280, 400])

@@ -10,9 +10,11 @@ from conftest import found_of, vectors_of
 
 from retrieval.backbones.backbone import Trained
 from retrieval.ranking.exact import rank
-from retrieval.report import run_report
+from retrieval.report import charts, embedding_map, run_report, viewer
 from retrieval.report.charts import RIGHT, WRONG, confusion, per_class
-from retrieval.report.run_report import Found, Matches, places, write_report
+from retrieval.report.results import Results
+from retrieval.report.run_report import write_report
+from retrieval.report.viewer import Matches, page_data
 from retrieval.run import Outcome, Run
 from retrieval.settings import Form, GroupToken, NewFolder
 
@@ -43,13 +45,21 @@ def digits(sample):
     return found_of(sample / "test", 4, 12)
 
 
+@pytest.fixture(scope="module")
+def page(digits, tmp_path_factory):
+    """The page of the digits, drawn once."""
+    folder = tmp_path_factory.mktemp("drawn")
+    drawn(digits, folder)
+    return folder / "report.html"
+
+
 # ---- what is told of each query
 
 
 def test_the_first_hit_and_the_lead_by_hand(tmp_path):
     queries = vectors_of({"a/1": [1, 0], "b/1": [0, 1], "c/1": [0.6, 0.8]})
     gallery = vectors_of({"a/2": [0.8, 0.6], "a/3": [1, 0], "b/2": [0.6, 0.8]})
-    matches = Matches(Found([], [], queries, gallery, rank(queries, gallery), {}))
+    matches = Matches(Results([], [], queries, gallery, rank(queries, gallery), {}))
     assert matches.rows.tolist() == [[1, 0, 2], [2, 0, 1], [2, 0, 1]]
     assert matches.first.tolist() == [1, 1, 0]
     assert matches.cosines == pytest.approx(np.array([[1, 0.8, 0.6], [0.8, 0.6, 0], [1, 0.96, 0.6]]))
@@ -60,21 +70,21 @@ def test_the_first_hit_and_the_lead_by_hand(tmp_path):
 def test_a_gallery_of_one_class_and_one_of_a_single_image_have_a_lead_too():
     queries = vectors_of({"a/1": [1, 0], "b/1": [0, 1]})
     gallery = vectors_of({"a/2": [1, 0], "a/3": [0.6, 0.8]})
-    found = Found([], [], queries, gallery, rank(queries, gallery), {})
+    found = Results([], [], queries, gallery, rank(queries, gallery), {})
     assert Matches(found).margin == pytest.approx([0.4, 0.8])
     gallery = vectors_of({"a/2": [1, 0]})
-    assert Matches(Found([], [], queries, gallery, rank(queries, gallery), {})).margin.tolist() == [0, 0]
+    assert Matches(Results([], [], queries, gallery, rank(queries, gallery), {})).margin.tolist() == [0, 0]
 
 
 def test_an_unreadable_match_is_shown_without_similarity():
     queries, gallery = vectors_of({"q": [1, 0]}), vectors_of({"x": [0, 0], "y": [0.6, 0.8]})
-    matches = Matches(Found([], [], queries, gallery, rank(queries, gallery), {}))
+    matches = Matches(Results([], [], queries, gallery, rank(queries, gallery), {}))
     assert matches.rows.tolist() == [[1, 0]]
     assert matches.cosines == pytest.approx(np.array([[0.6, 0]]))
 
 
-def test_the_page_holds_every_query_with_its_matches_and_their_pictures(digits, tmp_path):
-    data = data_of(drawn(digits, tmp_path))
+def test_the_page_holds_every_query_with_its_matches_and_their_pictures(digits, page):
+    data = data_of(page.read_text())
     assert [data["names"][str(row)] for row in range(40)] == digits.ranking.queries
     for query, best in zip(data["matches"], digits.ranking.names().values(), strict=True):
         assert [data["names"][str(row)] for row in query] == best[:10]
@@ -85,28 +95,30 @@ def test_the_page_holds_every_query_with_its_matches_and_their_pictures(digits, 
     assert mapped == len(digits.queries) + len(digits.gallery)
 
 
-def test_the_pictures_shrink_where_there_are_many_and_the_last_are_left_out(digits, tmp_path, monkeypatch):
-    large = drawn(digits, tmp_path)
-    monkeypatch.setattr(run_report, "SIDES", {10: 96, 1000: 16})
-    assert len(drawn(digits, tmp_path)) < len(large)
-    monkeypatch.setattr(run_report, "MOST_PICTURES", 45)
-    data = data_of(drawn(digits, tmp_path))
-    assert len(data["pictures"]) == 45
-    assert set(map(str, range(40))) <= set(data["pictures"])  # queries come first
+def test_the_pictures_shrink_where_there_are_many_and_the_last_are_left_out(digits, monkeypatch):
+    matches = Matches(digits)
+    large = page_data(digits, matches, [])["pictures"]
+    monkeypatch.setattr(viewer, "SIDES", {10: 96, 1000: 16})
+    small = page_data(digits, matches, [])["pictures"]
+    assert small.keys() == large.keys()
+    assert all(len(small[row]) < len(large[row]) for row in large)
+    monkeypatch.setattr(viewer, "MOST_THUMBNAILS", 45)
+    some = page_data(digits, matches, [])["pictures"]
+    assert len(some) == 45
+    assert set(range(40)) <= set(some)  # queries come first
 
 
 # ---- files
 
 
-def test_the_pictures_for_slides_lie_beside_the_page(digits, tmp_path):
-    drawn(digits, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {
+def test_the_pictures_for_slides_lie_beside_the_page(page):
+    assert {path.name for path in page.parent.iterdir()} == {
         "report.html", "similar_images.png", "tsne.png", "per_class.png", "confusion.png", "similarities.png",
     }  # fmt: skip
 
 
-def test_a_page_loads_nothing_from_elsewhere(digits, tmp_path):
-    page = drawn(digits, tmp_path)
+def test_a_page_loads_nothing_from_elsewhere(page):
+    page = page.read_text()
     addresses = set(re.findall(r"(?:src|href)=[\"']?([^\"' >]+)", page))
     assert {a for a in addresses if not a.startswith(("#", "data:"))} == {
         "similar_images.png", "tsne.png", "per_class.png", "confusion.png", "similarities.png",
@@ -149,12 +161,8 @@ def test_names_are_text_whatever_they_are(sample, tmp_path):
     assert {name.split("/")[0] for name in data["names"].values()} == set(STRANGE)
 
 
-def test_an_image_that_cannot_be_read_costs_its_picture_only(digits, tmp_path):
-    folder = tmp_path / "images"
-    for part, files in (("query", digits.queries), ("gallery", digits.gallery)):
-        for file in files:
-            (folder / part / file.name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file.path, folder / part / file.name)
+def test_an_image_that_cannot_be_read_costs_its_picture_only(few, tmp_path):
+    folder = shutil.copytree(few, tmp_path / "images")
     found = found_of(folder)
     found.queries[3].path.write_bytes(b"")
     found.query_vectors.vectors[3] = 0  # as embed leaves it
@@ -171,7 +179,7 @@ def test_an_image_that_cannot_be_read_costs_its_picture_only(digits, tmp_path):
 
 def test_the_map_is_seeded_and_keeps_classes_together(digits):
     vectors = digits.gallery_vectors.vectors
-    first, second = places(vectors), places(vectors)
+    first, second = embedding_map.tsne(vectors), embedding_map.tsne(vectors)
     assert np.array_equal(first, second)
     labels = np.array([name[0] for name in digits.gallery_vectors.names])
     distances = np.linalg.norm(first[:, None] - first[None], axis=2) + 1e9 * np.eye(len(first))
@@ -179,41 +187,38 @@ def test_the_map_is_seeded_and_keeps_classes_together(digits):
 
 
 def test_the_map_shows_each_class_as_often_and_leaves_out_empty_vectors(digits, monkeypatch):
-    monkeypatch.setattr(run_report, "POINTS", 30)
+    monkeypatch.setattr(embedding_map, "MOST_POINTS", 30)
     vectors = digits.query_vectors.vectors.copy()
     vectors[0] = 0
     digits = replace(digits, query_vectors=replace(digits.query_vectors, vectors=vectors))
-    rows = run_report._sample(digits)
+    rows = embedding_map.sample(digits)
     names = digits.query_vectors.names + digits.gallery_vectors.names
     labels = [names[row][0] for row in rows]
     assert 0 not in rows
     assert {labels.count(label) for label in "0123456789"} == {3}
-    assert np.array_equal(rows, run_report._sample(digits))
+    assert np.array_equal(rows, embedding_map.sample(digits))
 
 
-def test_a_tuned_network_that_holds_the_untuned_one_is_mapped_before_and_after(digits, tmp_path):
+def test_a_tuned_network_that_holds_the_untuned_one_is_mapped_before_and_after(few, tmp_path):
+    found = found_of(few)
     interval = {"top_1": 0.5, "top_3": 0.7, "top_1_interval": [0.4, 0.6], "top_3_interval": [0.6, 0.8]}
     history = [{"epoch": epoch, "loss": 1.0 / epoch} | interval for epoch in (1, 2)]
-    tuned = replace(digits, trained=Trained(True, interval, history))
+    tuned = replace(found, trained=Trained(True, interval, history))
     page = drawn(tuned, tmp_path)
     assert "before fine-tuning" in page
     assert "training loss" in page
     assert (tmp_path / "loss.png").exists()
     points = data_of(page)["points"]
-    assert sum(map(len, points)) == 2 * (len(digits.queries) + len(digits.gallery))
+    assert sum(map(len, points)) == 2 * (len(found.queries) + len(found.gallery))
 
 
-def test_of_many_classes_the_map_shows_which_queries_are_right(sample, tmp_path, monkeypatch):
-    from retrieval.report import charts
-
-    found = found_of(sample / "test", 4, 12)
+def test_of_many_classes_the_map_shows_which_queries_are_right(digits, monkeypatch):
     monkeypatch.setattr(charts, "COLOURS", charts.COLOURS[:9])  # fewer than the ten classes
-    page = drawn(found, tmp_path)
-    matches = Matches(found)
-    wrong = [row for row, first in enumerate(matches.first) if first != 1]
-    groups = data_of(page)["points"]
+    (chart,), groups = embedding_map.draw_map(digits, embedding_map.sample(digits))
+    wrong = [row for row, first in enumerate(digits.first) if first != 1]
+    assert wrong
     assert wrong in groups
-    assert "first match wrong" in page
+    assert "first match wrong" in chart.svg
 
 
 def test_of_many_classes_the_worst_are_shown(digits):

@@ -9,11 +9,11 @@ from contextlib import closing
 import pytest
 
 from retrieval.errors import InputError
-from retrieval.server.database import Database, Judged
+from retrieval.server.database import Database, Scored
 
 
-def judged(team="a", accuracy=500.0, when="2026-06-01T12:00:00.000+00:00", digest=None, body=b"{}"):
-    return Judged(team, when, digest or f"{team}{accuracy}{when}", body, accuracy, accuracy / 2, b"\x01\x00")
+def scored(team="a", accuracy=500.0, when="2026-06-01T12:00:00.000+00:00", digest=None, body=b"{}"):
+    return Scored(team, when, digest or f"{team}{accuracy}{when}", body, accuracy, accuracy / 2, b"\x01\x00")
 
 
 @pytest.fixture
@@ -25,13 +25,13 @@ def database(tmp_path):
 
 def test_what_is_kept_is_there_after_it_is_opened_again(tmp_path):
     first = Database(tmp_path / "c.sqlite", "key")
-    assert first.keep(judged(body=b"the body")).result(10) == (judged().received, b"\x01\x00", 0)
+    assert first.store(scored(body=b"the body")).result(10) == (scored().received, b"\x01\x00", 0)
     first.refuse("a", "2026-06-01T12:01:00.000+00:00", 422, "no").result(10)
     first.close()
     again = Database(tmp_path / "c.sqlite", "key")
     assert again.count() == 1
-    assert again.submissions_of("a", public=False) == [(judged().received, 500.0, 0)]
-    assert again.submissions_of("a", public=True) == [(judged().received, 250.0, 0)]
+    assert again.submissions_of("a", public=False) == [(scored().received, 500.0, 0)]
+    assert again.submissions_of("a", public=True) == [(scored().received, 250.0, 0)]
     assert again.refused_of("a") == [("2026-06-01T12:01:00.000+00:00", 422, "no")]
     again.close()
     assert not (tmp_path / "c.sqlite-wal").exists()  # all of it is in the one file
@@ -48,12 +48,12 @@ def test_it_is_written_ahead_and_waits_for_the_disk(database):
 
 
 def test_the_same_body_of_the_same_group_is_one_submission(database):
-    first, again = judged(digest="x"), judged(digest="x", when="2026-06-01T13:00:00.000+00:00")
+    first, again = scored(digest="x"), scored(digest="x", when="2026-06-01T13:00:00.000+00:00")
     with ThreadPoolExecutor(8) as pool:
-        kept = [future.result(10) for future in list(pool.map(database.keep, [first] * 8))]
+        kept = [future.result(10) for future in list(pool.map(database.store, [first] * 8))]
     assert sorted(repeats for *_, repeats in kept) == list(range(8))
-    assert database.keep(again).result(10) == (first.received, first.ranks, 8)
-    assert database.keep(judged(team="b", digest="x")).result(10)[-1] == 0
+    assert database.store(again).result(10) == (first.received, first.ranks, 8)
+    assert database.store(scored(team="b", digest="x")).result(10)[-1] == 0
     assert database.count() == 2
 
 
@@ -66,7 +66,7 @@ def test_the_best_of_each_group_ranks_and_of_equal_ones_the_earlier(database):
         ("low", 1.5, 1),
     ]
     for team, accuracy, minute in rows:
-        database.keep(judged(team, accuracy, f"2026-06-01T12:0{minute}:00.000+00:00")).result(10)
+        database.store(scored(team, accuracy, f"2026-06-01T12:0{minute}:00.000+00:00")).result(10)
     found = [(s.team, s.best, s.when[11:16], s.count, s.history) for s in database.standings(public=False)]
     assert found == [
         ("early", 700.0, "12:02", 3, [700.0, 300.0, 700.0]),
@@ -81,7 +81,7 @@ def test_what_waits_at_a_moment_shares_a_commit(database, monkeypatch):
     monkeypatch.setattr(database, "_commit", lambda c, asked: (sizes.append(len(asked)), commit(c, asked)))
     blocker = sqlite3.connect(database.path)
     blocker.execute("BEGIN IMMEDIATE")  # the writer waits for this one, and the others gather
-    futures = [database.keep(judged(when=str(n))) for n in range(10)]
+    futures = [database.store(scored(when=str(n))) for n in range(10)]
     blocker.rollback()
     blocker.close()
     assert [future.result(10)[-1] for future in futures] == [0] * 10
@@ -92,7 +92,7 @@ def test_what_waits_at_a_moment_shares_a_commit(database, monkeypatch):
 def test_one_that_cannot_be_kept_takes_no_other_with_it(database):
     blocker = sqlite3.connect(database.path)
     blocker.execute("BEGIN IMMEDIATE")
-    futures = [database.keep(judged(when=str(n), team=team)) for n, team in enumerate(["a", "\ud800", "b"])]
+    futures = [database.store(scored(when=str(n), team=team)) for n, team in enumerate(["a", "\ud800", "b"])]
     blocker.rollback()
     blocker.close()
     assert futures[0].result(10)[-1] == 0
@@ -105,12 +105,12 @@ def test_one_that_cannot_be_kept_takes_no_other_with_it(database):
 def test_whoever_no_longer_waits_does_not_end_the_writer(database):
     blocker = sqlite3.connect(database.path)
     blocker.execute("BEGIN IMMEDIATE")
-    first, gone = database.keep(judged(when="1")), database.keep(judged(when="2"))
+    first, gone = database.store(scored(when="1")), database.store(scored(when="2"))
     gone.cancel()
     blocker.rollback()
     blocker.close()
     assert first.result(10)[-1] == 0
-    assert database.keep(judged(when="3")).result(10)[-1] == 0
+    assert database.store(scored(when="3")).result(10)[-1] == 0
     assert database.count() in (2, 3)  # the second was taken before it was gone, or not
 
 
@@ -132,7 +132,7 @@ def test_a_full_disk_is_said_and_keeps_what_there_is_room_for(tmp_path, monkeypa
     blocker = sqlite3.connect(database.path)
     blocker.execute("BEGIN IMMEDIATE")  # so that some share a commit
     bodies = [b"small", os.urandom(10**6), b"small too"]
-    futures = [database.keep(judged(when=str(n), body=body)) for n, body in enumerate(bodies)]
+    futures = [database.store(scored(when=str(n), body=body)) for n, body in enumerate(bodies)]
     blocker.rollback()
     blocker.close()
     with pytest.raises(sqlite3.Error, match="full"):

@@ -89,6 +89,9 @@ def test_the_line_shows_each_score_and_ends_in_a_point(browser, hall):
     assert all(int(count) == number and last == end for count, number, last, end in points)
 
 
+LOOKED_AT = """document.dispatchEvent(new Event("visibilitychange"))"""  # as when its tab comes to the front
+
+
 def test_it_updates_by_itself_and_says_when_it_cannot(browser, serve):
     with serve() as address:
         browser.open(address)
@@ -97,10 +100,12 @@ def test_it_updates_by_itself_and_says_when_it_cannot(browser, serve):
         post(address, body_of("first"))
         wait_until(lambda: browser.texts("tbody th") == ["first"])
         post(address, body_of("second", shift=1))
+        browser.run(LOOKED_AT)
         wait_until(lambda: browser.texts("tbody th") == ["first", "second"])
         assert browser.texts("#state")[0].startswith("as of ")
         assert browser.run("return window.loaded") == 1  # the page was not loaded again
         assert browser.errors() == []
+    browser.run(LOOKED_AT)
     wait_until(lambda: "the server does not answer" in browser.texts("#state")[0])
     assert browser.texts("tbody th") == ["first", "second"]
     browser.errors()  # it complained, as it should

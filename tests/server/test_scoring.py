@@ -1,25 +1,15 @@
 """The checks and the score, without a server."""
 
 import json
-from pathlib import Path
 
 import pytest
-from conftest import image_files, ranking_of
+from conftest import ranking_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from retrieval.errors import InputError
 from retrieval.metrics import metrics_of
-from retrieval.server.scoring import (
-    AnswerKey,
-    RefusedError,
-    Submission,
-    judge,
-    key_of_folders,
-    key_of_table,
-    read_body,
-    score,
-)
+from retrieval.server.answer_key import AnswerKey
+from retrieval.server.scoring import RefusedError, Submission, judge, parse, score
 
 QUERIES = {"a/1.jpg": "a", "a/2.jpg": "a", "b/3.jpg": "b", "c/4.jpg": "c"}
 GALLERY = {f"{who}/g{n}.jpg": who for who in "abd" for n in range(5)} | {"x/none.jpg": None}
@@ -35,7 +25,7 @@ def sent(images, group="team"):
 
 def why(images):
     with pytest.raises(RefusedError) as refused:
-        judge(read_body(sent(images)), KEY)
+        judge(parse(sent(images)), KEY)
     return str(refused.value)
 
 
@@ -47,7 +37,7 @@ def test_a_case_by_hand():
         "b/3.jpg": [*order, "b/g0.jpg"],  # right at 6
         "c/4.jpg": order,  # never
     }
-    first = judge(read_body(sent(images)), KEY)
+    first = judge(parse(sent(images)), KEY)
     assert first == {"a/1.jpg": 1, "a/2.jpg": 5, "b/3.jpg": 6, "c/4.jpg": 0}
     found = score(first, KEY)
     assert found.accuracy == (600 * 1 + 300 * 2 + 100 * 3) / 4 == 375
@@ -130,7 +120,7 @@ SHAPES = {
 @pytest.mark.parametrize("sentence", SHAPES)
 def test_what_has_another_shape_is_told_the_right_one(sentence):
     with pytest.raises(RefusedError) as refused:
-        read_body(SHAPES[sentence])
+        parse(SHAPES[sentence])
     assert sentence in str(refused.value)
     told = any(word in sentence for word in ("groupname is", "UTF-8", "twice"))
     assert told or '{"groupname": "…", "images": {' in str(refused.value)
@@ -139,17 +129,17 @@ def test_what_has_another_shape_is_told_the_right_one(sentence):
 @pytest.mark.parametrize("group", ["", "  ", "a\nb", "\0", "x" * 101, "\ud800", "\u200b"])
 def test_groups_that_no_page_can_show(group):
     with pytest.raises(RefusedError, match="groupname"):
-        read_body(sent({}, group))
+        parse(sent({}, group))
 
 
 @pytest.mark.parametrize("group", [" Team A ", "雪山", "👩‍🚀", "<script>", "a/b", "..", "x" * 100])
 def test_groups_are_free_text(group):
-    assert read_body(sent({}, group)).group == group.strip()
+    assert parse(sent({}, group)).group == group.strip()
 
 
 def test_a_mark_of_byte_order_and_unknown_fields_do_no_harm():
     body = b"\xef\xbb\xbf" + json.dumps({"groupname": "a", "images": {}, "more": [1e999]}).encode()
-    assert read_body(body) == Submission("a", {})
+    assert parse(body) == Submission("a", {})
 
 
 # ---- any JSON, any permutation
@@ -196,7 +186,7 @@ def is_valid(content):
 def test_any_json_is_scored_if_it_is_valid_and_else_refused_with_a_sentence(content):
     refused = None
     try:
-        judge(read_body(json.dumps(content).encode()), KEY)
+        judge(parse(json.dumps(content).encode()), KEY)
     except RefusedError as error:
         refused = str(error)
     if refused is None:
@@ -210,61 +200,17 @@ def test_any_json_is_scored_if_it_is_valid_and_else_refused_with_a_sentence(cont
 @given(st.binary())
 def test_any_bytes_are_refused_with_a_sentence(body):
     with pytest.raises(RefusedError):
-        read_body(body)
+        parse(body)
 
 
 @moderate
 @given(WHOLE, st.randoms())
 def test_any_permutation_scores_as_the_metrics_say(images, random):
     shuffled = dict(random.sample(list(images.items()), len(images)))
-    found = score(judge(read_body(sent(shuffled)), KEY), KEY)
+    found = score(judge(parse(sent(shuffled)), KEY), KEY)
     labelled = {query: [name if GALLERY[name] else f"nobody/{name}" for name in names]
                 for query, names in images.items()}  # fmt: skip
     padded = {query: [*names, *["nobody/none"] * (10 - len(names))] for query, names in labelled.items()}
     told = metrics_of(ranking_of(padded))
     assert found.accuracy == pytest.approx(told["score"], abs=1e-9)
     assert found.results == [told["top_1"], told["top_5"], told["top_10"]]
-
-
-# ---- keys
-
-
-def flat(*names):
-    return image_files(names)
-
-
-def test_class_folders_are_a_key():
-    key = key_of_folders(image_files(["a/1.jpg"]), image_files(["a/2.jpg", "b/3.jpg"]))
-    assert key == AnswerKey({"a/1.jpg": "a"}, {"a/2.jpg": "a", "b/3.jpg": "b"})
-
-
-def test_a_table_of_answers_is_a_key(tmp_path):
-    table = tmp_path / "answers.csv"
-    table.write_text("\ufeffname,identity\n1.jpg, Ann\n\n2.jpg,Ann\n", encoding="utf-8")
-    key = key_of_table(table, flat("1.jpg"), flat("2.jpg", "3.jpg"))
-    assert key == AnswerKey({"1.jpg": "Ann"}, {"2.jpg": "Ann", "3.jpg": None})
-
-
-TABLES = {
-    "line 2: 'a,b,c' is not of the form name,identity": "name,identity\na,b,c\n",
-    "line 1: there is no query or gallery image 9.jpg": "9.jpg,Ann\n",
-    "line 2: 1.jpg is Ann on an earlier line": "1.jpg,Ann\n1.jpg,Bob\n",
-    "lacks queries: 1 (1.jpg)": "2.jpg,Ann\n",
-    "every score would be 0": "1.jpg,Ann\n2.jpg,Bob\n",
-    "is not a CSV table in UTF-8": b"\xff,a\n",
-}
-
-
-@pytest.mark.parametrize("sentence", TABLES)
-def test_a_table_that_is_none_says_where(tmp_path, sentence):
-    table = tmp_path / "answers.csv"
-    content = TABLES[sentence]
-    table.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(InputError) as refused:
-        key_of_table(table, flat("1.jpg"), flat("2.jpg"))
-    assert sentence in str(refused.value)
-
-
-def test_a_name_of_a_query_and_a_gallery_image_can_have_no_line():
-    with pytest.raises(InputError, match=r"rename 1\.jpg"):
-        key_of_table(Path("none.csv"), flat("1.jpg"), flat("1.jpg"))

@@ -13,8 +13,8 @@ from hall import body_of, key_of, post, process, raw, table
 from test_database import limit
 
 from retrieval.errors import InputError
-from retrieval.server import app
-from retrieval.server.serve import public_queries, read_tokens
+from retrieval.server import endpoint
+from retrieval.server.rules import read_tokens
 
 STRANGE = [
     "<script>hacked=1</script>",
@@ -46,16 +46,16 @@ def test_a_full_disk_is_said_and_the_submission_does_not_count(serve, monkeypatc
 
 
 def test_a_body_that_is_too_large_is_refused_unread(serve):
-    head = b"POST /retrieval/ HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (app.MOST_BYTES + 1)
+    head = b"POST /retrieval/ HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % (endpoint.MOST_BYTES + 1)
     with serve() as address:
         assert raw(address, head).startswith(b"HTTP/1.1 413 ")  # none of it was sent
-        assert post(address, b"x" * (app.MOST_BYTES + 1)).status_code == 413
-        chunks = (b"x" * 2**20 for _ in range(1 + app.MOST_BYTES // 2**20))
+        assert post(address, b"x" * (endpoint.MOST_BYTES + 1)).status_code == 413
+        chunks = (b"x" * 2**20 for _ in range(1 + endpoint.MOST_BYTES // 2**20))
         assert requests.post(f"{address}retrieval/", data=chunks, timeout=30).status_code == 413
 
 
 def test_a_slow_body_times_out_and_a_broken_one_is_logged(serve, monkeypatch):
-    monkeypatch.setattr(app, "SECONDS_FOR_A_BODY", 0.3)
+    monkeypatch.setattr(endpoint, "SECONDS_FOR_A_BODY", 0.3)
     head = b"POST /retrieval/ HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
     with serve() as address:
         assert raw(address, head).startswith(b"HTTP/1.1 408 ")
@@ -81,7 +81,7 @@ def test_a_group_may_submit_so_often_in_a_minute(serve, monkeypatch):
         assert refused.status_code == 429  # what cannot be scored counts too
         assert 1 <= int(refused.headers["Retry-After"]) <= 60
         assert post(address, body_of("b")).status_code == 200
-        monkeypatch.setattr(app, "MINUTE", 0)
+        monkeypatch.setattr(endpoint, "MINUTE", 0)
         assert post(address, body_of("a")).status_code == 200
 
 
@@ -108,7 +108,7 @@ def test_a_group_with_a_token_is_only_who_has_it(serve):
 
 
 def test_an_end_and_a_public_share(serve, folder):
-    public, now = public_queries(key_of(folder), 0.3, seed=0), [datetime(2026, 6, 1, 15, 59, tzinfo=UTC)]
+    public, now = key_of(folder).public_queries(0.3, seed=0), [datetime(2026, 6, 1, 15, 59, tzinfo=UTC)]
     assert len(public) == 4
     rules = {"closes_at": now[0] + timedelta(minutes=1), "public": public, "now": lambda: now[0]}
     with serve(**rules) as address:
@@ -169,7 +169,7 @@ def test_the_flags_reach_the_rules(folder, tmp_path):
     with process(tmp_path, tmp_path / "c.sqlite", *map(str, flags)) as started:
         headers = {"X-Group-Token": "secret"}
         told = post(started.url, body_of("a"), headers=headers).json()
-        public = public_queries(key_of(folder), 0.5, 3)
+        public = key_of(folder).public_queries(0.5, 3)
         assert told["accuracy"] == 400 + 600 * sum(name.endswith("0.jpg") for name in public) / len(public)
         assert "scores" not in told
         assert post(started.url, body_of("b")).status_code == 403

@@ -1,4 +1,4 @@
-// The viewer of queries and their matches, and the hints of the map. An image is a row: data.names[row] and so on.
+// The viewer of queries and their matches, and the hints of the map. An image is given by its row: its name is data.names[row].
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const PER_PAGE = 8;
@@ -111,7 +111,7 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "ArrowRight") turn(1);
 });
 
-// ---- the map: the marks of the group tsne-points-N stand for the images data.points[N], in order
+// ---- the map: the marks in the group tsne-points-N show the images data.points[N], in the same order
 
 function rowOf(mark) {
   const group = mark.closest("g[id^='tsne-points-']");

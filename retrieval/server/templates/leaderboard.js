@@ -1,4 +1,4 @@
-// The leaderboard fetches itself every few seconds, and says so when the server is out of reach.
+// The leaderboard reloads itself every few seconds, and says when the server is out of reach.
 "use strict";
 const SECONDS = 3;
 

@@ -1,0 +1,81 @@
+"""The embeddings of a run in; a t-SNE map of them, where classes show as groups, out."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from get_images import label_of
+from retrieval.report import charts
+from retrieval.report.charts import Chart, Points
+from retrieval.report.results import Results
+
+MOST_POINTS, FEWEST_POINTS = 1000, 5
+
+
+def sample(results: Results, seed: int = 0) -> np.ndarray:
+    """Return up to MOST_POINTS rows of the queries and gallery images together, the classes in turn.
+
+    Images that could not be embedded are left out.
+    """
+    sides = results.query_vectors, results.gallery_vectors
+    embedded = np.concatenate([side.vectors.any(axis=1) for side in sides])
+    of_class: dict[str | None, list[int]] = {}
+    for row in np.random.default_rng(seed).permutation(np.flatnonzero(embedded)).tolist():
+        of_class.setdefault(label_of(results.names[row]), []).append(row)
+    turns = [(turn, row) for rows in of_class.values() for turn, row in enumerate(rows)]
+    in_turn = sorted(turns, key=lambda turn_and_row: turn_and_row[0])
+    return np.array(sorted(row for _, row in in_turn[:MOST_POINTS]), dtype=int)
+
+
+def draw_map(results: Results, rows: np.ndarray) -> tuple[list[Chart], list[list[int]]]:
+    """Draw the map of these rows, ascending; and return which rows each group of its marks shows.
+
+    Fine-tuned embeddings that hold the untuned ones get a second panel. A handful of images gets no map.
+    """
+    if len(rows) < FEWEST_POINTS:
+        return [], []
+    queries = rows[rows < len(results.queries)]
+    gallery = rows[len(queries) :] - len(results.queries)
+    vectors = np.concatenate(
+        [results.query_vectors.vectors[queries], results.gallery_vectors.vectors[gallery]]
+    )
+    panels = [("after fine-tuning" if results.trained else "embeddings", vectors)]
+    if results.trained and results.trained.joined:
+        untuned = vectors[:, : vectors.shape[1] // 2]  # both halves have the same dimension
+        lengths = np.linalg.norm(untuned, axis=1, keepdims=True)
+        panels.insert(0, ("before fine-tuning", untuned / np.maximum(lengths, 1e-12)))
+    points = [Points(title, tsne(vectors)) for title, vectors in panels]
+    labels, colours = _colours(results, rows)
+    chart, behind = charts.embedding_map(points, labels, rows < len(results.queries), colours)
+    return [chart], [rows[marks].tolist() for marks in behind]
+
+
+def _colours(results: Results, rows: np.ndarray) -> tuple[list[str | None], dict[str, str]]:
+    """Return a label for each row and a colour for each label.
+
+    Labels are the classes or, if there are more classes than colours, whether a query's first match is right.
+    """
+    if not results.labelled:
+        return [None] * len(rows), {}
+    labels = [label_of(results.names[row]) for row in rows]
+    classes = sorted({label for label in labels if label is not None})
+    if len(classes) <= len(charts.COLOURS):
+        return labels, dict(zip(classes, charts.COLOURS, strict=False))
+    verdicts = [f"first match {'right' if first == 1 else 'wrong'}" for first in results.first]
+    verdicts += [None] * len(results.gallery)
+    colours = {"first match right": charts.RIGHT, "first match wrong": charts.WRONG}
+    return [verdicts[row] for row in rows], colours
+
+
+def tsne(vectors: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Reduce vectors (points, dimension) to (points, 2) by PCA to 50 dimensions, then t-SNE.
+
+    L. van der Maaten and G. Hinton, JMLR 9 (2008) 2579.
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    reduced = PCA(min(50, *vectors.shape), random_state=seed).fit_transform(vectors)
+    perplexity = min(30.0, (len(vectors) - 1) / 3)
+    start = reduced[:, :2] / max(reduced[:, 0].std(), 1e-12) * 1e-4  # as Kobak and Berens 2019 do
+    return TSNE(init=start, perplexity=perplexity, max_iter=500, random_state=seed).fit_transform(reduced)

@@ -1,0 +1,188 @@
+"""Folders of runs in; the lines of their ledgers runs.jsonl, checked, as records out."""
+
+from __future__ import annotations
+
+import json
+import logging
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, Self
+
+from pydantic import AfterValidator, BaseModel, model_validator
+
+from retrieval.errors import InputError
+from retrieval.metrics import CUTS
+from retrieval.run import EARLIER, LEDGER
+
+# The settings that tell two runs of a network on the same images apart.
+DISTINGUISHING = ("image_size", "crop", "face_margin", "min_face_size", "weights")
+
+log = logging.getLogger("retrieval.comparison")
+
+
+class Estimate(NamedTuple):
+    """A metric with its 95 % interval."""
+
+    value: float
+    interval: tuple[float, float]
+
+
+class Settings(BaseModel):
+    """The settings of a run that the comparison shows."""
+
+    query_dir: str | None = None
+    gallery_dir: str | None = None
+    model_type: str | None = None
+    image_size: int | str | None = None
+    crop: str | None = None
+    face_margin: float | str | None = None
+    min_face_size: float | str | None = None
+    weights: str | None = None
+
+
+class Metrics(BaseModel):
+    """The metrics of a run that the comparison shows."""
+
+    queries: int
+    gallery_images: int
+    backbone: str | None = None
+    tuned: bool | None = None
+    names: str | None = None  # the digest in names-DIGEST.json
+    estimates: dict[str, Estimate] = {}  # of the score and the top-k accuracies; empty without labels
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_estimates(cls, metrics: Any) -> Any:
+        if not isinstance(metrics, dict):
+            return metrics
+        shown = [name for name in ("score", *(f"top_{cut}" for cut in CUTS)) if name in metrics]
+        return metrics | {
+            "estimates": {name: (metrics[name], metrics.get(f"{name}_interval")) for name in shown}
+        }
+
+
+class Outcome(BaseModel):
+    """What the server answered."""
+
+    accuracy: float | None
+
+
+class Seconds(BaseModel):
+    """How long the run took."""
+
+    total: float | None = None
+
+
+class RunLine(BaseModel):
+    """A line of a ledger. What the comparison does not need is ignored."""
+
+    time: Annotated[datetime, AfterValidator(datetime.astimezone)]
+    settings: Settings
+    metrics: Metrics
+    outcome: Outcome
+    seconds: Seconds = Seconds()
+    first: tuple[int, ...] | None = None  # the rank of each query's first right image, 0: none; None: unknown
+    ledger: Path = Path()
+    count: int = 1  # of runs that gave the same
+
+    @model_validator(mode="after")
+    def _a_rank_for_each_query(self) -> Self:
+        if self.first is not None and len(self.first) != self.metrics.queries:
+            raise ValueError("first holds another number of queries than metrics")
+        return self
+
+    @property
+    def network(self) -> str:
+        """The model name, as far as it is known."""
+        return self.metrics.backbone or self.settings.model_type or "a fine-tuned network"
+
+    @property
+    def distinguishing(self) -> dict[str, Any]:
+        """The values of the DISTINGUISHING settings."""
+        return {name: getattr(self.settings, name) for name in DISTINGUISHING}
+
+    @property
+    def name(self) -> str:
+        """The model name and the settings that were given; a weights file is named by the end of its path."""
+        given = self.distinguishing
+        if given["weights"]:
+            given["weights"] = "/".join(Path(given["weights"]).parts[-2:])
+        given = {name: value for name, value in given.items() if value not in (None, "", "auto")}
+        return ", ".join([self.network, *(f"{name} {value}" for name, value in given.items())])
+
+    @property
+    def tuned(self) -> bool:
+        """Whether the network is fine-tuned: only model_not_tuned.py has the setting model_type."""
+        return self.settings.model_type is None if self.metrics.tuned is None else self.metrics.tuned
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The numbers of queries and gallery images."""
+        return self.metrics.queries, self.metrics.gallery_images
+
+    @property
+    def images(self) -> tuple:
+        """What runs must have in common to be compared: the names of the images, or else the folders."""
+        folders = self.settings.query_dir, self.settings.gallery_dir
+        return self.metrics.names or folders, self.size
+
+    @property
+    def identity(self) -> tuple:
+        """What a repeated run has in common with the first: network, settings, and results."""
+        server = self.outcome.accuracy if self.first is None else None  # sending changes no ranking
+        score = self.metrics.estimates.get("score")
+        return self.network, json.dumps(self.distinguishing), self.first, score and score.value, server
+
+    @property
+    def sort_score(self) -> float:
+        """The score by the labels, or else the server's score, or else -1."""
+        if "score" in self.metrics.estimates:
+            return self.metrics.estimates["score"].value
+        return -1.0 if self.outcome.accuracy is None else self.outcome.accuracy
+
+    def query_names(self) -> list[str]:
+        """Read the names of the queries; return their numbers if the file of names is lost."""
+        count = self.metrics.queries
+        try:
+            names = json.loads(self.ledger.with_name(f"names-{self.metrics.names}.json").read_bytes())
+            if len(names["queries"]) == count:
+                return names["queries"]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        return [f"query {number}" for number in range(1, count + 1)]
+
+
+def read_ledgers(folders: list[Path]) -> list[RunLine]:
+    """Read every ledger in and below the folders, each once. Raises InputError if there are none."""
+    ledgers = {ledger.resolve(): ledger for folder in folders for ledger in _ledgers_in(folder)}
+    where = ", ".join(map(str, folders))
+    if not ledgers:
+        raise InputError(f"there is no {LEDGER} in or below {where}: give the --output_dir of runs")
+    runs = [run for ledger in ledgers.values() for run in _read_ledger(ledger)]
+    if not runs:
+        raise InputError(f"no {LEDGER} in or below {where} holds a run that embedded and ranked images")
+    return runs
+
+
+def _ledgers_in(folder: Path) -> list[Path]:
+    if folder.is_file():
+        return [folder]
+    return [
+        ledger for ledger in sorted(folder.rglob(LEDGER)) if EARLIER not in ledger.relative_to(folder).parts
+    ]
+
+
+def _read_ledger(ledger: Path) -> list[RunLine]:
+    """Read the runs in a ledger. Skip a submission that was only sent again; skip a broken line and warn."""
+    runs = []
+    for number, line in enumerate(ledger.read_bytes().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            content = json.loads(line)
+            if isinstance(content, dict) and "metrics" not in content:  # a submission sent again
+                continue
+            runs.append(RunLine.model_validate(content).model_copy(update={"ledger": ledger}))
+        except (ValueError, RecursionError):  # no JSON, or pydantic's ValidationError
+            log.warning("%s, line %d is no line of a ledger, and is passed over", ledger, number)
+    return runs

@@ -1,0 +1,176 @@
+"""A POST to /retrieval/ in; the submission's row in the database, and the answer with its score, out."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import json
+import logging
+import math
+import sqlite3
+import time
+from collections import deque
+from typing import Any
+
+import anyio
+from fastapi import Request, Response
+from starlette.requests import ClientDisconnect
+
+from retrieval.server.answer_key import AnswerKey
+from retrieval.server.database import Database, Scored, Stored
+from retrieval.server.leaderboard import moment
+from retrieval.server.rules import Rules
+from retrieval.server.scoring import RefusedError, Score, judge, parse, score
+from retrieval.submission.protocol import TOKEN
+
+MOST_BYTES = 16 * 2**20  # of a body: a submission of 1455 queries has 0.6 MB
+SECONDS_FOR_A_BODY = 30
+MINUTE = 60  # seconds
+MOST_REMEMBERED = 10_000  # groups or addresses
+SAFE = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+
+log = logging.getLogger("retrieval.server")
+
+
+class SubmissionEndpoint:
+    """What answers a POST: each submission is scored and stored, or refused with a sentence."""
+
+    def __init__(self, key: AnswerKey, database: Database, rules: Rules) -> None:
+        self.key, self.database, self.rules = key, database, rules
+        # A single thread scores: several would only wait for the one interpreter.
+        self.thread = anyio.CapacityLimiter(1)
+        self.groups = RateLimit("group", rules.per_minute)
+        self.addresses = RateLimit("address", rules.per_address) if rules.per_address else None
+
+    async def answer(self, request: Request) -> Response:
+        """Score a submission and store it, or say why not and log that."""
+        try:
+            if self.addresses:
+                self.addresses.count(request.client.host if request.client else "")
+            self._require_open()
+            body = await _read(request)
+            self._require_open()  # a body may take its time
+            received, token = self._now(), request.headers.get(TOKEN, "")
+            reply, row = await self._in_thread(self._score, body, received, token)
+            stored = await asyncio.wrap_future(self.database.store(row))
+            if stored[-1]:
+                reply = await self._in_thread(self._reply_again, row.team, stored)
+            return json_answer(reply)
+        except RefusedError as refused:
+            return await self._refuse(refused)
+        except asyncio.CancelledError:  # it may be on the disk already, and is then answered as a repeat
+            return json_answer({"detail": "the server is ending: send it again when it is back"}, 503)
+        except sqlite3.Error as error:  # such as a full disk
+            log.error("a submission could not be kept: %s", error)
+            sentence = "the submission could not be kept, and does not count: send it again"
+            return await self._refuse(RefusedError(sentence, 503))
+
+    def _now(self) -> str:
+        return self.rules.now().isoformat(timespec="milliseconds")
+
+    async def _in_thread(self, function: Any, *arguments: Any) -> Any:
+        return await anyio.to_thread.run_sync(function, *arguments, limiter=self.thread)
+
+    def _require_open(self) -> None:
+        if self.rules.closed:
+            raise RefusedError(f"the competition closed at {moment(self.rules.closes_at)}", 403)
+
+    def _score(self, body: bytes, received: str, token: str) -> tuple[dict[str, Any], Scored]:
+        """Return the reply to a submission, and its row. Raises RefusedError."""
+        submission = parse(body)
+        team = submission.group
+        self._admit(team, token)
+        try:
+            first = judge(submission, self.key)
+        except RefusedError as error:
+            error.team = team  # only after _admit: anybody can send under this name
+            raise
+        whole = score(first, self.key)
+        public = score(first, self.key, self.rules.public) if self.rules.public else whole
+        row = Scored(team, received, hashlib.sha256(body).hexdigest(), body,
+                     whole.accuracy, public.accuracy, bytes(first.values()))  # fmt: skip
+        return self._reply(team, received, public), row
+
+    def _admit(self, team: str, token: str) -> None:
+        """Raise RefusedError unless the group has sent its token, and may submit now."""
+        if self.rules.tokens is not None:
+            wanted = self.rules.tokens.get(team, "")
+            if not hmac.compare_digest(token.encode(), wanted.encode()) or not wanted:
+                raise RefusedError(f"the header {TOKEN} does not hold this group's token", 403)
+        self.groups.count(team)
+
+    def _reply_again(self, team: str, stored: Stored) -> dict[str, Any]:
+        """Return the reply to a submission that was sent before."""
+        received, ranks, _ = stored
+        first = dict(zip(self.key.queries, ranks, strict=True))
+        return self._reply(team, received, score(first, self.key, self.rules.public)) | {"repeat": True}
+
+    def _reply(self, team: str, received: str, found: Score) -> dict[str, Any]:
+        """Return a reply like that of the competition's server."""
+        reply = {"groupname": team, "accuracy": found.accuracy, "date": moment(received)}
+        if self.rules.hide_scores:
+            return reply
+        scores: dict[str, Any] = {f"right{cut}": identities for cut, identities in found.right.items()}
+        scores |= {f"wrong{cut}": identities for cut, identities in found.wrong.items()}
+        return reply | {"scores": scores | {"results": found.results}}
+
+    async def _refuse(self, refused: RefusedError) -> Response:
+        """Answer why, and add that to the group's history, unless it comes too fast or the disk fails."""
+        log.info("refused with %d: %s", refused.status, refused)
+        if refused.status not in (429, 503):
+            try:
+                stored = self.database.refuse(refused.team, self._now(), refused.status, str(refused))
+                await asyncio.wrap_future(stored)
+            except sqlite3.Error as error:
+                log.error("that could not be kept: %s", error)
+        return json_answer({"detail": str(refused)}, refused.status, refused.headers)
+
+
+class RateLimit:
+    """At most so many submissions a minute by each group, or from each address."""
+
+    def __init__(self, kind: str, most: int) -> None:
+        self.kind, self.most = kind, most
+        self.times: dict[str, deque[float]] = {}  # of the last submissions of each
+
+    def count(self, who: str) -> None:
+        """Count a submission. Raises RefusedError if there were too many in the last minute."""
+        now = time.monotonic()
+        if len(self.times) > MOST_REMEMBERED:
+            self.times = {one: last for one, last in self.times.items() if last[-1] > now - MINUTE}
+        last = self.times.setdefault(who, deque(maxlen=self.most))
+        if len(last) == self.most and last[0] > now - MINUTE:
+            seconds = math.ceil(last[0] + MINUTE - now)
+            sentence = f"more than {self.most} submissions a minute by this {self.kind}: wait {seconds} s"
+            raise RefusedError(sentence, 429, {"Retry-After": str(seconds)})
+        last.append(now)
+
+
+async def _read(request: Request) -> bytes:
+    """Read the body, unless its Content-Length is too large already. Raises RefusedError."""
+    large = RefusedError(f"the body is larger than {MOST_BYTES / 2**20:g} MB", 413, {"Connection": "close"})
+    length = request.headers.get("Content-Length", "0")
+    if length.isdecimal() and float(length) > MOST_BYTES:  # float: of any number of digits
+        raise large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(SECONDS_FOR_A_BODY):
+            async for part in request.stream():
+                body += part
+                if len(body) > MOST_BYTES:
+                    raise large
+    except ClientDisconnect:
+        raise RefusedError("the body broke off", 400) from None
+    except TimeoutError:
+        slow = f"the body did not come within {SECONDS_FOR_A_BODY} s"
+        raise RefusedError(slow, 408, {"Connection": "close"}) from None
+    return bytes(body)
+
+
+def json_answer(
+    content: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None
+) -> Response:
+    """Answer in JSON. What UTF-8 cannot encode, but a file name may hold, becomes a JSON escape."""
+    body = json.dumps(content, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    return Response(body, status, SAFE | (headers or {}), "application/json")
