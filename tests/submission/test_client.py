@@ -10,10 +10,10 @@ import threading
 import time
 
 import pytest
-from conftest import RANKING, Server, answer, submission_of
+from conftest import RANKING, Server, answer, ranking_of
 
 from retrieval.submission.client import send_submission
-from retrieval.submission.submission_file import save_submission
+from retrieval.submission.submission_file import write_submission
 
 
 def send(path, url, **options):
@@ -38,7 +38,7 @@ def test_every_byte_of_the_post(saved):
 
 
 def test_letters_of_any_script_survive(tmp_path):
-    path = save_submission(submission_of({"ü.jpg": ["日本.jpg"]}, ["日本.jpg"], "Équipe β 1"), tmp_path)
+    path = write_submission(ranking_of({"ü.jpg": ["日本.jpg"]}), "Équipe β 1", tmp_path)
     with Server(answer()) as server:
         send(path, server.url)
     assert json.loads(server.received[0][3]) == {"groupname": "Équipe β 1", "images": {"ü.jpg": ["日本.jpg"]}}
@@ -356,6 +356,6 @@ def test_folders_in_names_are_warned_of_for_other_machines(
 
     monkeypatch.setattr(requests, "post", refuse)
     name = "class/a.jpg" if nested else "a.jpg"
-    path = save_submission(submission_of({"q.jpg": [name]}, [name], "team"), tmp_path)
+    path = write_submission(ranking_of({"q.jpg": [name]}), "team", tmp_path)
     send(path, url)
     assert ("knows base names only" in caplog.text) is (warned and nested)
