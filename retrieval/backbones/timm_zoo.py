@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 # Face networks trained with a margin loss end in the layer that gives the embedding; it is no classifier.
 ENDS_IN_EMBEDDING = re.compile(r"\.(arcface|cosface|adaface)_")
+HUB_NAMES = ("model.safetensors", "pytorch_model.bin")
+NEW_NORM = ("head.norm.", "head_norm.")
+
+# The tensors of a file → the network with these; None → a new network.
+Build = Callable[[dict[str, "Tensor"] | None], "nn.Module"]
 
 
 def find_timm(name: str) -> Pretrained:
@@ -44,9 +49,6 @@ def network_of_hub_config(word: str, text: str) -> nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(text, encoding="utf-8")
         return _timm_network(word, f"local-dir:{folder}", {}, None)
-
-
-HUB_NAMES = ("model.safetensors", "pytorch_model.bin")
 
 
 def _config_in_timm(name: str) -> dict[str, Any]:
@@ -108,49 +110,48 @@ def _timm_row(name: str, architecture: str, config: dict[str, Any], weights: OnH
 
 
 def _timm_network(name: str, architecture: str, config: dict[str, Any], file: Path | None) -> nn.Module:
-    import timm
+    """Build a timm network without its classifier, and load `file` into it.
 
-    ends_in_embedding = bool(ENDS_IN_EMBEDDING.search(name))
-    if file:
-        network = _loaded_by_timm(name, architecture, config, file, ends_in_embedding)
-    else:
-        network = timm.create_model(architecture, pretrained=False)
-    if not ends_in_embedding:
-        network.reset_classifier(0)
-    return network
-
-
-def _loaded_by_timm(
-    name: str, architecture: str, config: dict[str, Any], file: Path, ends_in_embedding: bool
-) -> nn.Module:
-    """The network by timm's own loading, which also knows the layouts that its models were published in.
-
-    It is loaded with its classifier, since without timm would load only what fits. A file with another
-    classifier, or none, is loaded without, and then has to fill every other place.
+    The file is loaded by timm, which also knows the layouts that its models were published in. The first try
+    includes the classifier. A file with another classifier, or none, is loaded into a network without one.
+    Raises InputError unless the file fills every tensor of the embedding.
     """
-    state = read_checkpoint(file)
+    ends_in_embedding = bool(ENDS_IN_EMBEDDING.search(name))
+    build, state = partial(_build, architecture), read_checkpoint(file) if file else None
     try:
-        return _load_by_timm(name, architecture, {"state_dict": dict(state)}, file)
+        network = _built(build, state, file, f"timm:{name}")
     except InputError:
         if ends_in_embedding:
             raise
+        build = partial(build, num_classes=0, label_offset=0)
         state = _without_classifier(state, architecture, config, file)
-        without = {"state_dict": state, "num_classes": 0, "label_offset": 0}
-        return _load_by_timm(name, architecture, without, file)
+        network = _built(build, state, file, f"timm:{name}")
+    if not ends_in_embedding:
+        network.reset_classifier(0)
+    if state and (missing := _missing(network, build, state)):
+        raise does_not_fit(file, f"timm:{name}", [f"{tensor} is missing" for tensor in missing])
+    return network
 
 
-def _load_by_timm(name: str, architecture: str, overlay: dict[str, Any], file: Path) -> nn.Module:
+def _build(architecture: str, state: dict[str, Tensor] | None, **overlay: Any) -> nn.Module:
+    """Build a timm network, with `overlay` in its config, and load the tensors of a file, if given."""
     import timm
 
-    overlay["source"] = ""  # so that timm takes the state dict
+    if state is None:
+        return timm.create_model(architecture, pretrained_cfg_overlay=overlay)
+    overlay |= {"state_dict": dict(state), "source": ""}  # or timm asks the source in its config
+    return timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+def _built(build: Build, state: dict[str, Tensor] | None, file: Path | None, title: str) -> nn.Module:
+    """Build a network. Raises InputError where the tensors of `file` do not fit."""
     try:
-        with _nothing_missing(file, f"timm:{name}"):
-            return timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay)
-    except InputError:
-        raise
-    except Exception as error:  # torch's load_state_dict, or timm's renaming before it, which raises anything
+        return build(state)
+    except Exception as error:  # timm's renaming of the tensors raises anything
+        if not file:
+            raise
         problems = [line.strip()[:200] for line in str(error).splitlines()]
-        raise does_not_fit(file, f"timm:{name}", problems[1:] or problems) from None
+        raise does_not_fit(file, title, problems[1:] or problems) from None
 
 
 def _without_classifier(
@@ -165,25 +166,30 @@ def _without_classifier(
     return without_heads(state, bare, file)
 
 
-@contextmanager
-def _nothing_missing(file: Path, network: str) -> Iterator[None]:
-    """Refuse a file that leaves a place empty, also where timm loads a whole family with strict=False.
+def _missing(network: nn.Module, build: Build, state: dict[str, Tensor]) -> list[str]:
+    """Name the tensors of a network that loading `state` leaves at their random start.
 
-    A new norm of the head is no such place: timm adds it to networks that were trained without (fcmae).
+    timm loads some families with strict=False, and renames tensors before it loads them. So tensors that are
+    not in the file under their own name are checked by loading the file with NaN in the place of each number:
+    a tensor that the file does not fill stays as it is in a new network with the same random seed. timm adds
+    a norm of the head to networks that were trained without (fcmae): it keeps its start.
     """
-    from torch.nn import Module
+    import torch
 
-    load = Module.load_state_dict
-
-    def load_all(module: nn.Module, *arguments: Any, **more: Any) -> Any:
-        result = load(module, *arguments, **more)
-        missing = [n for n in result.missing_keys if not n.startswith(("head.norm.", "head_norm."))]
-        if missing:
-            raise does_not_fit(file, network, [f"{name} is missing" for name in missing])
-        return result
-
-    Module.load_state_dict = load_all
-    try:
-        yield
-    finally:
-        Module.load_state_dict = load
+    places = network.state_dict()
+    suspects = [name for name in places if name not in state and not name.startswith(NEW_NORM)]
+    if not suspects:
+        return []
+    filled_with_nan = {
+        name: torch.full_like(tensor, torch.nan) if tensor.is_floating_point() else tensor
+        for name, tensor in state.items()
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        loaded = build(filled_with_nan).state_dict()
+        torch.manual_seed(0)
+        new = build(None).state_dict()
+    return [
+        name for name in suspects
+        if places[name].is_floating_point() and torch.equal(loaded[name], new[name])
+    ]  # fmt: skip

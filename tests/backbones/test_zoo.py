@@ -249,6 +249,21 @@ def test_a_timm_word_never_has_random_weights(home, tmp_path, name):
 
 
 @pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("dla46_c.in1k", "level3.tree2.root.bn.bias"),  # a new network has zeros there, and never NaN
+        ("dla46_c.in1k", "base_layer.1.running_mean"),
+        ("convnextv2_atto.fcmae", "stages.2.blocks.1.mlp.grn.weight"),
+    ],
+)
+def test_a_tensor_that_a_file_for_timm_lacks_is_named(home, tmp_path, name, tensor):
+    state = {n: t for n, t in timm.create_model(name).state_dict().items() if n != tensor}
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=rf"does not hold the weights of timm:{name}: {tensor} is missing$"):
+        load_backbone(f"timm:{name}", "cpu", weights=tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(
     "name", ["beit_base_patch16_224.in22k_ft_in22k_in1k", "swin_tiny_patch4_window7_224"]
 )
 def test_a_vit_for_another_kind_of_transformer_is_a_sentence(home, tmp_path, name):
