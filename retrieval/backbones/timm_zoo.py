@@ -1,4 +1,4 @@
-"""The name of a timm model in; a row like those of the table of the words out."""
+"""The name of a timm model in; its row, as the table in zoo.py has them, out."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from retrieval.errors import InputError, did_you_mean
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# Face networks trained with a margin loss end in the layer that gives the embedding; it is no classifier.
+# The last layer of a face network that was trained with a margin loss is the embedding, no classifier.
 ENDS_IN_EMBEDDING = re.compile(r"\.(arcface|cosface|adaface)_")
 HUB_NAMES = ("model.safetensors", "pytorch_model.bin")
+VERSION = 1  # part of the cache key: raise it when the same weights give other vectors
 NEW_NORM = ("head.norm.", "head_norm.")
 
 # The tensors of a file → the network with these; None → a new network.
@@ -27,7 +28,7 @@ Build = Callable[[dict[str, "Tensor"] | None], "nn.Module"]
 
 
 def find_timm(name: str) -> Pretrained:
-    """The row of a timm model, NAME or hf-hub:OWNER/NAME. Raises InputError for an unknown one."""
+    """Return the row of a timm model, NAME or hf-hub:OWNER/NAME. Raises InputError for an unknown one."""
     hub = re.fullmatch(r"hf[-_]hub:([\w.-]+/[\w.-]+)", name)
     if hub:
         return _timm_row(name, *_config_on_hub(hub[1]), OnHub(hub[1], HUB_NAMES))
@@ -37,18 +38,18 @@ def find_timm(name: str) -> Pretrained:
     return _timm_row(name, name, config, weights)
 
 
-def hub_config(word: str) -> str | None:
-    """The text of config.json, of a word timm:hf-hub:OWNER/NAME whose network was loaded; None of others."""
-    hub = re.fullmatch(r"timm:hf[-_]hub:([\w.-]+/[\w.-]+)", word)
+def hub_config(model_name: str) -> str | None:
+    """Return the text of the downloaded config.json of timm:hf-hub:OWNER/NAME; None for other names."""
+    hub = re.fullmatch(r"timm:hf[-_]hub:([\w.-]+/[\w.-]+)", model_name)
     file = OnHub(hub[1], ("config.json",)).find() if hub else None
     return file.read_text(encoding="utf-8") if file else None
 
 
-def network_of_hub_config(word: str, text: str) -> nn.Module:
-    """The network that a config.json describes, without its weights; the hub is not asked."""
+def network_of_hub_config(model_name: str, text: str) -> nn.Module:
+    """Build the network that the text of a config.json describes, with random weights; needs no download."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(text, encoding="utf-8")
-        return _timm_network(word, f"local-dir:{folder}", {}, None)
+        return _timm_network(model_name, f"local-dir:{folder}", {}, None)
 
 
 def _config_in_timm(name: str) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def _config_in_timm(name: str) -> dict[str, Any]:
 
 
 def _config_on_hub(repository: str) -> tuple[str, dict[str, Any]]:
-    """What timm calls the network, and the config of its weights, as timm reads them in config.json."""
+    """Return the name by which timm builds a network of the hub, and its config, both from config.json."""
     import timm
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -77,7 +78,7 @@ def _config_on_hub(repository: str) -> tuple[str, dict[str, Any]]:
     folder = f"local-dir:{file.parent}"
     try:
         return folder, timm.create_model(folder, pretrained=False).pretrained_cfg
-    except Exception as error:  # config.json is anybody's: anything may be wrong in it
+    except Exception as error:  # anybody may have written config.json: anything may be wrong in it
         reason = str(error).partition("\n")[0]
         raise InputError(
             f"{repository} is no model of timm: its config.json describes none ({reason})"
@@ -87,13 +88,13 @@ def _config_on_hub(repository: str) -> tuple[str, dict[str, Any]]:
 def _timm_row(name: str, architecture: str, config: dict[str, Any], weights: OnHub | Download) -> Pretrained:
     from timm.data import resolve_data_config
 
-    sees = resolve_data_config(pretrained_cfg=config)
-    channels, height, width = sees["input_size"]
-    known = sees["crop_mode"] in ("center", "squash") and sees["interpolation"] in ("bilinear", "bicubic")
+    data = resolve_data_config(pretrained_cfg=config)
+    channels, height, width = data["input_size"]
+    known = data["crop_mode"] in ("center", "squash") and data["interpolation"] in ("bilinear", "bicubic")
     if channels != 3 or height != width or not known:
         raise InputError(
-            f"timm:{name} sees {channels} × {height} × {width} by {sees['crop_mode']}, "
-            f"{sees['interpolation']}; supported are square RGB images by center or squash, "
+            f"timm:{name} sees {channels} × {height} × {width} by {data['crop_mode']}, "
+            f"{data['interpolation']}; supported are square RGB images by center or squash, "
             "bilinear or bicubic"
         )
     return Pretrained(
@@ -101,9 +102,9 @@ def _timm_row(name: str, architecture: str, config: dict[str, Any], weights: OnH
         weights,
         None,
         None,
-        Transform(height, sees["interpolation"], sees["crop_mode"], int(height / sees["crop_pct"])),
-        tuple(sees["mean"]),
-        tuple(sees["std"]),
+        Transform(height, data["interpolation"], data["crop_mode"], int(height / data["crop_pct"])),
+        tuple(data["mean"]),
+        tuple(data["std"]),
         config.get("license") or "see its model card",
         FACES if ENDS_IN_EMBEDDING.search(name) else "what it was trained on",
     )
