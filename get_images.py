@@ -1,7 +1,7 @@
-"""A folder of images in; named images and their pixels out.
+"""A folder in; its images, sorted by name, and their pixels out.
 
-Every script and every room of retrieval/ finds and reads its images here. Data sets are laid out by
-`python -m retrieval.datasets`.
+All scripts and folders of the project find and read images with this file. It imports nothing of the project.
+Data sets are laid out by `python -m retrieval.datasets`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-try:
-    import numpy as np
-    from PIL import Image, UnidentifiedImageError
-except ModuleNotFoundError as missing:  # the scripts come here first
-    hint = "run `make demo` once and `source .venv/bin/activate`, or `pip install -r requirements.txt`"
-    raise SystemExit(f"error: {missing}: {hint}") from None
+import numpy as np
+from PIL import Image, UnidentifiedImageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-HIDDEN = (".", "__MACOSX")  # what a name of no user's begins with
-NO_FILES_OF_A_USER = ("thumbs.db", "desktop.ini")  # what Windows leaves in folders
+HIDDEN = (".", "__MACOSX")  # names that begin so are left out
+BY_WINDOWS = ("thumbs.db", "desktop.ini")  # what Windows leaves in folders
+VERSION = 1  # part of the cache key: raise it when read_image moves pixels by more than rounding
 
 log = logging.getLogger("retrieval.images")
-# Only its error, at twice the size, counts.
+# Pillow warns of large images, and raises an error at twice that size: the error is enough.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -44,13 +41,13 @@ class ImageFile:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file of this name is taken for an image: by its end, and if no part of it is hidden."""
+    """Return whether a name ends in one of SUFFIXES and has no hidden part."""
     hidden = any(part.startswith(HIDDEN) for part in name.split("/"))
     return name.lower().endswith(SUFFIXES) and not hidden
 
 
 def label_of(name: str) -> str | None:
-    """The label of an image: the first folder of its name, or None where it has none.
+    """Return the label of an image: the first folder of its name, or None.
 
     >>> label_of("forest/autumn/20056.jpg"), label_of("20056.jpg")
     ('forest', None)
@@ -60,17 +57,17 @@ def label_of(name: str) -> str | None:
 
 
 def find_images(folder: Path | str) -> list[ImageFile]:
-    """Every image at or below `folder`, sorted by name.
+    """Return every image in `folder` and the folders below it, sorted by name.
 
-    An image is what ends in one of SUFFIXES, in any letter case. Hidden files and folders are left out,
-    and it is said if other files are. Links are followed: each folder is entered once, so that a loop of
-    links ends. An image that cannot be read is found all the same: whoever reads it says so.
+    An image is a file whose name ends in one of SUFFIXES, in any letter case. Hidden files and folders are
+    left out silently, other files with a warning. Links are followed, but no folder is entered twice, so that
+    a loop of links ends. The files are not opened: a broken image is found, and fails when it is read.
 
-    Raises NotADirectoryError where there is no such folder, FileNotFoundError where it holds no image.
+    Raises NotADirectoryError if there is no such folder, FileNotFoundError if it holds no image.
     """
     if not Path(folder).is_dir():
         raise NotADirectoryError(f"{folder} is not a folder: give one that holds images")
-    files = [(name, path) for name, path in _walk(folder) if not name.lower().endswith(NO_FILES_OF_A_USER)]
+    files = [(name, path) for name, path in _walk(folder) if not name.lower().endswith(BY_WINDOWS)]
     images = [ImageFile(name, Path(path)) for name, path in files if name.lower().endswith(SUFFIXES)]
     others = [name for name, _ in files if not name.lower().endswith(SUFFIXES)]
     if not images:
@@ -103,7 +100,7 @@ def _walk(top: Path | str) -> Iterator[tuple[str, str]]:
 
 
 def find_query_and_gallery(query_dir: Path, gallery_dir: Path) -> tuple[list[ImageFile], list[ImageFile]]:
-    """The images of both folders; a folder inside the other is allowed, and said. Raises as find_images."""
+    """Return the images of both folders. Warns if one folder lies in the other; raises as find_images."""
     queries, gallery = find_images(query_dir), find_images(gallery_dir)
     query_root, gallery_root = query_dir.resolve(), gallery_dir.resolve()
     if query_root.is_relative_to(gallery_root) or gallery_root.is_relative_to(query_root):
@@ -118,20 +115,19 @@ def find_query_and_gallery(query_dir: Path, gallery_dir: Path) -> tuple[list[Ima
 
 
 class UnreadableImageError(OSError):
-    """A file that gives no pixels; the message says why."""
+    """An image file that cannot be decoded; the message says why."""
 
 
 def read_image(path: Path | str, enough: int | None = None) -> np.ndarray:
-    """The pixels of an image file as a viewer shows them: uint8 RGB, (height, width, 3).
+    """Return the pixels of an image file as a viewer shows them: uint8 RGB, (height, width, 3).
 
-    EXIF orientation is applied, transparency lies over white, 16 bits are scaled to 8, the first frame of an
-    animation counts. Colour profiles are not applied: the networks were trained without them. Where a
-    shorter side of `enough` pixels is enough, a JPEG with a much longer one is decoded at a half, a quarter
-    or an eighth of its size. By Pillow: torchvision's decoder, which is to go, gives the same pixels of a
-    JPEG as fast, but takes three seconds to be imported.
+    EXIF orientation is applied, transparency lies over white, 16 bits are scaled to 8, and of an animation
+    the first frame is read. Colour profiles are ignored, since the networks were trained without them. If
+    `enough` is given, a JPEG whose shorter side is at least twice as long is decoded at 1/2, 1/4 or 1/8 of
+    its size, as long as `enough` pixels are left.
 
-    Raises UnreadableImageError for whatever is broken, is no image, or has more pixels than Pillow's limit
-    for what it calls a decompression bomb (about 179 million).
+    Raises UnreadableImageError if the file is broken, is no image, or has more pixels than Pillow's limit for
+    a decompression bomb (about 179 million).
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
@@ -147,10 +143,10 @@ def read_image(path: Path | str, enough: int | None = None) -> np.ndarray:
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1, upright, also where the metadata are broken: the pixels may not be."""
+    """Return the EXIF orientation, 1 to 8; 1 (upright) if the metadata are broken."""
     try:
         orientation = image.getexif().get(0x0112, 1)
-    except Exception:  # anything, on broken bytes; if the pixels are broken too, decoding them will say so
+    except Exception:  # anything, on broken bytes; the pixels may be sound
         return 1
     return orientation if orientation in range(1, 9) else 1
 
@@ -181,7 +177,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey levels as 0..255. White is 65535 for integers, 1.0 for floats, or the largest level if above."""
+    """Scale grey levels to 0..255. White is 65535 for integers, 1.0 for floats, or a larger level."""
     levels = np.nan_to_num(np.asarray(image, dtype=np.float32), posinf=0, neginf=0)
     white = max(1.0 if image.mode == "F" else 65535.0, float(levels.max()))
     return Image.fromarray((levels.clip(min=0) * (255 / white)).round().astype(np.uint8))
@@ -193,9 +189,6 @@ def _reason(error: Exception, path: Path | str) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return str(error) or type(error).__name__
-
-
-# ---- data sets have moved -------------------------------------------------------------------------
 
 
 if __name__ == "__main__":

@@ -96,10 +96,10 @@ def usual(form: argparse.Namespace) -> dict[str, float]:
     from pytorch_metric_learning.losses import SupConLoss
     from torch import nn
 
-    from retrieval.backbones.backbone import choose_device, find_word
+    from retrieval.backbones.backbone import choose_device, find_pretrained
     from supcon.layers import freeze
 
-    start, device, row = time.perf_counter(), choose_device(form.device), find_word(WORD)
+    start, device, row = time.perf_counter(), choose_device(form.device), find_pretrained(WORD)
     data = Images(form.folder, 2 if form.loss == "supcon" else 1, form.image_size, row.mean, row.std)
     loader = torch.utils.data.DataLoader(data, BATCH, shuffle=True, drop_last=True, num_workers=2)
     network = row.network(row.weights.fetch())

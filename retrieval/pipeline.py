@@ -11,11 +11,11 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from get_images import ImageFile, find_query_and_gallery
-from retrieval.backbones.backbone import Unloaded
+from retrieval.backbones.backbone import LazyBackbone
 from retrieval.distributed import end_with_the_others, is_first, several, take_a_share
 from retrieval.embedding.cache import Cache
 from retrieval.embedding.embed import embed
-from retrieval.embedding.runtime import choose_engine
+from retrieval.embedding.runtime import choose_runtime
 from retrieval.embedding.shards import are_left, embed_together, remove_shards, settle_together
 from retrieval.machine import cores
 from retrieval.metrics import measure, require_labels
@@ -66,7 +66,7 @@ def find(run: Run) -> Images:
     return images
 
 
-def embed_both(run: Run, images: Images, backbone: Unloaded) -> Vectors:
+def embed_both(run: Run, images: Images, backbone: LazyBackbone) -> Vectors:
     """The unit vectors of both. Of several processes the first gets them, and the others end here.
 
     What a run of several has left in this output folder is gone on from, also by one. Raises as embed and
@@ -75,31 +75,32 @@ def embed_both(run: Run, images: Images, backbone: Unloaded) -> Vectors:
     settings = run.settings
     count = len(images.queries) + len(images.gallery)
     cache = None if settings.no_cache else Cache(settings.cache_dir, settings.verify_cache)
-    engine = choose_engine(backbone, settings.engine, count, settings.batch_size, settings.cache_dir)
+    runtime = choose_runtime(backbone, settings.engine, count, settings.batch_size, settings.cache_dir)
     sides = {"gallery images": images.gallery, "queries": images.queries}
-    together = several() or any(are_left(run, files, engine, kind) for kind, files in sides.items())
+    together = several() or any(are_left(run, files, runtime, kind) for kind, files in sides.items())
     if together:
         take_a_share()
-        settle_together(engine, images.queries)
+        settle_together(runtime, images.queries)
 
     def _vectors_of(kind: str) -> Embeddings:
         if together:
-            return embed_together(run, sides[kind], engine, kind, cache)
-        return embed(sides[kind], engine, kind, settings.save_crops, cache)
+            return embed_together(run, sides[kind], runtime, kind, cache)
+        return embed(sides[kind], runtime, kind, settings.save_crops, cache)
 
     # First the larger part: processes that look for faces have the more to do while the network loads.
     gallery, queries = _vectors_of("gallery images"), _vectors_of("queries")
     if not is_first():
         raise SystemExit(0)
-    run.inside = engine.seconds | {"cores": cores()}
+    run.inside = runtime.seconds | {"cores": cores()}
     dimension = queries.vectors.shape[1]
     run.done(
-        "embed", f"embedded {count} images as {dimension}-d unit vectors ({engine.what}, {backbone.device})"
+        "embed",
+        f"embedded {count} images as {dimension}-d unit vectors ({runtime.description}, {backbone.device})",
     )
     return Vectors(queries, gallery)
 
 
-def rank_both(run: Run, vectors: Vectors, backbone: Unloaded) -> Ranking:
+def rank_both(run: Run, vectors: Vectors, backbone: LazyBackbone) -> Ranking:
     """Rank the gallery for each query on the backbone's device, as many images as are looked at."""
     keep = max(run.settings.top_k, NAMES_PER_QUERY)
     ranking, run.search = rank_by(run.settings.search, *vectors, keep, backbone.device)
@@ -108,9 +109,9 @@ def rank_both(run: Run, vectors: Vectors, backbone: Unloaded) -> Ranking:
     return ranking
 
 
-def save(run: Run, images: Images, vectors: Vectors, ranking: Ranking, backbone: Unloaded) -> Results:
+def save(run: Run, images: Images, vectors: Vectors, ranking: Ranking, backbone: LazyBackbone) -> Results:
     """Write submission.json and all else but the outcome; what was found, with its figures."""
-    metrics = {"backbone": backbone.word, "tuned": backbone.trained is not None}
+    metrics = {"backbone": backbone.model_name, "tuned": backbone.trained is not None}
     metrics |= {"names": run.write_names(vectors.queries.names, vectors.gallery.names)}
     metrics |= measure(ranking, *vectors, run.settings.top_k) | run.search
     path = write_submission(ranking, run.settings.group_name, run.folder)

@@ -202,7 +202,7 @@ def read_squares(files: list[ImageFile], prepare: Transform | FaceCrop, kind: st
     unreadable: dict[str, str] = {}
     without_face = 0
     with tqdm(total=len(files), desc=kind, unit="image", leave=False, disable=not is_first()) as bar:
-        for batch in read_batches(files, prepare, 64, processes=prepare.looks_for_faces):
+        for batch in read_batches(files, prepare, 64, processes=prepare.detects_faces):
             for name, square in zip(batch.names, batch.images, strict=True):
                 pixels[len(names)] = torch.from_numpy(square.pixels)
                 names.append(name)

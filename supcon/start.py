@@ -52,7 +52,7 @@ def load_start(settings: Form, files: list[ImageFile]) -> Start:
                                  None, settings.face_margin, settings.min_face_size)  # fmt: skip
     network, folded = backbone.network.cpu(), True
     if not isinstance(network, Mapped):
-        size = backbone.prepare.size
+        size = backbone.transform.size
         example = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
         try:
             network = fold_batch_norms(network, example)
@@ -63,8 +63,8 @@ def load_start(settings: Form, files: list[ImageFile]) -> Start:
         network = Mapped(network, backbone.dimension)
     untuned = place(replace(backbone, network=network.requires_grad_(False)))
     tuned = _to_be_tuned(untuned, settings.image_size, files)
-    log.info("loaded %s on %s; it learns from squares of %d pixels", untuned.word, untuned.device,
-             tuned.prepare.size)  # fmt: skip
+    log.info("loaded %s on %s; it learns from squares of %d pixels", untuned.model_name, untuned.device,
+             tuned.transform.size)  # fmt: skip
     return Start(untuned, tuned, folded)
 
 
@@ -81,14 +81,16 @@ def _warn_of_another_split(recipe: Recipe, settings: Form) -> None:
 def _to_be_tuned(untuned: Backbone, image_size: int | None, files: list[ImageFile]) -> Backbone:
     """A copy of the backbone that sees squares of `image_size` pixels; None: as many as suit the images."""
     size = image_size or size_for(files, untuned)
-    backbone = replace(untuned, network=copy.deepcopy(untuned.network), prepare=untuned.prepare.of_size(size))
+    backbone = replace(
+        untuned, network=copy.deepcopy(untuned.network), transform=untuned.transform.of_size(size)
+    )
     try:
         return place(backbone)
     except InputError:
         if image_size:
             raise
-        log.info("%s sees squares of %d pixels only", untuned.word, untuned.prepare.size)
-        return replace(backbone, prepare=untuned.prepare)
+        log.info("%s sees squares of %d pixels only", untuned.model_name, untuned.transform.size)
+        return replace(backbone, transform=untuned.transform)
 
 
 def size_for(files: list[ImageFile], backbone: Backbone) -> int:
@@ -97,8 +99,8 @@ def size_for(files: list[ImageFile], backbone: Backbone) -> int:
     A fifth more than the median shorter side, in steps of 32 pixels, and no more than the network's own.
     A face network keeps its own: its crops are enlarged to it.
     """
-    own = backbone.prepare.size
-    if backbone.prepare.looks_for_faces:
+    own = backbone.transform.size
+    if backbone.transform.detects_faces:
         return own
     sides = [side for side in map(_shorter_side, files[:: max(1, len(files) // 200)]) if side]
     if not sides:

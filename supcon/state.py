@@ -82,16 +82,16 @@ def begin(
     variant, (untuned, tuned, folded) = VARIANTS[settings.loss], start
     if not saved:
         check_room(settings.save_dir, tuned.network)
-    if untuned.prepare.looks_for_faces and settings.augmentation is None:
+    if untuned.transform.detects_faces and settings.augmentation is None:
         choices = choices | {"augmentation": "gentle"}  # an aligned face is never seen turned or cut
-    side = math.ceil(ROOM * tuned.prepare.size)
-    squares = read_squares(split.train, tuned.prepare.of_size(side), "training images")
+    side = math.ceil(ROOM * tuned.transform.size)
+    squares = read_squares(split.train, tuned.transform.of_size(side), "training images")
     if len(squares.names) < 2 or (variant.labels and len(squares.classes) < 2):
         raise InputError(
             f"of {settings.train_dir}, {len(squares.names)} images of {len(squares.classes)} classes are "
             "left to learn from: give more that can be read, or a smaller --val_share"
         )
-    sizes = {untuned.prepare.size, tuned.prepare.size}
+    sizes = {untuned.transform.size, tuned.transform.size}
     _check_shares(settings, squares)
     seen = None
     if is_first():  # which alone validates
@@ -147,7 +147,7 @@ def _check_weights(training: Training) -> None:
 def _scale(seen: Validation, untuned: Backbone) -> float:
     """What makes the untuned features of a length at which the heads' rates are right for any network."""
     with torch.inference_mode():
-        lengths = untuned.embed(seen.images[untuned.prepare.size].pixels[:64]).norm(dim=1)
+        lengths = untuned.embed(seen.images[untuned.transform.size].pixels[:64]).norm(dim=1)
     return LENGTH / lengths.mean().item()
 
 

@@ -127,7 +127,7 @@ def make_views(training: Training, rows: np.ndarray, seed: int) -> Views:
     """
     random, part = torch.Generator().manual_seed(seed), share(len(rows))
     squares = training.squares.pixels[torch.from_numpy(rows[part])].to(training.device)
-    kind, size = AUGMENTATIONS[training.choices["augmentation"]], training.tuned.prepare.size
+    kind, size = AUGMENTATIONS[training.choices["augmentation"]], training.tuned.transform.size
     drawn = [draw(kind, len(rows), random).of(part) for _ in range(training.variant.views)]
     views = [augment(squares, size, numbers) for numbers in drawn]
     labels = training.squares.labels[rows] if training.variant.labels else rows

@@ -343,7 +343,7 @@ def recipe_of(
 ) -> Recipe:
     """What the checkpoint says of itself."""
     tuned, untuned, settings = training.tuned, training.untuned, training.settings
-    prepare = untuned.prepare if embedding == JOINED else tuned.prepare
+    prepare = untuned.transform if embedding == JOINED else tuned.transform
     # Of what is installed: to import timm and torchvision for them would take seconds.
     versions = {"python": platform.python_version()} | {name: version_of(name) for name in PACKAGES}
     return Recipe(
@@ -353,7 +353,7 @@ def recipe_of(
         std=tuned.std,
         folded=training.folded,
         mapped=isinstance(tuned.network, Mapped),
-        tuned_size=tuned.prepare.size,
+        tuned_size=tuned.transform.size,
         embedding=embedding,
         weight=weight,
         loss=settings.loss,

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from retrieval.backbones.backbone import Backbone
 from retrieval.backbones.fine_tuned import ALONE, JOINED, MIXED, Shrunk, how, join
-from retrieval.embedding.runtime import embed_what_fits
+from retrieval.embedding.torch_runtime import embed_what_fits
 from retrieval.metrics import compare, metrics_of
 from retrieval.ranking.exact import rank
 from retrieval.records import Embeddings, Ranking
@@ -46,7 +46,7 @@ def read_validation(
     random = torch.Generator().manual_seed(seed)
     drawn = draw(AUGMENTATIONS[augmentation], len(split.validation), random)
     for size in sorted(sizes):
-        squares = read_squares(split.validation, backbone.prepare.of_size(size), "validation images")
+        squares = read_squares(split.validation, backbone.transform.of_size(size), "validation images")
         images[size] = squares
         if split.by == "view":
             # numbered, so that a label of its own is the first folder of each name
@@ -79,7 +79,7 @@ def vectors_of(squares: Squares, backbone: Backbone, fits: int = 64) -> Tensor:
 
 def validate(validation: Validation, backbone: Backbone) -> dict[str, Any]:
     """The figures of a network, and the mean cosine of two images."""
-    size = backbone.prepare.size
+    size = backbone.transform.size
     images = vectors_of(validation.images[size], backbone)
     views = vectors_of(validation.views[size], backbone) if validation.views else None
     return figures(validation, images, views)
@@ -132,8 +132,8 @@ class Candidate:
 def candidates(validation: Validation, untuned: Backbone, tuned: Backbone) -> list[Candidate]:
     """The ways to embed: the tuned network alone, joined with the untuned one, and their weights mixed."""
     found = [Candidate(ALONE, 1.0, validate(validation, tuned))]
-    size = untuned.prepare.size
-    beside = replace(untuned, network=Shrunk(tuned.network, tuned.prepare.size))
+    size = untuned.transform.size
+    beside = replace(untuned, network=Shrunk(tuned.network, tuned.transform.size))
     of_both = []
     for squares in [validation.images] + ([validation.views] if validation.views else []):
         of_both.append([vectors_of(squares[size], backbone) for backbone in (untuned, beside)])

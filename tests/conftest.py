@@ -108,12 +108,12 @@ def _no_settings_from_outside(monkeypatch, tmp_path_factory):
 def exported_once(tmp_path_factory):
     """EfficientNet-Lite0 for ONNX Runtime, in the folder of a cache."""
     from retrieval.backbones.backbone import find_backbone
-    from retrieval.embedding.runtime import ONNX, choose_engine
+    from retrieval.embedding.runtime import ONNX, choose_runtime
 
     folder = tmp_path_factory.mktemp("exported")
-    engine = choose_engine(find_backbone("efficientnet_lite0", "cpu"), ONNX, 1, 1, folder)
-    engine.settle(np.random.default_rng(0).integers(0, 256, (4, 3, 224, 224), np.uint8))
-    assert engine.word == ONNX
+    runtime = choose_runtime(find_backbone("efficientnet_lite0", "cpu"), ONNX, 1, 1, folder)
+    runtime.settle(np.random.default_rng(0).integers(0, 256, (4, 3, 224, 224), np.uint8))
+    assert runtime.name == ONNX
     return folder
 
 
@@ -203,10 +203,10 @@ def photo_of(image):
     return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
 
 
-def seen_of(prepare, image):
-    """What `prepare` makes of such a tensor, its pixels as another."""
-    square = prepare(photo_of(image))
-    return square._replace(pixels=torch.from_numpy(square.pixels))
+def seen_of(transform, image):
+    """The network's input for such a tensor, its pixels as another."""
+    seen = transform(photo_of(image))
+    return seen._replace(pixels=torch.from_numpy(seen.pixels))
 
 
 def lay_in_hub(home, repository, **files):
@@ -228,13 +228,14 @@ def tiny(few):
     return few / "gallery"
 
 
-def by_torch(backbone, batch_size, digest=b""):
-    """An engine for a backbone that is loaded, by torch; the digest is of what decides its vectors."""
-    from retrieval.backbones.backbone import Unloaded
-    from retrieval.embedding.runtime import TORCH, Engine
+def by_torch(backbone, batch_size, key=b""):
+    """The runtime by torch of a loaded backbone."""
+    from retrieval.backbones.backbone import LazyBackbone
+    from retrieval.embedding.network_files import NetworkFiles
+    from retrieval.embedding.runtime import TORCH, Runtime
 
-    unloaded = Unloaded(backbone.word, backbone.prepare, backbone.device, digest, lambda: backbone)
-    return Engine(unloaded, TORCH, batch_size, Path())
+    lazy = LazyBackbone(backbone.model_name, backbone.transform, backbone.device, key, lambda: backbone)
+    return Runtime(lazy, TORCH, batch_size, NetworkFiles(None, key))
 
 
 def settings_of(folder, tmp_path, **given):

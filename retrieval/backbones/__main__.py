@@ -13,7 +13,7 @@ from retrieval.console import run_script  # first, since it checks that the pack
 # isort: split
 from pydantic_settings import CliPositionalArg
 
-from retrieval.backbones.backbone import find_word
+from retrieval.backbones.backbone import find_pretrained
 from retrieval.backbones.zoo import PRETRAINED, ModelType, Pretrained
 from retrieval.errors import RunError
 from retrieval.forms import Form
@@ -35,7 +35,7 @@ def main(form: Settings) -> None:
     if form.fetch:
         fetch(names)
     else:
-        log.info("%s", "\n".join(_described(name, find_word(name)) for name in names))
+        log.info("%s", "\n".join(_described(name, find_pretrained(name)) for name in names))
         log.info("timm:NAME and timm:hf-hub:OWNER/NAME are any of timm's, with its own transform")
 
 
@@ -44,7 +44,7 @@ def fetch(names: list[str]) -> None:
     failed = []
     for name in names:
         try:
-            log.info("%s: %s", name, find_word(name).weights.fetch())
+            log.info("%s: %s", name, find_pretrained(name).weights.fetch())
         except RunError as error:
             failed.append(str(error))
     if failed:

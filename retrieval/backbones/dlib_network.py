@@ -2,7 +2,8 @@
 
 The network: 29 convolutions in residual blocks, after He et al., "Deep Residual Learning for Image
 Recognition", 2016; trained by Davis E. King (dlib's examples/dnn_face_recognition_ex.cpp), who gave the
-weights into the public domain. The file's format: dlib's serialize.h and dnn/layers.h.
+weights into the public domain. The file's format: dlib's serialize.h and dnn/layers.h. When the network gives
+other vectors, raise `version` of its row in zoo.py.
 """
 
 from __future__ import annotations
@@ -19,18 +20,14 @@ from retrieval.errors import InputError
 # (channels, whether the block halves the sides), from the input to the output
 BLOCKS = [(32, False)] * 3 + [(64, True)] + [(64, False)] * 3 + [(128, True)] + [(128, False)] * 2
 BLOCKS += [(256, True), (256, False), (256, False), (256, True)]
-MEAN = (
-    122.782,
-    117.001,
-    104.298,
-)  # of R, G, B, 0 to 255: the input loses it, and is divided by 256
+MEAN = (122.782, 117.001, 104.298)  # of R, G, B, 0 to 255; the input is (pixel − mean) / 256
 
 
 # ---- the network ----------------------------------------------------------------------------------
 
 
 class Affine(nn.Module):
-    """A scale and a shift a channel: a batch normalisation with its statistics folded in."""
+    """Scale and shift each channel: a batch norm with fixed statistics."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -38,12 +35,12 @@ class Affine(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x: Tensor) -> Tensor:  # (images, channels, height, width)
-        # Not by addcmul: in these words ONNX Runtime finds what it can draw into the convolution before.
+        # Not addcmul: ONNX Runtime fuses a product and a sum into the convolution before them.
         return x * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
 
 
 class Block(nn.Module):
-    """Two 3 × 3 convolutions beside a shortcut; where they halve the sides, the shortcut is averaged."""
+    """Two 3 × 3 convolutions and a shortcut; where they halve the sides, the shortcut is average-pooled."""
 
     def __init__(self, inputs: int, channels: int, halves: bool) -> None:
         super().__init__()
@@ -58,19 +55,19 @@ class Block(nn.Module):
         if not self.halves:
             return (branch + x).relu()
         shortcut = functional.avg_pool2d(x, 2)
-        # dlib adds tensors of unequal shape as if zeros were the channels, rows and columns that one lacks.
+        # dlib adds tensors of unequal shape by padding channels, rows and columns with zeros.
         shape = [max(sides) for sides in zip(branch.shape, shortcut.shape, strict=True)]
         return (_with_zeros(branch, shape) + _with_zeros(shortcut, shape)).relu()
 
 
 def _with_zeros(x: Tensor, shape: list[int]) -> Tensor:
-    """`x` with zeros after the last channel, row and column, up to `shape`."""
+    """Pad `x` to `shape` with zeros after the last channel, row and column."""
     lacks = [wanted - there for wanted, there in zip(shape, x.shape, strict=True)]
     return functional.pad(x, [side for lack in reversed(lacks[1:]) for side in (0, lack)])
 
 
 class DlibFaceNetwork(nn.Module):
-    """(faces, 3, 150, 150) float32, (pixel − mean) / 256 → descriptors (faces, 128), not of unit length."""
+    """Map faces (faces, 3, 150, 150), (pixel − mean) / 256, to descriptors (faces, 128) of any length."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,14 +86,14 @@ class DlibFaceNetwork(nn.Module):
 
 
 def read_dlib_weights(file: Path) -> dict[str, Tensor]:
-    """The state dict for a DlibFaceNetwork.
+    """Read the state dict of a DlibFaceNetwork.
 
-    Every byte is accounted for: raises InputError, with the place, at the first that is not as it must be.
+    Checks every byte. Raises InputError with the position of the first wrong one.
     """
     data = _Data(file)
     data.expect("the head", [data.integer(), data.text()], [1, "loss_metric_2"])
     data.floats(2)  # margin and threshold of the loss
-    # The versions of the layers, from the output inwards: 2 a layer, 1 a tag or skip, 3 the innermost.
+    # The versions of the layers from the output to the input: layers have 2, tags and skips 1, the first 3.
     block = {True: [2, 2, 2, 1, 1, 2, 2, 2, 2, 2, 1], False: [2] * 7 + [1]}
     versions = [2, 2, *(v for _, halves in reversed(BLOCKS) for v in block[halves]), 2, 2, 2, 3]
     data.expect("the versions", [data.integer() for _ in versions], versions)
@@ -120,71 +117,71 @@ def read_dlib_weights(file: Path) -> dict[str, Tensor]:
 
 
 class _Data:
-    """The bytes of the file, and how far they are read."""
+    """The bytes of the file and a reading position."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.at = file, 0
         self.bytes = file.read_bytes()
 
     def demand(self, fine: bool, otherwise: str) -> None:
-        """Raise InputError with what is `otherwise`."""
+        """Raise InputError with the reason `otherwise` unless the file is `fine`."""
         if not fine:
             raise InputError(
                 f"{self.file} does not hold dlib's face network: before byte {self.at}, {otherwise}"
             )
 
     def expect(self, what: str, found: object, wanted: object) -> None:
-        """Raise InputError unless what was found is what is wanted."""
+        """Raise InputError unless `found` equals `wanted`; `what` names the values."""
         self.demand(found == wanted, f"{what}: {str(found)[:60]!r} instead of {str(wanted)[:60]!r}")
 
     def take(self, count: int) -> bytes:
-        """The next bytes."""
+        """Read the next bytes."""
         self.demand(len(self.bytes) - self.at >= count, "it ends too early")
         self.at += count
         return self.bytes[self.at - count : self.at]
 
     def integer(self) -> int:
-        """A control byte (the sign, and how many bytes follow), then the bytes, the lowest first."""
+        """Read an integer: a control byte (sign, number of bytes), then the bytes, the lowest first."""
         control = self.take(1)[0]
         self.demand((control & 0x7F) <= 8, "an integer of more than eight bytes")
         value = int.from_bytes(self.take(control & 0x0F), "little")
         return -value if control & 0x80 else value
 
     def floats(self, count: int) -> tuple[float, ...]:
-        """Each a mantissa and a power of two."""
+        """Read floats, each a mantissa and a power of two."""
         pairs = [(self.integer(), self.integer()) for _ in range(count)]
         self.demand(all(abs(power) < 1000 for _, power in pairs), "a number beyond all bounds")
         return tuple(mantissa * 2.0**power for mantissa, power in pairs)
 
     def text(self) -> str:
-        """The length, then the letters."""
+        """Read a text: its length, then its letters."""
         return self.take(self.integer()).decode("ascii", "replace")
 
     def numbers(self, *wanted: int) -> None:
-        """Integers that must be these."""
+        """Read integers and check them."""
         self.expect("a layer's numbers", [self.integer() for _ in wanted], list(wanted))
 
     def tensor(self, *shape: int) -> Tensor:
-        """A version, four sizes, and raw float32."""
+        """Read a tensor: a version, four sizes, then float32."""
         self.numbers(2, *shape)
         values = np.frombuffer(self.take(4 * int(np.prod(shape))), dtype="<f4")
         self.demand(bool(np.isfinite(values).all()), "weights that are no numbers")
         return torch.from_numpy(values.astype(np.float32))
 
     def layer_ends(self) -> None:
-        """Three flags and three empty tensors, which dlib keeps for training."""
+        """Read the end of a layer: three flags and three empty tensors, which dlib uses in training."""
         self.expect("flags other than 0 and 1", set(self.take(3)) - {ord("0"), ord("1")}, set())
         for _ in range(3):
             self.tensor(0, 0, 0, 0)
 
     def plain(self, name: str, *numbers: int) -> None:
-        """A layer without weights."""
+        """Read a layer without weights."""
         self.expect("a layer", self.text(), name)
         self.numbers(*numbers)
         self.layer_ends()
 
     def convolution(self, ours: str, inputs: int, filters: int, side: int, stride: int, padding: int) -> dict:
-        """con_4: all filters in torch's layout, then the biases."""
+        """Read con_4: all filters in torch's layout, then the biases."""
         self.expect("a layer", self.text(), "con_4")
         size = filters * inputs * side * side
         values = self.tensor(size + filters, 1, 1, 1)
@@ -198,7 +195,7 @@ class _Data:
         }
 
     def affine(self, ours: str, channels: int) -> dict:
-        """affine_: gamma, then beta."""
+        """Read affine_: gamma, then beta."""
         self.expect("a layer", self.text(), "affine_")
         values = self.tensor(2 * channels, 1, 1, 1)
         self.numbers(1, 1, channels, 1, 1, 1, 1, channels, 1, 1, 0)
@@ -206,7 +203,7 @@ class _Data:
         return {f"{ours}.weight": values[:channels], f"{ours}.bias": values[channels:]}
 
     def block(self, ours: str, inputs: int, channels: int, halves: bool) -> dict:
-        """The layers of a residual block."""
+        """Read the layers of a residual block."""
         stride, padding = (2, 0) if halves else (1, 1)
         state = self.convolution(f"{ours}.conv1", inputs, channels, 3, stride, padding)
         state |= self.affine(f"{ours}.affine1", channels)
@@ -220,7 +217,7 @@ class _Data:
         return state
 
     def linear(self, ours: str, inputs: int, outputs: int) -> dict:
-        """fc_2: inputs × outputs, without biases."""
+        """Read fc_2: inputs × outputs, without biases."""
         self.expect("a layer", self.text(), "fc_2")
         self.numbers(outputs, inputs)
         values = self.tensor(inputs, outputs, 1, 1)

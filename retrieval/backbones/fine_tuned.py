@@ -1,6 +1,6 @@
-"""A fine-tuned checkpoint in; a backbone that prepares and embeds just as it was validated out.
+"""A fine-tuned checkpoint in; a backbone that embeds exactly as it was validated out.
 
-The file is a dict of a recipe, plain values that say how, and of weights: nothing in it is executed.
+The file is a dict of weights and a recipe of plain values. Nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from retrieval.backbones import batch_norm_folding
 from retrieval.backbones.backbone import (
     Backbone,
+    LazyBackbone,
     Trained,
-    Unloaded,
+    cache_key,
     choose_device,
-    digest_of,
-    find_word,
+    find_pretrained,
+    network_version,
     place,
 )
 from retrieval.backbones.batch_norm_folding import fold_batch_norms
@@ -35,67 +37,60 @@ from retrieval.files import write_whole
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+VERSION = 1  # part of the cache key: raise it when Joined, Shrunk or Mapped give other vectors
 ALONE, JOINED, MIXED = "tuned", "untuned + tuned", "mixed weights"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a checkpoint knows besides its weights."""
+    """The content of a checkpoint besides its weights. The names of the fields are those in the file."""
 
-    word: str  # the network's
+    word: str  # the model name
     prepare: dict[str, Any]  # the fields of the Transform or FaceCrop
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    folded: bool  # whether its batch normalisations are in its convolutions
-    mapped: bool  # whether a linear map lies on it
-    tuned_size: int  # pixels of the square that the tuned network sees
+    folded: bool  # whether the batch norms are folded into the convolutions
+    mapped: bool  # whether a linear map follows the network
+    tuned_size: int  # the side of the tuned network's input in pixels
     embedding: str = ALONE  # or JOINED: both embeddings side by side; or MIXED: WiSE-FT
-    weight: float = 1.0  # JOINED: λ, of the tuned embedding; MIXED: α, of the tuned weights
+    weight: float = 1.0  # JOINED: λ of the tuned embedding; MIXED: α of the tuned weights
     loss: str = ""
     settings: dict[str, Any] | None = None
     classes: list[str] | None = None
     versions: dict[str, str] | None = None
     metrics: dict[str, Any] | None = None
-    history: list[dict[str, Any]] | None = None  # a line an epoch
-    hub_config: str | None = None  # what a repository of the hub says of its network: it may be out of reach
+    history: list[dict[str, Any]] | None = None  # an entry for each epoch
+    hub_config: str | None = None  # the text of config.json of a network on the hub: needs no download then
 
 
 class Joined(nn.Module):
-    """untuned ⊕ λ · tuned: both unit vectors side by side, so that cosines are (c_u + λ² c_t) / (1 + λ²)."""
+    """Concatenate untuned ⊕ λ · tuned, both of unit length: cosines are (c_u + λ² c_t) / (1 + λ²)."""
 
     def __init__(self, untuned: nn.Module, tuned: nn.Module, weight: float, tuned_size: int) -> None:
         super().__init__()
         self.untuned, self.tuned = untuned, Shrunk(tuned, tuned_size)
         self.weight = weight
 
-    def extra_repr(self) -> str:
-        """What is no weight, and decides the embedding."""
-        return f"weight={self.weight}"
-
     def forward(self, pixels: Tensor) -> Tensor:
-        """(images, 3, size, size) → (images, dimensions of both)."""
+        """Map (images, 3, size, size) to (images, dimensions of both)."""
         return join(self.untuned(pixels), self.tuned(pixels), self.weight)
 
 
 def join(untuned: Tensor, tuned: Tensor, weight: float) -> Tensor:
-    """The two embeddings of each image, (images, d) and (images, e), as one (images, d + e)."""
+    """Concatenate two embeddings of each image, (images, d) and (images, e), to (images, d + e)."""
     untuned, tuned = functional.normalize(untuned.float()), functional.normalize(tuned.float())
     return torch.cat([untuned, weight * tuned], 1)
 
 
 class Shrunk(nn.Module):
-    """A network that sees what it is given at another size."""
+    """Resize images to `size` pixels before the network."""
 
     def __init__(self, network: nn.Module, size: int) -> None:
         super().__init__()
         self.network, self.size = network, size
 
-    def extra_repr(self) -> str:
-        """What is no weight, and decides the embedding."""
-        return f"size={self.size}"
-
     def forward(self, pixels: Tensor) -> Tensor:
-        """(images, 3, any, any) → what the network gives for (images, 3, size, size)."""
+        """Resize (images, 3, any, any) to (images, 3, size, size), and return the network's output."""
         if pixels.shape[-1] != self.size:
             shrink = _shrinking(int(pixels.shape[-1]), self.size).to(pixels)
             pixels = (shrink @ pixels @ shrink.T).contiguous(memory_format=torch.channels_last)
@@ -104,16 +99,16 @@ class Shrunk(nn.Module):
 
 @functools.cache
 def _shrinking(side: int, size: int) -> Tensor:
-    """The matrix (size, side) of the antialiased bilinear resizing of a column.
+    """Return the matrix (size, side) that resizes a column as antialiased bilinear interpolation does.
 
-    interpolate is linear in each direction; as a matrix every engine knows it.
+    As a matrix product the resizing can be exported to ONNX.
     """
     unit = torch.eye(side)[None, None]
     return functional.interpolate(unit, [size, side], mode="bilinear", antialias=True)[0, 0]
 
 
 class Mapped(nn.Module):
-    """A network and a linear map of its features, at first the identity."""
+    """A network followed by a linear map, which begins as the identity."""
 
     def __init__(self, network: nn.Module, dimension: int) -> None:
         super().__init__()
@@ -121,7 +116,7 @@ class Mapped(nn.Module):
         nn.init.eye_(self.map.weight)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(images, 3, size, size) → (images, dimension)."""
+        """Map (images, 3, size, size) to (images, dimension)."""
         return self.map(self.network(pixels))
 
 
@@ -131,13 +126,13 @@ class Mapped(nn.Module):
 def write_fine_tuned(
     path: Path, recipe: Recipe, network: Mapping[str, Tensor], untuned: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write a checkpoint, whole or not at all; `untuned` are the weights of the other half of JOINED."""
+    """Write a checkpoint, whole or not at all; `untuned` are the weights of the first half of JOINED."""
     content = {"recipe": asdict(recipe), "network": dict(network)}
     write_checkpoint(path, content | ({"untuned": dict(untuned)} if untuned else {}))
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """torch.save, whole or not at all."""
+    """Write a file of torch.save, whole or not at all."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_whole(path, buffer.getbuffer())
@@ -147,9 +142,9 @@ def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_fine_tuned(file: Path) -> tuple[Recipe, dict[str, Tensor], dict[str, Tensor] | None]:
-    """The recipe, the tuned weights, and the untuned ones where they are joined.
+    """Read the recipe, the tuned weights and, if the embedding is JOINED, the untuned weights.
 
-    Raises InputError for a file that is none of ours, or of a version to come.
+    Raises InputError for a file that fine_tuning.py did not write, or a later version of it.
     """
     content = unpickle(file)
     if not is_fine_tuned(content):
@@ -165,14 +160,14 @@ def read_fine_tuned(file: Path) -> tuple[Recipe, dict[str, Tensor], dict[str, Te
     return Recipe(**content["recipe"]), content["network"], content.get("untuned")
 
 
-def find_fine_tuned(file: Path, device: str = "auto") -> Unloaded:
-    """The backbone of a checkpoint, not loaded: it prepares, embeds and joins as the recipe in it says.
+def find_fine_tuned(file: Path, device: str = "auto") -> LazyBackbone:
+    """Find the backbone of a checkpoint: it embeds as the recipe in the checkpoint says.
 
-    Raises InputError for a file that is none of ours; otherwise as find_backbone.
+    Raises InputError for a file that fine_tuning.py did not write; otherwise as find_backbone.
     """
     recipe, tuned, untuned = read_fine_tuned(file)
-    prepare, device = _prepare(recipe), choose_device(device)
-    word = f"{recipe.word} fine-tuned with {recipe.loss} ({how(recipe.embedding, recipe.weight)})"
+    transform, device = _transform(recipe), choose_device(device)
+    name = f"{recipe.word} fine-tuned with {recipe.loss} ({how(recipe.embedding, recipe.weight)})"
     trained = Trained(recipe.embedding == JOINED, (recipe.metrics or {}).get("untuned", {}),
                       recipe.history or [])  # fmt: skip
 
@@ -180,18 +175,19 @@ def find_fine_tuned(file: Path, device: str = "auto") -> Unloaded:
         network = _network(recipe, tuned, file)
         if recipe.embedding == JOINED:
             network = Joined(_network(recipe, untuned, file), network, recipe.weight, recipe.tuned_size)
-        return place(Backbone(network, 0, prepare, recipe.mean, recipe.std, word, device, trained))
+        return place(Backbone(network, 0, transform, recipe.mean, recipe.std, name, device, trained))
 
-    return Unloaded(word, prepare, device, digest_of(file, device), load, trained)
+    versions = network_version(recipe.word), VERSION, recipe.folded and batch_norm_folding.VERSION
+    return LazyBackbone(name, transform, device, cache_key(transform, file, versions, device), load, trained)
 
 
 def load_fine_tuned(file: Path, device: str = "auto") -> Backbone:
-    """What find_fine_tuned finds, in inference mode on its device. Raises as both."""
+    """Load the backbone of a checkpoint, in inference mode on its device; as find_fine_tuned."""
     return find_fine_tuned(file, device).load()
 
 
 def how(embedding: str, weight: float) -> str:
-    """A way to embed with an untuned and a tuned network, in words.
+    """Describe a way to embed with an untuned and a tuned network.
 
     >>> how(JOINED, 2.0), how(MIXED, 0.5), how(ALONE, 1.0)
     ('untuned + 2 × tuned', '0.5 of the tuned weights', 'tuned')
@@ -201,34 +197,32 @@ def how(embedding: str, weight: float) -> str:
     return f"untuned + {weight:g} × tuned" if embedding == JOINED else f"{weight:g} of the tuned weights"
 
 
-def load_tuned_alone(file: Path, word: str, device: str = "auto") -> tuple[Backbone, Recipe]:
-    """The tuned network of a checkpoint without what it is joined with, to go on training from; its recipe.
+def load_tuned_alone(file: Path, model_name: str, device: str = "auto") -> tuple[Backbone, Recipe]:
+    """Load the tuned network of a checkpoint, without the untuned half, to continue its training; its recipe.
 
-    Raises InputError where the checkpoint is of another network than `word`.
+    Raises InputError if the checkpoint is of another network than `model_name`.
     """
     recipe, tuned, _ = read_fine_tuned(file)
-    if recipe.word != word:
+    if recipe.word != model_name:
         raise InputError(
             f"--weights {file} is a fine-tuned {recipe.word}: give --model {recipe.word} with it"
         )
-    prepare = _prepare(recipe).of_size(recipe.tuned_size)
-    backbone = Backbone(
-        _network(recipe, tuned, file), 0, prepare, recipe.mean, recipe.std, word, choose_device(device)
-    )
+    network, transform = _network(recipe, tuned, file), _transform(recipe).of_size(recipe.tuned_size)
+    backbone = Backbone(network, 0, transform, recipe.mean, recipe.std, model_name, choose_device(device))
     return place(backbone), recipe
 
 
-def _prepare(recipe: Recipe) -> Transform | FaceCrop:
+def _transform(recipe: Recipe) -> Transform | FaceCrop:
     kind = FaceCrop if "detector" in recipe.prepare else Transform
     return kind(**recipe.prepare)
 
 
 def _network(recipe: Recipe, state: Mapping[str, Tensor], file: Path) -> nn.Module:
-    """The network of a recipe, with these weights."""
+    """Build the network of a recipe, with these weights."""
     if recipe.hub_config:
         network = network_of_hub_config(recipe.word, recipe.hub_config).eval()
     else:
-        network = find_word(recipe.word).network(None).eval()
+        network = find_pretrained(recipe.word).network(None).eval()
     if recipe.folded:
         network = fold_batch_norms(network, torch.zeros(1, 3, recipe.tuned_size, recipe.tuned_size))
     if recipe.mapped:

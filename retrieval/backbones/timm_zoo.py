@@ -1,11 +1,11 @@
-"""The name of a timm model in; a row like those of the table of the words out."""
+"""The name of a timm model in; its row, as the table in zoo.py has them, out."""
 
 from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +17,18 @@ from retrieval.errors import InputError, did_you_mean
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# Face networks trained with a margin loss end in the layer that gives the embedding; it is no classifier.
+# The last layer of a face network that was trained with a margin loss is the embedding, no classifier.
 ENDS_IN_EMBEDDING = re.compile(r"\.(arcface|cosface|adaface)_")
+HUB_NAMES = ("model.safetensors", "pytorch_model.bin")
+VERSION = 1  # part of the cache key: raise it when the same weights give other vectors
+NEW_NORM = ("head.norm.", "head_norm.")
+
+# The tensors of a file → the network with these; None → a new network.
+Build = Callable[[dict[str, "Tensor"] | None], "nn.Module"]
 
 
 def find_timm(name: str) -> Pretrained:
-    """The row of a timm model, NAME or hf-hub:OWNER/NAME. Raises InputError for an unknown one."""
+    """Return the row of a timm model, NAME or hf-hub:OWNER/NAME. Raises InputError for an unknown one."""
     hub = re.fullmatch(r"hf[-_]hub:([\w.-]+/[\w.-]+)", name)
     if hub:
         return _timm_row(name, *_config_on_hub(hub[1]), OnHub(hub[1], HUB_NAMES))
@@ -32,21 +38,18 @@ def find_timm(name: str) -> Pretrained:
     return _timm_row(name, name, config, weights)
 
 
-def hub_config(word: str) -> str | None:
-    """The text of config.json, of a word timm:hf-hub:OWNER/NAME whose network was loaded; None of others."""
-    hub = re.fullmatch(r"timm:hf[-_]hub:([\w.-]+/[\w.-]+)", word)
+def hub_config(model_name: str) -> str | None:
+    """Return the text of the downloaded config.json of timm:hf-hub:OWNER/NAME; None for other names."""
+    hub = re.fullmatch(r"timm:hf[-_]hub:([\w.-]+/[\w.-]+)", model_name)
     file = OnHub(hub[1], ("config.json",)).find() if hub else None
     return file.read_text(encoding="utf-8") if file else None
 
 
-def network_of_hub_config(word: str, text: str) -> nn.Module:
-    """The network that a config.json describes, without its weights; the hub is not asked."""
+def network_of_hub_config(model_name: str, text: str) -> nn.Module:
+    """Build the network that the text of a config.json describes, with random weights; needs no download."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(text, encoding="utf-8")
-        return _timm_network(word, f"local-dir:{folder}", {}, None)
-
-
-HUB_NAMES = ("model.safetensors", "pytorch_model.bin")
+        return _timm_network(model_name, f"local-dir:{folder}", {}, None)
 
 
 def _config_in_timm(name: str) -> dict[str, Any]:
@@ -62,7 +65,7 @@ def _config_in_timm(name: str) -> dict[str, Any]:
 
 
 def _config_on_hub(repository: str) -> tuple[str, dict[str, Any]]:
-    """What timm calls the network, and the config of its weights, as timm reads them in config.json."""
+    """Return the name by which timm builds a network of the hub, and its config, both from config.json."""
     import timm
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -75,7 +78,7 @@ def _config_on_hub(repository: str) -> tuple[str, dict[str, Any]]:
     folder = f"local-dir:{file.parent}"
     try:
         return folder, timm.create_model(folder, pretrained=False).pretrained_cfg
-    except Exception as error:  # config.json is anybody's: anything may be wrong in it
+    except Exception as error:  # anybody may have written config.json: anything may be wrong in it
         reason = str(error).partition("\n")[0]
         raise InputError(
             f"{repository} is no model of timm: its config.json describes none ({reason})"
@@ -85,13 +88,13 @@ def _config_on_hub(repository: str) -> tuple[str, dict[str, Any]]:
 def _timm_row(name: str, architecture: str, config: dict[str, Any], weights: OnHub | Download) -> Pretrained:
     from timm.data import resolve_data_config
 
-    sees = resolve_data_config(pretrained_cfg=config)
-    channels, height, width = sees["input_size"]
-    known = sees["crop_mode"] in ("center", "squash") and sees["interpolation"] in ("bilinear", "bicubic")
+    data = resolve_data_config(pretrained_cfg=config)
+    channels, height, width = data["input_size"]
+    known = data["crop_mode"] in ("center", "squash") and data["interpolation"] in ("bilinear", "bicubic")
     if channels != 3 or height != width or not known:
         raise InputError(
-            f"timm:{name} sees {channels} × {height} × {width} by {sees['crop_mode']}, "
-            f"{sees['interpolation']}; supported are square RGB images by center or squash, "
+            f"timm:{name} sees {channels} × {height} × {width} by {data['crop_mode']}, "
+            f"{data['interpolation']}; supported are square RGB images by center or squash, "
             "bilinear or bicubic"
         )
     return Pretrained(
@@ -99,58 +102,57 @@ def _timm_row(name: str, architecture: str, config: dict[str, Any], weights: OnH
         weights,
         None,
         None,
-        Transform(height, sees["interpolation"], sees["crop_mode"], int(height / sees["crop_pct"])),
-        tuple(sees["mean"]),
-        tuple(sees["std"]),
+        Transform(height, data["interpolation"], data["crop_mode"], int(height / data["crop_pct"])),
+        tuple(data["mean"]),
+        tuple(data["std"]),
         config.get("license") or "see its model card",
         FACES if ENDS_IN_EMBEDDING.search(name) else "what it was trained on",
     )
 
 
 def _timm_network(name: str, architecture: str, config: dict[str, Any], file: Path | None) -> nn.Module:
-    import timm
+    """Build a timm network without its classifier, and load `file` into it.
 
-    ends_in_embedding = bool(ENDS_IN_EMBEDDING.search(name))
-    if file:
-        network = _loaded_by_timm(name, architecture, config, file, ends_in_embedding)
-    else:
-        network = timm.create_model(architecture, pretrained=False)
-    if not ends_in_embedding:
-        network.reset_classifier(0)
-    return network
-
-
-def _loaded_by_timm(
-    name: str, architecture: str, config: dict[str, Any], file: Path, ends_in_embedding: bool
-) -> nn.Module:
-    """The network by timm's own loading, which also knows the layouts that its models were published in.
-
-    It is loaded with its classifier, since without timm would load only what fits. A file with another
-    classifier, or none, is loaded without, and then has to fill every other place.
+    The file is loaded by timm, which also knows the layouts that its models were published in. The first try
+    includes the classifier. A file with another classifier, or none, is loaded into a network without one.
+    Raises InputError unless the file fills every tensor of the embedding.
     """
-    state = read_checkpoint(file)
+    ends_in_embedding = bool(ENDS_IN_EMBEDDING.search(name))
+    build, state = partial(_build, architecture), read_checkpoint(file) if file else None
     try:
-        return _load_by_timm(name, architecture, {"state_dict": dict(state)}, file)
+        network = _built(build, state, file, f"timm:{name}")
     except InputError:
         if ends_in_embedding:
             raise
+        build = partial(build, num_classes=0, label_offset=0)
         state = _without_classifier(state, architecture, config, file)
-        without = {"state_dict": state, "num_classes": 0, "label_offset": 0}
-        return _load_by_timm(name, architecture, without, file)
+        network = _built(build, state, file, f"timm:{name}")
+    if not ends_in_embedding:
+        network.reset_classifier(0)
+    if state and (missing := _missing(network, build, state)):
+        raise does_not_fit(file, f"timm:{name}", [f"{tensor} is missing" for tensor in missing])
+    return network
 
 
-def _load_by_timm(name: str, architecture: str, overlay: dict[str, Any], file: Path) -> nn.Module:
+def _build(architecture: str, state: dict[str, Tensor] | None, **overlay: Any) -> nn.Module:
+    """Build a timm network, with `overlay` in its config, and load the tensors of a file, if given."""
     import timm
 
-    overlay["source"] = ""  # so that timm takes the state dict
+    if state is None:
+        return timm.create_model(architecture, pretrained_cfg_overlay=overlay)
+    overlay |= {"state_dict": dict(state), "source": ""}  # or timm asks the source in its config
+    return timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+def _built(build: Build, state: dict[str, Tensor] | None, file: Path | None, title: str) -> nn.Module:
+    """Build a network. Raises InputError where the tensors of `file` do not fit."""
     try:
-        with _nothing_missing(file, f"timm:{name}"):
-            return timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay)
-    except InputError:
-        raise
-    except Exception as error:  # torch's load_state_dict, or timm's renaming before it, which raises anything
+        return build(state)
+    except Exception as error:  # timm's renaming of the tensors raises anything
+        if not file:
+            raise
         problems = [line.strip()[:200] for line in str(error).splitlines()]
-        raise does_not_fit(file, f"timm:{name}", problems[1:] or problems) from None
+        raise does_not_fit(file, title, problems[1:] or problems) from None
 
 
 def _without_classifier(
@@ -165,25 +167,30 @@ def _without_classifier(
     return without_heads(state, bare, file)
 
 
-@contextmanager
-def _nothing_missing(file: Path, network: str) -> Iterator[None]:
-    """Refuse a file that leaves a place empty, also where timm loads a whole family with strict=False.
+def _missing(network: nn.Module, build: Build, state: dict[str, Tensor]) -> list[str]:
+    """Name the tensors of a network that loading `state` leaves at their random start.
 
-    A new norm of the head is no such place: timm adds it to networks that were trained without (fcmae).
+    timm loads some families with strict=False, and renames tensors before it loads them. So tensors that are
+    not in the file under their own name are checked by loading the file with NaN in the place of each number:
+    a tensor that the file does not fill stays as it is in a new network with the same random seed. timm adds
+    a norm of the head to networks that were trained without (fcmae): it keeps its start.
     """
-    from torch.nn import Module
+    import torch
 
-    load = Module.load_state_dict
-
-    def load_all(module: nn.Module, *arguments: Any, **more: Any) -> Any:
-        result = load(module, *arguments, **more)
-        missing = [n for n in result.missing_keys if not n.startswith(("head.norm.", "head_norm."))]
-        if missing:
-            raise does_not_fit(file, network, [f"{name} is missing" for name in missing])
-        return result
-
-    Module.load_state_dict = load_all
-    try:
-        yield
-    finally:
-        Module.load_state_dict = load
+    places = network.state_dict()
+    suspects = [name for name in places if name not in state and not name.startswith(NEW_NORM)]
+    if not suspects:
+        return []
+    filled_with_nan = {
+        name: torch.full_like(tensor, torch.nan) if tensor.is_floating_point() else tensor
+        for name, tensor in state.items()
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        loaded = build(filled_with_nan).state_dict()
+        torch.manual_seed(0)
+        new = build(None).state_dict()
+    return [
+        name for name in suspects
+        if places[name].is_floating_point() and torch.equal(loaded[name], new[name])
+    ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The pixels of an image in; the square that a network sees of it out."""
+"""The pixels of an image in; the input of a network out: resized and cropped to a square."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
+VERSION = 1  # part of the cache key: raise it when a Transform moves pixels by more than rounding
 
-class Square(NamedTuple):
-    """What a network sees of an image."""
+
+class ModelInput(NamedTuple):
+    """The input of a network for one image."""
 
     pixels: np.ndarray  # uint8 RGB (3, size, size)
-    face: bool | None = None  # whether it shows a face that was found; None: none was looked for
+    face: bool | None = None  # whether a face was detected; None: the transform detects none
 
 
 @dataclass(frozen=True)
 class Transform:
-    """An image as a square of `size` pixels, by what weights were trained with: resize, then cut the centre.
+    """Resize an image and crop its centre to `size` × `size` pixels, as the network was trained.
 
-    `crop_mode`, in timm's words: "squash" resizes the image to a square of `resize` pixels, whatever its
+    `crop_mode` uses timm's terms: "squash" resizes the image to a square of `resize` pixels, whatever its
     shape; "center" resizes its shorter side to `resize` pixels.
     """
 
@@ -27,11 +29,12 @@ class Transform:
     interpolation: str  # bilinear or bicubic, antialiased
     crop_mode: str = "squash"
     resize: int = 0  # pixels; 0: as `size`, so that "squash" keeps the whole image
-    looks_for_faces: ClassVar[bool] = False
-    module: ClassVar[str] = "torch"  # that does the work
+    detects_faces: ClassVar[bool] = False
+    module: ClassVar[str] = "torch"  # the slow import of a reader
+    versions: ClassVar[dict[str, int]] = {"transform": VERSION}  # for the cache key
 
-    def __call__(self, image: np.ndarray) -> Square:
-        """uint8 RGB (height, width, 3) → uint8 RGB (3, size, size)."""
+    def __call__(self, image: np.ndarray) -> ModelInput:
+        """Return the network's input for an image, uint8 RGB (height, width, 3)."""
         import torch  # for its resize, which takes a third of Pillow's time; torchvision's takes seconds more
         from torch.nn.functional import interpolate, pad
 
@@ -46,25 +49,25 @@ class Transform:
         if any(lacks):
             pixels = pad(pixels, [n for lack in lacks[::-1] for n in (lack // 2, lack - lack // 2)])
         top, left = (round((side - self.size) / 2) for side in pixels.shape[2:])
-        return Square(pixels[0, :, top:, left:][:, : self.size, : self.size].contiguous().numpy())
+        return ModelInput(pixels[0, :, top:, left:][:, : self.size, : self.size].contiguous().numpy())
 
     @property
     def enough(self) -> int:
-        """The shorter side of an image, in pixels, from which on more pixels change nothing that counts.
+        """Return the shorter side, in pixels, at which a larger JPEG may be decoded: four times the input's.
 
-        Four times what is seen: a JPEG of 10 megapixels is then read in 0.6 to 0.9 of the time, less than one
-        grey level away in the mean (cosines of 0.9995 and more; at twice what is seen, 0.998 and more).
+        A JPEG of 10 megapixels is then read in 0.6 to 0.9 of the time, and the mean difference is below one
+        grey level (cosines of 0.9995 and more; at twice the input's side, 0.998 and more).
         """
         return 4 * (self.resize or self.size)
 
     def of_size(self, size: int) -> Transform:
-        """The same transform for another size of square."""
+        """Return the same transform for another input size."""
         resize = round(self.resize * size / self.size)
         return Transform(size, self.interpolation, self.crop_mode, resize)
 
 
 def _not_too_long(image: np.ndarray, most: int = 16) -> np.ndarray:
-    """The middle of an image that is over 16 times as long as wide: as a whole it would fill the memory."""
+    """Cut an image over 16 times as long as wide to its middle: resized as a whole it fills the memory."""
     longest = most * min(image.shape[:2])
     top, left = (max(0, (length - longest) // 2) for length in image.shape[:2])
     return np.ascontiguousarray(image[top : top + longest, left : left + longest])

@@ -1,4 +1,4 @@
-"""A word's file of weights: where it lies, how it comes there, and a network that holds all of it."""
+"""The source of a file of weights in; the file on this machine, and a network that holds its tensors, out."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ class InPackage:
     path: str  # below the module's folder
 
     def find(self) -> Path | None:
-        """The file, if it is on this machine. The package is not imported: it may need what is not there."""
+        """Return the file if it is on this machine. Does not import the package, which may need others."""
         spec = find_spec(self.module)
         file = Path(spec.submodule_search_locations[0]) / self.path if spec else None
         return file if file and file.is_file() else None
 
     def fetch(self) -> Path:
-        """The file; raises InputError where the package is not installed."""
+        """Return the file. Raises InputError if the package is not installed."""
         require(self.package, self.module)
         file = self.find()
         if not file:
@@ -52,22 +52,22 @@ class InPackage:
 
 @dataclass(frozen=True)
 class Download:
-    """Weights at an address, kept where the library that publishes them looks for its downloads."""
+    """Weights at a URL, kept in the folder of the library that publishes them."""
 
     url: str
-    folder: Callable[[], Path]  # asked each time: the environment decides
-    sha256: str = ""  # how the file's digest begins, where its publisher says so
+    folder: Callable[[], Path]  # a function, since it depends on the environment
+    sha256: str = ""  # the first digits of the file's digest, if its publisher gives them
 
     def place(self) -> Path:
-        """Where the file lies, or will."""
+        """Return the path of the file, downloaded or not."""
         return self.folder() / self.url.rpartition("/")[2]
 
     def find(self) -> Path | None:
-        """The file, if it is on this machine."""
+        """Return the file if it is on this machine."""
         return self.place() if self.place().is_file() else None
 
     def fetch(self) -> Path:
-        """The file, downloaded first if need be, whole or not at all. Raises RunError where that fails."""
+        """Return the file; download it first if need be, whole or not at all. Raises RunError if it fails."""
         file = self.place()
         if not file.is_file():
             log.info("downloading %s to %s", self.url, file.parent)
@@ -76,7 +76,7 @@ class Download:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 self._download(unfinished)
                 os.replace(unfinished, file)
-            except OSError as error:  # of the network (requests' own are OSErrors too), or of the disk
+            except OSError as error:  # of the network (requests' errors are OSErrors) or the disk
                 raise _no_download(
                     self.url, error, f"put it at {file}, or give it with --weights FILE"
                 ) from None
@@ -85,7 +85,7 @@ class Download:
         return file
 
     def _download(self, file: Path) -> None:
-        import requests  # here, since readers, which download nothing, import this module
+        import requests  # slow, and the readers import this module
 
         digest = hashlib.sha256()
         with requests.get(self.url, stream=True, timeout=60) as reply, open(file, "wb") as out:
@@ -102,21 +102,21 @@ class Download:
 
 @dataclass(frozen=True)
 class OnHub:
-    """Weights in a repository of the Hugging Face hub, kept in its cache."""
+    """Weights in a repository of the Hugging Face hub, kept in the hub's cache."""
 
     repository: str
-    names: tuple[str, ...]  # of the file: the first that is there counts
+    names: tuple[str, ...]  # possible names of the file: the first that exists is used
     by_hand: str = "give it with --weights FILE"
 
     def find(self) -> Path | None:
-        """The file, if it is on this machine."""
+        """Return the file if it is on this machine."""
         from huggingface_hub import try_to_load_from_cache
 
         found = (try_to_load_from_cache(self.repository, name) for name in self.names)
         return next((Path(path) for path in found if isinstance(path, str)), None)
 
     def fetch(self) -> Path:
-        """The file, downloaded first if need be. Raises RunError where that fails."""
+        """Return the file; download it first if need be. Raises RunError if that fails."""
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
@@ -129,7 +129,7 @@ class OnHub:
             try:
                 return Path(hf_hub_download(self.repository, name))
             except RemoteEntryNotFoundError as error:
-                failed = error  # there may be another name
+                failed = error  # try the next name
             except LocalEntryNotFoundError as error:
                 failed = error.__cause__ or error
                 break
@@ -148,21 +148,20 @@ def _no_download(url: str, error: BaseException, by_hand: str) -> RunError:
 
 # ---- what a file holds ----------------------------------------------------------------------------
 
-# What lies around the tensors: Lightning, lightly and the converted SimCLR; SupContrast; PyTorch's tutorials.
+# Keys around the tensors: Lightning, lightly and the converted SimCLR; SupContrast; PyTorch's tutorials.
 AROUND = ("state_dict", "model", "model_state_dict")
-# What training puts before a backbone's names: DataParallel; Lightning; SupContrast; lightly.
+# Prefixes of a backbone's tensors: DataParallel; Lightning; SupContrast; lightly.
 BEFORE = ("module.", "model.", "encoder.", "backbone.")
-# What lies on a backbone, and a retrieval leaves out.
+# Classifiers and projections on a backbone, which retrieval leaves out.
 HEADS = ("fc", "classifier", "logits", "head", "projection_head", "prediction_head", "online_classifier")
 
 
 def read_checkpoint(file: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint under the backbone's names, perhaps with those of a head.
+    """Read the tensors of a checkpoint, under the backbone's names; heads are included.
 
-    Known are state dicts, safetensors, and what training puts around and before them (AROUND, BEFORE).
-
-    Nothing in the file is executed (torch.load with weights_only). Raises InputError for what is none of it,
-    and for a checkpoint that our fine-tuning wrote.
+    Reads state dicts and safetensors, also with the keys of AROUND around them and the prefixes of BEFORE.
+    Executes nothing in the file (torch.load with weights_only). Raises InputError for any other file, and for
+    a checkpoint of fine_tuning.py.
     """
     state = unpickle(file)
     if is_fine_tuned(state):
@@ -181,14 +180,14 @@ def read_checkpoint(file: Path) -> dict[str, Tensor]:
 
 
 def is_fine_tuned(content: Any) -> bool:
-    """Whether this is what a checkpoint of our fine-tuning holds: its recipe beside its network."""
+    """Return whether a file's content is a checkpoint of fine_tuning.py: a recipe and a network."""
     return isinstance(content, dict) and {"recipe", "network"} <= set(content)
 
 
 def unpickle(file: Path) -> Any:
-    """What a file of torch.save or safetensors holds; no code in it is executed.
+    """Read a file of torch.save or safetensors without executing code in it.
 
-    Raises InputError where it holds anything but tensors and plain values.
+    Raises InputError if it holds anything but tensors and plain values.
     """
     import torch
 
@@ -205,7 +204,7 @@ def unpickle(file: Path) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # what is no checkpoint makes the unpickler raise anything
+    except Exception as error:  # the unpickler raises anything on a file that is no checkpoint
         refused = re.search(r"(?:GLOBAL|global) (\S+)", str(error))
         if refused:
             raise InputError(
@@ -217,13 +216,13 @@ def unpickle(file: Path) -> Any:
 
 
 def _inside(state: Any) -> dict[str, Any] | None:
-    """What one of AROUND holds."""
+    """Return the dict under one of the keys AROUND."""
     inner = (state.get(key) for key in AROUND) if isinstance(state, dict) else ()
     return next((value for value in inner if isinstance(value, dict)), None)
 
 
 def _others_than_tensors(state: Any) -> str:
-    """What there is that is no named tensor; nothing, if all are."""
+    """Describe whatever is no named tensor; "" if there is nothing else."""
     import torch
 
     if not isinstance(state, dict):
@@ -233,14 +232,14 @@ def _others_than_tensors(state: Any) -> str:
 
 
 def load_weights(network: nn.Module, file: Path, title: str, rename: Callable[[str], str] = str) -> None:
-    """Load the checkpoint `file` into `network`, called `title`, whose names are `rename` of the file's.
+    """Load the checkpoint `file` into `network`; `rename` maps the file's names of tensors to the network's.
 
-    Left out, and said, is a head that the network does not have. Raises InputError unless each other tensor
-    of the file has its place, and each place its tensor, in its shape.
+    A head that the network does not have is left out, and logged. Raises InputError, which calls the network
+    `title`, unless every other tensor of the file belongs to the network and none is missing.
     """
     wanted = network.state_dict()
     given = without_heads(_renamed(read_checkpoint(file), rename, file), wanted, file)
-    for name, tensor in wanted.items():  # a counter of training steps, which old files lack
+    for name, tensor in wanted.items():  # a counter of training steps: old files lack it
         if name.endswith("num_batches_tracked"):
             given.setdefault(name, tensor)
     problems = [f"{name} is missing" for name in wanted if name not in given]
@@ -256,7 +255,7 @@ def load_weights(network: nn.Module, file: Path, title: str, rename: Callable[[s
 
 
 def does_not_fit(file: Path, network: str, problems: list[str]) -> InputError:
-    """The sentence about a file that is not of this network: the first problems, and how many more."""
+    """Return the error for a file of another network, with the first three problems."""
     shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
     return InputError(f"{file} does not hold the weights of {network}: {shown}")
 
@@ -269,7 +268,7 @@ def _renamed(state: dict[str, Tensor], rename: Callable[[str], str], file: Path)
 
 
 def _bare_names(state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """The tensors without what training put before all of the backbone's names."""
+    """Return the tensors without a prefix that all names of the backbone share."""
     for prefix in 3 * BEFORE:  # such as SupContrast's encoder.module.conv1.weight
         others = {name.partition(".")[0] for name in state if not name.startswith(prefix)}
         if others <= set(HEADS):
@@ -278,7 +277,7 @@ def _bare_names(state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
 
 
 def without_heads(given: dict[str, Tensor], wanted: Iterable[str], file: Path) -> dict[str, Tensor]:
-    """The tensors without those of a head that the network, whose names are `wanted`, does not have: said."""
+    """Return the tensors without those of heads, unless the network has them; `wanted` are its names."""
     on_it = {name for name in given if name not in wanted and name.partition(".")[0] in HEADS}
     heads = ", ".join(sorted({name.partition(".")[0] for name in on_it}))
     if len(on_it) == len(given):

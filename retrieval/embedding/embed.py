@@ -1,17 +1,13 @@
-"""Images and a backbone in; unit vectors with their names out.
-
-python -m retrieval.embedding --cache_dir DIR                     # what the cache holds
-python -m retrieval.embedding --cache_dir DIR --older_than 30     # remove what nobody used for thirty days
-"""
+"""Images and a backbone in; unit vectors with their names out."""
 
 from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, compress
 from pathlib import Path
 
@@ -19,158 +15,213 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from get_images import ImageFile
-from retrieval.backbones.transform import Square
-from retrieval.embedding.cache import Cache, Known, Maker
+from get_images import ImageFile, find_images
+from retrieval.backbones.backbone import Backbone, LazyBackbone, place
+from retrieval.backbones.transform import ModelInput
+from retrieval.embedding.cache import Cache, CachedVector, CacheKey
 from retrieval.embedding.loader import Batch, Read, in_batches, read_ahead
-from retrieval.embedding.runtime import ONNX_BATCH, TORCH, Engine
+from retrieval.embedding.runtime import ONNX_BATCH, TORCH, Runtime, choose_runtime
 from retrieval.errors import InputError
 from retrieval.machine import zeros
 from retrieval.records import Embeddings
 
-PART = 2**14  # images of which all that is not their vectors is in memory at once
-AHEAD_BYTES = 2**26  # of squares that are read ahead
-QUEUED = 16  # batches that wait for the network's threads, or are in them, while the cache is written
-KEEP_AT_ONCE = 64  # images that the cache takes at once
+PART = 2**14  # images processed at a time; of earlier ones only the vectors stay in memory
+AHEAD_BYTES = 2**26  # of inputs that are read ahead
+QUEUED = 16  # batches that wait for the network's threads while the cache is written
+CACHED_AT_ONCE = 64  # images that are written to the cache together
 
 log = logging.getLogger("retrieval.embedding")
 
 
 @dataclass
-class Made:
-    """What became of some images, by their names."""
+class Results:
+    """The results of embedding some images, by their names."""
 
     vectors: dict[str, np.ndarray] = field(default_factory=dict)  # float32 (dimension,), of unit length
-    faces: dict[str, bool] = field(default_factory=dict)  # whether one was found, where one is looked for
-    unreadable: dict[str, str] = field(default_factory=dict)  # and why
-    unsaved: list[str] = field(default_factory=list)  # crops, and why
-    kept: int = 0  # how many of the vectors the cache held
+    faces: dict[str, bool] = field(default_factory=dict)  # whether a face was detected
+    unreadable: dict[str, str] = field(default_factory=dict)  # reasons
+    unsaved: list[str] = field(default_factory=list)  # crops that could not be written, and why
+    cached: int = 0  # vectors that came from the cache
 
-    def saw(self, name: str, face: bool | None) -> None:
-        """Note whether an image shows a face, if one is looked for."""
+    def add_face(self, name: str, face: bool | None) -> None:
+        """Note whether a face was detected, unless the transform detects none."""
         if face is not None:
             self.faces[name] = face
 
 
+@dataclass(frozen=True)
+class Notes:
+    """What a run reports of some images, beside their vectors."""
+
+    unreadable: dict[str, str] = field(default_factory=dict)  # names, and why
+    without_face: list[str] = field(default_factory=list)  # names, where faces are looked for
+    unsaved: list[str] = field(default_factory=list)  # crops that could not be written, and why
+    cached: int = 0  # vectors that came from the cache
+
+    def __add__(self, other: Notes) -> Notes:
+        return Notes(self.unreadable | other.unreadable, self.without_face + other.without_face,
+                     self.unsaved + other.unsaved, self.cached + other.cached)  # fmt: skip
+
+
 def embed(
-    files: list[ImageFile],
-    engine: Engine,
+    images: list[ImageFile] | Path | str,
+    backbone: Backbone | LazyBackbone | Runtime,
     kind: str = "images",
     save_crops: Path | None = None,
-    cache: Cache | None = None,
+    cache: Cache | Path | str | None = None,
+    *,
+    batch_size: int = 32,
+    engine: str = "auto",
 ) -> Embeddings:
-    """Embed the files in their order: `Embeddings` with float32 unit vectors (images, dimension).
+    """Embed images in their order: `Embeddings` with float32 unit vectors (images, dimension).
 
-    Shows a progress bar. A file that cannot be embedded is named in a warning and keeps a row of zeros.
-    It is said how many images have no face, if the backbone looks for one. What the network sees of each
-    image is written below the folder `save_crops`, if one is given, as PNG under its name. Vectors and crops
-    that the cache holds are taken from there, unless crops are to be written, and others go into it. A batch
-    that does not fit into the GPU's memory is halved, and said. Raises InputError if not one image could be
-    embedded, RunError if a single one does not fit, or a process that looks for faces was killed.
+    `images` are the files that find_images returned, or a folder. `backbone` is one that load_backbone or
+    find_backbone returned, one of your own (its network is put on its device, in inference mode), or a
+    runtime that is already chosen. `engine` is auto, torch or onnx, and `batch_size` is for torch.
+
+    With a folder as `cache`, vectors and crops of faces are read from there and written there. This needs a
+    backbone of find_backbone or find_fine_tuned, since the weights of a loaded network may change. With a
+    folder `save_crops`, each input of the network is written there as PNG, and the cache is not used.
+
+    Shows a progress bar, called `kind`. Warns of each file that cannot be embedded, whose vector is zero, and
+    of images without a face. Raises InputError if no image can be embedded; RunError if a single image does
+    not fit into the GPU's memory, or a process that detects faces was killed.
     """
-    folder = folder_of_crops(save_crops, kind)
-    with tqdm(total=len(files), desc=kind, unit="image") as bar:
-        parts = (make(files[start : start + PART], engine, folder, cache, bar)
-                 for start in range(0, len(files), PART))  # fmt: skip
-        return gather(files, parts, engine, kind)
+    files = images if isinstance(images, list) else find_images(images)
+    if cache is not None and not isinstance(cache, Cache):
+        cache = Cache(Path(cache).expanduser())
+    if not isinstance(backbone, Runtime):
+        folder = cache.folder if cache else None
+        backbone = choose_runtime(_lazy(backbone, folder), engine, len(files), batch_size, folder)
+    vectors, notes = embed_with_notes(files, backbone, kind, save_crops, cache)
+    report_notes(notes, len(files), kind)
+    without_face = notes.without_face if backbone.backbone.transform.detects_faces else None
+    return Embeddings([file.name for file in files], vectors, without_face)
 
 
-def folder_of_crops(save_crops: Path | None, kind: str) -> Path | None:
-    """Where the crops of such images go, if they are to be written."""
-    return save_crops / kind.replace(" ", "_") if save_crops else None
+def _lazy(backbone: Backbone | LazyBackbone, folder: Path | None) -> LazyBackbone:
+    """Return a LazyBackbone, for a loaded one without a key. Raises InputError if that needs a key."""
+    if isinstance(backbone, LazyBackbone):
+        return backbone
+    if folder:
+        raise InputError(
+            "a cache needs to know the weights, and those of a loaded network may have changed: embed with "
+            f"find_backbone({backbone.model_name!r}) of retrieval.backbones.backbone, or without a cache"
+        )
+    name = backbone.model_name or type(backbone.network).__name__
+    named = replace(backbone, model_name=name)
+    return LazyBackbone(name, backbone.transform, backbone.device, b"", lambda: place(named))
 
 
-def gather(files: list[ImageFile], parts: Iterable[Made], engine: Engine, kind: str) -> Embeddings:
-    """The embeddings of the files from what became of one part of them after the other; warns as embed."""
+def embed_with_notes(
+    files: list[ImageFile], runtime: Runtime, kind: str, save_crops: Path | None, cache: Cache | None
+) -> tuple[np.ndarray | None, Notes]:
+    """Return the vectors (images, dimension) of the files, None if there is none, and notes for the log."""
+    folder = save_crops / kind.replace(" ", "_") if save_crops else None
     rows = {file.name: row for row, file in enumerate(files)}
-    whole, vectors = Made(), None
-    for part in parts:
-        if vectors is None and part.vectors:
-            vectors = zeros((len(files), len(next(iter(part.vectors.values())))), np.float32, "vectors")
-        for name, vector in part.vectors.items():
-            vectors[rows[name]] = vector
-        whole.faces |= part.faces
-        whole.unreadable |= part.unreadable
-        whole.unsaved += part.unsaved
-        whole.kept += part.kept
-    without_face = [file.name for file in files if whole.faces.get(file.name) is False]
-    if whole.kept:
-        log.info("%d of %d %s were embedded before", whole.kept, len(files), kind)
-    _warn(files, kind, whole.unreadable, without_face, whole.unsaved)
-    return Embeddings(list(rows), vectors, without_face if engine.backbone.prepare.looks_for_faces else None)
+    vectors, notes = None, Notes()
+    with tqdm(total=len(files), desc=kind, unit="image") as bar:
+        for start in range(0, len(files), PART):
+            results = embed_part(files[start : start + PART], runtime, folder, cache, bar)
+            if vectors is None and results.vectors:
+                dimension = len(next(iter(results.vectors.values())))
+                vectors = zeros((len(files), dimension), np.float32, "vectors")
+            for name, vector in results.vectors.items():
+                vectors[rows[name]] = vector
+            without_face = [name for name, face in results.faces.items() if not face]
+            notes += Notes(results.unreadable, without_face, results.unsaved, results.cached)
+    return vectors, replace(notes, without_face=sorted(notes.without_face, key=rows.__getitem__))
 
 
-def make(
-    files: list[ImageFile], engine: Engine, save_crops: Path | None, cache: Cache | None, bar: tqdm
-) -> Made:
-    """Embed some files, or take from the cache what it holds of them."""
-    made = Made()
-    store = _Store(engine, None if save_crops else cache, files)  # crops are to be looked at: each is made
+def report_notes(notes: Notes, total: int, kind: str) -> None:
+    """Log what was cached and what went wrong. Raises InputError if not one of the images was embedded."""
+    if notes.cached:
+        log.info("%d of %d %s were embedded before", notes.cached, total, kind)
+    for name, reason in notes.unreadable.items():
+        log.warning("%s in the %s could not be embedded: %s", name, kind, reason)
+    if len(notes.unreadable) == total:
+        raise InputError(f"not one of the {total} {kind} could be embedded: see the reasons above")
+    if notes.unsaved:
+        log.warning("%d crops could not be written, such as %s", len(notes.unsaved), notes.unsaved[0])
+    if notes.without_face:
+        log.warning("no face was found in %d of the %d %s, such as %s: a square in the centre stands in "
+                    "(--save_crops shows it, and --min_face_size looks for smaller faces)",
+                    len(notes.without_face), total, kind, notes.without_face[0])  # fmt: skip
+
+
+def embed_part(
+    files: list[ImageFile], runtime: Runtime, save_crops: Path | None, cache: Cache | None, bar: tqdm
+) -> Results:
+    """Embed some files, or read their vectors from the cache."""
+    results = Results()
+    entries = _Entries(runtime, None if save_crops else cache, files)  # crops are written as they are made
     for file in files:
-        if (known := store.known.get(store.digests.get(file.name))) is not None:
-            made.vectors[file.name] = known.vector
-            made.saw(file.name, known.face)
-    made.kept = len(made.vectors)
-    bar.update(made.kept)
-    rest = [file for file in files if file.name not in made.vectors]
-    if not rest:  # torch, which takes a second, is not needed
-        return made
+        if (cached := entries.vectors.get(entries.digests.get(file.name))) is not None:
+            results.vectors[file.name] = cached.vector
+            results.add_face(file.name, cached.face)
+    results.cached = len(results.vectors)
+    bar.update(results.cached)
+    rest = [file for file in files if file.name not in results.vectors]
+    if not rest:  # then torch, whose import takes a second, is not needed
+        return results
     try:
-        for batch, features in _run(rest, engine, store):
-            _add(made, batch, features)
-            made.unsaved += _save_crops(batch, save_crops) if save_crops else []
-            store.keep(made, batch)
+        for batch, features in _run(rest, runtime, entries):
+            _add(results, batch, features)
+            results.unsaved += _save_crops(batch, save_crops) if save_crops else []
+            entries.add(results, batch)
             bar.update(len(batch.names) + len(batch.unreadable))
     finally:
-        store.flush()
-    return made
+        entries.flush()
+    return results
 
 
-def _run(rest: list[ImageFile], engine: Engine, store: _Store) -> Iterator[tuple[Batch, np.ndarray | None]]:
-    """Yield batches with what the network gives for them: reading runs ahead, and so does the network."""
-    backbone = engine.backbone
-    ahead = max(2 * engine.size * engine.threads, AHEAD_BYTES // (3 * backbone.prepare.size**2))
-    in_processes, enough = backbone.prepare.looks_for_faces, backbone.prepare.enough
-    reading = read_ahead(rest, backbone.prepare, ahead, in_processes, enough, store.crop)
+def _run(
+    rest: list[ImageFile], runtime: Runtime, entries: _Entries
+) -> Iterator[tuple[Batch, np.ndarray | None]]:
+    """Yield batches with the network's output. The readers run ahead of the network."""
+    transform = runtime.backbone.transform
+    ahead = max(2 * runtime.batch_size * runtime.threads, AHEAD_BYTES // (3 * transform.size**2))
+    in_processes = transform.detects_faces
+    reading = read_ahead(rest, transform, ahead, in_processes, transform.enough, entries.crop)
     with closing(reading):
-        first = _load_and_read(engine, reading, in_processes)
-        if any(read.square is not None for read in first):
-            engine.settle(next(in_batches(first, ONNX_BATCH)).pixels())
-        batches = in_batches(chain(first, reading), engine.size)
-        if engine.word == TORCH:  # which has threads of its own, and belongs into this one, as its GPU does
+        first = _load_and_read(runtime, reading, in_processes)
+        if any(read.image is not None for read in first):
+            runtime.settle(next(in_batches(first, ONNX_BATCH)).pixels())
+        batches = in_batches(chain(first, reading), runtime.batch_size)
+        if runtime.name == TORCH:  # it has its own threads, and CUDA's device belongs to this one
             for batch in batches:
-                engine.seconds["decode"] += batch.seconds
-                yield batch, engine.embed(batch.pixels()) if batch.images else None
+                runtime.seconds["decode"] += batch.seconds
+                yield batch, runtime.embed(batch.pixels()) if batch.images else None
             return
-        with ThreadPoolExecutor(engine.threads) as pool:
+        with ThreadPoolExecutor(runtime.threads) as pool:
             running: deque[tuple[Batch, Future | None]] = deque()
             for batch in batches:
-                engine.seconds["decode"] += batch.seconds
-                running.append((batch, pool.submit(engine.embed, batch.pixels()) if batch.images else None))
-                if len(running) > max(QUEUED, 2 * engine.threads):
+                runtime.seconds["decode"] += batch.seconds
+                running.append((batch, pool.submit(runtime.embed, batch.pixels()) if batch.images else None))
+                if len(running) > max(QUEUED, 2 * runtime.threads):
                     yield _result(*running.popleft())
             while running:
                 yield _result(*running.popleft())
 
 
-def _load_and_read(engine: Engine, reading: Iterator[Read], in_processes: bool) -> list[Read]:
-    """Load the network, and read the first images: at once, as far as that does not slow down either."""
-    if not in_processes:  # threads want Python's lock, too
-        engine.load()
+def _load_and_read(runtime: Runtime, reading: Iterator[Read], in_processes: bool) -> list[Read]:
+    """Load the network and read the first images, at the same time if the readers are processes."""
+    if not in_processes:  # threads would wait for Python's lock
+        runtime.load()
         return _first(reading)
-    with ThreadPoolExecutor(1) as aside:
-        loading = aside.submit(engine.load)
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(runtime.load)
         first = _first(reading)
         loading.result()
     return first
 
 
 def _first(reading: Iterator[Read]) -> list[Read]:
-    """As far as the first images that can be read, at most as many as a batch of ONNX Runtime has."""
+    """Read until ONNX_BATCH images are readable, or to the end."""
     first: list[Read] = []
     for read in reading:
         first.append(read)
-        if sum(read.square is not None for read in first) == ONNX_BATCH:
+        if sum(read.image is not None for read in first) == ONNX_BATCH:
             break
     return first
 
@@ -179,80 +230,64 @@ def _result(batch: Batch, future: Future | None) -> tuple[Batch, np.ndarray | No
     return batch, future.result() if future else None
 
 
-def _add(made: Made, batch: Batch, features: np.ndarray | None) -> None:
-    """Add what became of a batch: unit vectors (images, dimension) of its features."""
-    made.unreadable |= batch.unreadable
+def _add(results: Results, batch: Batch, features: np.ndarray | None) -> None:
+    """Add the results of a batch: its features (images, dimension) become unit vectors."""
+    results.unreadable |= batch.unreadable
     for name, image in zip(batch.names, batch.images, strict=True):
-        made.saw(name, image.face)
+        results.add_face(name, image.face)
     if features is None:
         return
     with np.errstate(all="ignore"):
         lengths = np.linalg.norm(features, axis=1, keepdims=True)
         vectors = features / lengths
     usable = (np.isfinite(lengths) & (lengths > 0))[:, 0]
-    made.vectors |= dict(zip(compress(batch.names, usable), vectors[usable], strict=True))
-    made.unreadable |= dict.fromkeys(compress(batch.names, ~usable), "the network gave no usable numbers")
+    results.vectors |= dict(zip(compress(batch.names, usable), vectors[usable], strict=True))
+    unusable = compress(batch.names, ~usable)
+    results.unreadable |= dict.fromkeys(unusable, "the network gave no usable numbers")
 
 
-class _Store:
-    """What the cache holds of some files, and takes of them, some at a time."""
+class _Entries:
+    """The entries of some files in the cache. New entries are written CACHED_AT_ONCE at a time."""
 
-    def __init__(self, engine: Engine, cache: Cache | None, files: list[ImageFile]) -> None:
-        backbone = engine.backbone
-        self.engine, self.cache = engine, cache
+    def __init__(self, runtime: Runtime, cache: Cache | None, files: list[ImageFile]) -> None:
+        self.runtime, self.cache, self.transform = runtime, cache, runtime.backbone.transform
         self.digests = cache.digests(files) if cache else {}
-        self.known = cache.vectors(self._maker(), self.digests.values()) if cache else {}
+        self.vectors = cache.vectors(self._key(), self.digests.values()) if cache else {}
         self.crops: set[bytes] = set()
-        if cache and backbone.prepare.looks_for_faces:
-            self.cropper = Maker(engine.crops_key, f"faces of {backbone.prepare.size} pixels")
-            self.crops = cache.crops(self.cropper, set(self.digests.values()) - set(self.known))
-        self.new: dict[bytes, Known] = {}
-        self.new_crops: dict[bytes, Square] = {}
+        if cache and self.transform.detects_faces:
+            self.crops_key = CacheKey(runtime.crops_key, f"faces of {self.transform.size} pixels")
+            self.crops = cache.crops(self.crops_key, set(self.digests.values()) - set(self.vectors))
+        self.new: dict[bytes, CachedVector] = {}
+        self.new_crops: dict[bytes, ModelInput] = {}
 
-    def _maker(self) -> Maker:
-        return Maker(self.engine.key, self.engine.what)
+    def _key(self) -> CacheKey:
+        return CacheKey(self.runtime.key, self.runtime.description)
 
-    def crop(self, file: ImageFile) -> Square | None:
-        """What the cache holds of a file's crop."""
+    def crop(self, file: ImageFile) -> ModelInput | None:
+        """Return the cached crop of a file."""
         digest = self.digests.get(file.name)
         if digest not in self.crops:
             return None
-        return self.cache.crop(self.cropper, digest, self.engine.backbone.prepare.size)
+        return self.cache.crop(self.crops_key, digest, self.transform.size)
 
-    def keep(self, made: Made, batch: Batch) -> None:
-        """Keep what was made of a batch, if its bytes are known."""
+    def add(self, results: Results, batch: Batch) -> None:
+        """Add the vectors and crops of a batch."""
         for name, image in zip(batch.names, batch.images, strict=True):
             digest = self.digests.get(name)
-            if digest and name in made.vectors:
-                self.new[digest] = Known(made.vectors[name], image.face)
-                if self.engine.backbone.prepare.looks_for_faces and digest not in self.crops:
+            if digest and name in results.vectors:
+                self.new[digest] = CachedVector(results.vectors[name], image.face)
+                if self.transform.detects_faces and digest not in self.crops:
                     self.new_crops[digest] = image
-        if len(self.new) >= KEEP_AT_ONCE:
+        if len(self.new) >= CACHED_AT_ONCE:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is not written yet."""
+        """Write the new entries."""
         if self.cache:
-            self.cache.keep_vectors(self._maker(), self.new)
+            self.cache.keep_vectors(self._key(), self.new)
             if self.new_crops:
-                self.cache.keep_crops(self.cropper, self.new_crops)
+                self.cache.keep_crops(self.crops_key, self.new_crops)
         self.new, self.new_crops = {}, {}
-
-
-def _warn(
-    files: list[ImageFile], kind: str, unreadable: dict[str, str], without_face: list[str], unsaved: list[str]
-) -> None:
-    """Warn of what went wrong with some; raise InputError if not one could be embedded."""
-    for name, reason in unreadable.items():
-        log.warning("%s in the %s could not be embedded: %s", name, kind, reason)
-    if len(unreadable) == len(files):
-        raise InputError(f"not one of the {len(files)} {kind} could be embedded: see the reasons above")
-    if unsaved:
-        log.warning("%d crops could not be written, such as %s", len(unsaved), unsaved[0])
-    if without_face:
-        log.warning("no face was found in %d of the %d %s, such as %s: a square in the centre stands in "
-                    "(--save_crops shows it, and --min_face_size looks for smaller faces)",
-                    len(without_face), len(files), kind, without_face[0])  # fmt: skip
 
 
 def _write_png(pixels: np.ndarray, path: Path) -> None:
@@ -262,7 +297,7 @@ def _write_png(pixels: np.ndarray, path: Path) -> None:
 
 
 def _save_crops(batch: Batch, folder: Path) -> list[str]:
-    """Write the crops of a batch; which could not be written, and why: a full disk costs the crops only."""
+    """Write the inputs of a batch as PNG files; return which failed and why, as on a full disk."""
     unsaved = []
     for name, image in zip(batch.names, batch.images, strict=True):
         path = folder / f"{name}.png"

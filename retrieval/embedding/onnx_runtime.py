@@ -1,20 +1,34 @@
-"""A backbone in; its network exported to ONNX, and ONNX Runtime that runs it, out."""
+"""A backbone in; its network in ONNX Runtime, exported and checked against the network itself, out.
+
+An exported network is kept in the cache. One thread runs each batch, and several batches run at once.
+"""
 
 from __future__ import annotations
 
 import io
+import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retrieval.backbones.backbone import Backbone
+from retrieval.backbones.backbone import Backbone, LazyBackbone
+from retrieval.embedding.network_files import NetworkFiles
+from retrieval.embedding.torch_runtime import embed_plainly, filled_up, least_cosine
+from retrieval.errors import InputError, RunError
+from retrieval.machine import out_of_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-ONNX_BATCH = 4  # images that a thread takes at once: more leave the processor's caches and are slower
+VERSION = 1  # part of the cache key: raise it when this moves vectors by more than rounding
+EXPORTED, REFUSED = f"{VERSION}.onnx", f"{VERSION}.refused"  # kinds of files
+ONNX_BATCH = 4  # images of a batch: more leave the processor's caches and are slower
+LEAST_COSINE = 0.9999  # between a vector by ONNX Runtime and the network's own
+
+log = logging.getLogger("retrieval.runtime")
 
 
 @dataclass
@@ -22,46 +36,106 @@ class OnnxNetwork:
     """A network in ONNX Runtime."""
 
     session: Any  # onnxruntime.InferenceSession
-    exported: bytes = b""  # this and the next: of one that is not checked yet
+    exported: bytes = b""  # this and the backbone: until the network is checked
     backbone: Backbone | None = None
 
     def run(self, images: np.ndarray) -> np.ndarray:
-        """uint8 (images, 3, size, size) → (images, dimension), ONNX_BATCH at once."""
+        """Map uint8 (images, 3, size, size) to (images, dimension), ONNX_BATCH images at once."""
         parts = [images[start : start + ONNX_BATCH] for start in range(0, len(images), ONNX_BATCH)]
         return np.concatenate([
             self.session.run(None, {"images": filled_up(part, ONNX_BATCH)})[0][: len(part)] for part in parts
         ])  # fmt: skip
 
 
-def open_exported(exported: bytes) -> Any:
-    """An onnxruntime.InferenceSession of what `export` gave, one thread for each run of it.
+def load_onnx(lazy: LazyBackbone, files: NetworkFiles) -> OnnxNetwork | None:
+    """Open the kept network, or load and export it; return None, with a warning, if that is impossible."""
+    kept = files.read(EXPORTED)
+    if kept:
+        try:
+            return OnnxNetwork(open_exported(kept))
+        except Exception as error:  # ONNX Runtime's errors have no common class
+            log.warning("%s is broken (%s): the network is exported again",
+                        files.path(EXPORTED), _first_line(error))  # fmt: skip
 
-    Raises whatever ONNX Runtime does where the bytes are broken or its version does not know them.
+    def _export() -> OnnxNetwork:
+        backbone = lazy.load()
+        exported = export(backbone)
+        return OnnxNetwork(open_exported(exported), exported, backbone)
+
+    return _unless_refused(lazy, files, _export)
+
+
+def check_onnx(network: OnnxNetwork, lazy: LazyBackbone, files: NetworkFiles, pixels: np.ndarray) -> bool:
+    """Return whether ONNX Runtime gives the network's own vectors; keep the exported network if it does."""
+    if network.backbone is None:  # it was checked before it was kept
+        return True
+
+    def _check() -> bool:
+        cosine = least_cosine(network.run(pixels), embed_plainly(network.backbone, pixels))
+        if not cosine >= LEAST_COSINE:
+            raise ValueError(f"its vectors are others, cosine {cosine:.5f}")
+        return True
+
+    if not _unless_refused(lazy, files, _check):
+        return False
+    files.write(EXPORTED, network.exported)
+    network.exported, network.backbone = b"", None  # frees their memory
+    return True
+
+
+def is_refused(lazy: LazyBackbone, files: NetworkFiles) -> bool:
+    """Return, with a warning, whether an earlier run with the same versions could not use ONNX Runtime."""
+    reason = files.read(REFUSED).decode("utf-8")
+    if reason:
+        kept = f"that was kept in {files.path(REFUSED)}, and without it the next run tries again"
+        _warn(lazy, f"{reason}; {kept}")
+    return bool(reason)
+
+
+def _unless_refused(lazy: LazyBackbone, files: NetworkFiles, act: Callable[[], Any]) -> Any:
+    """Return what `act` returns. If it fails, warn, keep the reason for the next runs, and return None."""
+    try:
+        return act()
+    except (InputError, RunError):
+        raise
+    except Exception as error:  # the exporter raises anything on an operation that it does not know
+        reason = _first_line(error)
+        if isinstance(error, MemoryError | OSError) or out_of_memory(error):
+            _warn(lazy, f"{reason}; the next run tries again")
+            return None
+    _warn(lazy, reason)
+    files.write(REFUSED, reason.encode())
+    return None
+
+
+def _warn(lazy: LazyBackbone, reason: str) -> None:
+    log.warning("%s is run by torch, not by ONNX Runtime: %s", lazy.model_name, reason)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().partition("\n")[0] or type(error).__name__)[:200]
+
+
+def open_exported(exported: bytes) -> Any:
+    """Return an onnxruntime.InferenceSession that runs an exported network in one thread.
+
+    Raises one of ONNX Runtime's errors if the bytes are broken or of an unknown version.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1  # the batches are what runs at once
+    options.intra_op_num_threads = options.inter_op_num_threads = 1  # several batches run at once instead
     options.log_severity_level = 3  # errors
-    # With a batch of one size all shapes are known, and padding becomes a part of the convolutions: ×1.2.
+    # With a fixed batch size all shapes are known, and padding is fused into the convolutions: ×1.2.
     options.add_free_dimension_override_by_name("n", ONNX_BATCH)
     return onnxruntime.InferenceSession(exported, options, providers=["CPUExecutionProvider"])
 
 
-def filled_up(images: np.ndarray, batch: int) -> np.ndarray:
-    """uint8 (images, 3, size, size) → (batch, 3, size, size), black at the end; more stay as they are."""
-    if len(images) >= batch:
-        return images
-    filled = np.zeros((batch, *images.shape[1:]), images.dtype)
-    filled[: len(images)] = images
-    return filled
-
-
 def export(backbone: Backbone) -> bytes:
-    """The network, from uint8 images to what Backbone.embed gives.
+    """Export Backbone.embed, from uint8 images to vectors, to ONNX.
 
-    By the exporter that traces: it takes a second where the newer one takes eighteen. Raises whatever that
-    does where it does not know a part of the network.
+    Uses the tracing exporter: it takes a second, and torch's newer one eighteen. Raises any error on an
+    operation that it does not know.
     """
     import torch
 
@@ -73,11 +147,11 @@ def export(backbone: Backbone) -> bytes:
         def forward(self, images: Tensor) -> Tensor:
             return backbone.features(images.float(), white=255)
 
-    size = backbone.prepare.size
+    size = backbone.transform.size
     images = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     buffer = io.BytesIO()
     with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the tracer, about what is constant: it is checked on real images
+        warnings.simplefilter("ignore")  # the tracer warns of constants: real images check the export
         torch.onnx.export(_Whole().eval(), (images,), buffer, dynamo=False, opset_version=17,
                           input_names=["images"], output_names=["vectors"],
                           dynamic_axes={"images": {0: "n"}, "vectors": {0: "n"}})  # fmt: skip

@@ -21,10 +21,11 @@ from tqdm import tqdm
 from get_images import ImageFile, UnreadableImageError, read_image
 from retrieval import distributed
 from retrieval.embedding.cache import Cache, digest_of_file, look
-from retrieval.embedding.embed import Made, folder_of_crops, gather, make
-from retrieval.embedding.runtime import ONNX_BATCH, Engine
+from retrieval.embedding.embed import Notes, Results, embed_part, report_notes
+from retrieval.embedding.runtime import ONNX_BATCH, Runtime
 from retrieval.errors import RunError
 from retrieval.files import write_whole
+from retrieval.machine import zeros
 from retrieval.records import Embeddings
 from retrieval.run import Run
 
@@ -35,17 +36,18 @@ NO_FACE_LOOKED_FOR = -1
 
 
 def embed_together(
-    run: Run, files: list[ImageFile], engine: Engine, kind: str, cache: Cache | None
+    run: Run, files: list[ImageFile], runtime: Runtime, kind: str, cache: Cache | None
 ) -> Embeddings | None:
     """As embed, each process a share; the first gets all, the others None when all are done.
 
     After settle_together. The run learns which parts its vectors are from. Raises as embed, and RunError
     where another process has ended, or has not written its parts where this one looks for them.
     """
-    parts = _parts(files, engine)
+    parts = _parts(files, runtime)
     share = parts[distributed.number() :: distributed.count()]
-    place = functools.partial(_place, run, engine, kind)
-    folder = folder_of_crops(run.settings.save_crops, kind)
+    place = functools.partial(_place, run, runtime, kind)
+    crops = run.settings.save_crops
+    folder = crops / kind.replace(" ", "_") if crops else None
     total, there = sum(map(len, share)), 0
     with tqdm(total=total, desc=f"share of {kind}", unit="image", disable=not distributed.is_first()) as bar:
         for part in share:
@@ -54,7 +56,7 @@ def embed_together(
                 bar.update(len(part))
                 there += len(part)
             else:
-                write_part(path, part, make(part, engine, folder, cache, bar))
+                write_part(path, part, embed_part(part, runtime, folder, cache, bar))
     distributed.wait()
     if not distributed.is_first():
         return None
@@ -69,30 +71,42 @@ def embed_together(
     if there:
         log.info("%d %s of this process's %d were embedded by a run before it ended", there, kind, total)
     run.parts += paths
-    return gather(files, map(read_part, paths, parts), engine, kind)
+    rows, vectors, notes = {file.name: row for row, file in enumerate(files)}, None, Notes()
+    for results in map(read_part, paths, parts):
+        if vectors is None and results.vectors:
+            vectors = zeros((len(files), len(next(iter(results.vectors.values())))), np.float32, "vectors")
+        for name, vector in results.vectors.items():
+            vectors[rows[name]] = vector
+        without_face = [name for name, face in results.faces.items() if not face]
+        notes += Notes(results.unreadable, without_face, results.unsaved, results.cached)
+    report_notes(notes, len(files), kind)
+    faces = runtime.backbone.transform.detects_faces
+    return Embeddings(
+        list(rows), vectors, sorted(notes.without_face, key=rows.__getitem__) if faces else None
+    )
 
 
-def settle_together(engine: Engine, files: list[ImageFile]) -> None:
+def settle_together(runtime: Runtime, files: list[ImageFile]) -> None:
     """Load the engine in every process, also in one without a share, so that all use the same.
 
-    Raises as Engine.settle, and RunError where another process has ended.
+    Raises as Runtime.settle, and RunError where another process has ended.
     """
-    size = engine.backbone.prepare.size
+    size = runtime.backbone.transform.size
     pixels = np.zeros((ONNX_BATCH, 3, size, size), np.uint8)
     for row, file in enumerate(files[:ONNX_BATCH]):
         with suppress(UnreadableImageError):  # black will do: whoever embeds it says so
-            pixels[row] = engine.backbone.prepare(read_image(file.path)).pixels
-    engine.settle(pixels)
+            pixels[row] = runtime.backbone.transform(read_image(file.path)).pixels
+    runtime.settle(pixels)
 
 
-def are_left(run: Run, files: list[ImageFile], engine: Engine, kind: str) -> bool:
+def are_left(run: Run, files: list[ImageFile], runtime: Runtime, kind: str) -> bool:
     """Whether the same run, of any number of processes, has left a part of these files before it ended."""
     folder = run.folder / FOLDER
     if not folder.is_dir():
         return False
-    if engine.backbone.device == "cuda" and not engine.precision:  # of which their names are not known yet
+    if runtime.backbone.device == "cuda" and not runtime.precision:  # of which their names are not known yet
         return any(folder.glob(f"{_word(kind)}-*.npz"))
-    return any(_place(run, engine, kind, part).is_file() for part in _parts(files, engine))
+    return any(_place(run, runtime, kind, part).is_file() for part in _parts(files, runtime))
 
 
 def remove_shards(run: Run) -> None:
@@ -105,14 +119,14 @@ def remove_shards(run: Run) -> None:
         folder.rmdir()
 
 
-def _parts(files: list[ImageFile], engine: Engine) -> list[list[ImageFile]]:
-    size = part_size(len(files), engine.size)
+def _parts(files: list[ImageFile], runtime: Runtime) -> list[list[ImageFile]]:
+    size = part_size(len(files), runtime.batch_size)
     return [files[start : start + size] for start in range(0, len(files), size)]
 
 
-def _place(run: Run, engine: Engine, kind: str, part: list[ImageFile]) -> Path:
+def _place(run: Run, runtime: Runtime, kind: str, part: list[ImageFile]) -> Path:
     """The file of a part of this run."""
-    return part_path(run.folder / FOLDER, kind, engine.key, part, run.settings.verify_cache)
+    return part_path(run.folder / FOLDER, kind, runtime.key, part, run.settings.verify_cache)
 
 
 def part_size(images: int, batch: int) -> int:
@@ -145,12 +159,12 @@ def _word(kind: str) -> str:
     return kind.replace(" ", "_")
 
 
-def write_part(path: Path, files: list[ImageFile], made: Made) -> None:
+def write_part(path: Path, files: list[ImageFile], made: Results) -> None:
     """Write what became of some files: whole, or not at all."""
     names = [file.name for file in files]
     rows = [row for row, name in enumerate(names) if name in made.vectors]
     vectors = np.stack([made.vectors[names[row]] for row in rows]) if rows else np.zeros((0, 0), np.float32)
-    others = {"unreadable": made.unreadable, "unsaved": made.unsaved, "kept": made.kept}
+    others = {"unreadable": made.unreadable, "unsaved": made.unsaved, "cached": made.cached}
     buffer = io.BytesIO()
     np.savez(buffer, rows=np.array(rows, np.int64), vectors=vectors,
              faces=np.array([made.faces.get(name, NO_FACE_LOOKED_FOR) for name in names], np.int8),
@@ -159,11 +173,11 @@ def write_part(path: Path, files: list[ImageFile], made: Made) -> None:
     write_whole(path, buffer.getbuffer())
 
 
-def read_part(path: Path, files: list[ImageFile]) -> Made:
+def read_part(path: Path, files: list[ImageFile]) -> Results:
     """What write_part wrote of these files."""
     names = [file.name for file in files]
     with np.load(path, allow_pickle=False) as part:
         vectors = dict(zip([names[row] for row in part["rows"]], part["vectors"], strict=True))
         looked = zip(names, part["faces"].tolist(), strict=True)
         faces = {name: bool(face) for name, face in looked if face != NO_FACE_LOOKED_FOR}
-        return Made(vectors, faces, **json.loads(part["others"].tobytes()))
+        return Results(vectors, faces, **json.loads(part["others"].tobytes()))

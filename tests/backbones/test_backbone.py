@@ -23,19 +23,19 @@ def test_a_network_that_gives_no_embedding_is_refused(monkeypatch):
 
 
 def test_crop_auto_is_what_the_word_is_for():
-    assert load_backbone("dlib", "cpu").prepare == FaceCrop("dlib", 150, 1 / 3, 0.08)
-    assert load_backbone("dlib", "cpu", crop="none").prepare == Transform(150, "bilinear")
-    assert load_backbone("efficientnet_lite0", "cpu").prepare == Transform(224, "bicubic")
+    assert load_backbone("dlib", "cpu").transform == FaceCrop("dlib", 150, 1 / 3, 0.08)
+    assert load_backbone("dlib", "cpu", crop="none").transform == Transform(150, "bilinear")
+    assert load_backbone("efficientnet_lite0", "cpu").transform == Transform(224, "bicubic")
     face = load_backbone("efficientnet_lite0", "cpu", crop="face")
-    assert face.prepare == FaceCrop("mtcnn", 224, 0.2, 0.08)
-    assert face.prepare.looks_for_faces
+    assert face.transform == FaceCrop("mtcnn", 224, 0.2, 0.08)
+    assert face.transform.detects_faces
 
 
 def test_size_margin_and_smallest_face_take_the_place_of_the_words_own(caplog):
     other = load_backbone("dlib", "cpu", image_size=120, face_margin=0.5, min_face_size=0.1)
-    assert other.prepare == FaceCrop("dlib", 120, 0.5, 0.1)
+    assert other.transform == FaceCrop("dlib", 120, 0.5, 0.1)
     whole = load_backbone("efficientnet_lite0", "cpu", image_size=96)
-    assert whole.prepare == Transform(96, "bicubic")
+    assert whole.transform == Transform(96, "bicubic")
     assert not caplog.records
     load_backbone("efficientnet_lite0", "cpu", face_margin=0.0)
     assert "change nothing" in caplog.text

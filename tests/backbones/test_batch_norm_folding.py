@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from retrieval.backbones.backbone import find_word
+from retrieval.backbones.backbone import find_pretrained
 from retrieval.backbones.batch_norm_folding import fold_batch_norms
 
 
@@ -26,7 +26,7 @@ def with_statistics(network):
 
 @pytest.mark.parametrize("word", ["efficientnet_lite0", "resnet50", "facenet", "timm:convnext_atto.d2_in1k"])
 def test_the_folded_network_computes_the_same_and_has_no_normalisation_left(word):
-    network = with_statistics(find_word(word).network(None))
+    network = with_statistics(find_pretrained(word).network(None))
     images = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     before = norms(network)
     folded = fold_batch_norms(network, images)

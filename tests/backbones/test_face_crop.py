@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import pad, resize
 
 from get_images import find_images
 from retrieval.backbones import face_crop
-from retrieval.backbones.backbone import find_word
+from retrieval.backbones.backbone import find_pretrained
 from retrieval.backbones.face_crop import DETECTORS, FaceCrop, centre_box, main_face
 from retrieval.embedding.embed import embed
 
@@ -63,7 +63,7 @@ def test_the_crop_is_mtcnns_own_pixel_by_pixel():
 def test_facenets_input_is_its_own_standardisation():
     from facenet_pytorch import fixed_image_standardization
 
-    row = find_word("facenet")
+    row = find_pretrained("facenet")
     pixels = torch.arange(256, dtype=torch.float32)
     assert torch.allclose(
         (pixels / 255 - row.mean[0]) / row.std[0], fixed_image_standardization(pixels), atol=1e-6
@@ -155,9 +155,9 @@ def test_dlib_needs_no_torch(tmp_path):
     """Which takes a reader process seconds to import."""
     Image.fromarray(photo_of(hopper())).save(tmp_path / "hopper.jpg")
     code = (
-        "import sys; from get_images import read_image; from retrieval.faces import FaceCrop; "
-        "import retrieval.readers; seen = FaceCrop('dlib', 150, 1 / 3, 0.08)(read_image(sys.argv[1])); "
-        "print(seen.face, 'torch' in sys.modules)"
+        "import sys; from get_images import read_image; from retrieval.backbones.face_crop import FaceCrop; "
+        "import retrieval.embedding.loader; crop = FaceCrop('dlib', 150, 1 / 3, 0.08); "
+        "print(crop(read_image(sys.argv[1])).face, 'torch' in sys.modules)"
     )
     command = [sys.executable, "-c", code, tmp_path / "hopper.jpg"]
     assert subprocess.check_output(command, cwd=ROOT, text=True).split() == ["True", "False"]
@@ -187,7 +187,7 @@ def test_one_vector_an_image_in_any_order_and_batch_size(tmp_path):
         Image.fromarray(photo_of(image.to(torch.uint8))).save(tmp_path / name)
     (tmp_path / "broken.png").write_bytes(b"")
     backbone = load_backbone("dlib", "cpu")
-    assert backbone.prepare.looks_for_faces
+    assert backbone.transform.detects_faces
     files = find_images(tmp_path)
     first = embed(files, by_torch(backbone, 32))
     assert first.without_face == ["black.png", "noise.png"]

@@ -62,19 +62,19 @@ def normalised(pixels):
 def test_it_prepares_and_embeds_as_its_recipe_says_and_not_as_the_table_of_words_does(networks, tmp_path):
     write_fine_tuned(tmp_path / "a.pth", RECIPE, networks[1].state_dict())
     backbone = load_fine_tuned(tmp_path / "a.pth", "cpu")
-    assert backbone.prepare == Transform(64, "bicubic", "center", 72)
+    assert backbone.transform == Transform(64, "bicubic", "center", 72)
     assert (backbone.mean, backbone.std, backbone.dimension) == (RECIPE.mean, RECIPE.std, 1280)
-    assert backbone.word == "efficientnet_lite0 fine-tuned with ce (tuned)"
+    assert backbone.model_name == "efficientnet_lite0 fine-tuned with ce (tuned)"
     with torch.inference_mode():
         wanted = networks[1](normalised(images(64)))
         torch.testing.assert_close(backbone.embed(images(64)), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_joined_with_the_untuned_network_each_sees_its_own_size(networks, tmp_path):
-    recipe = replace(RECIPE, prepare=asdict(Transform(96, "bilinear")), embedding=JOINED, weight=2.0)
+    recipe = replace(RECIPE, transform=asdict(Transform(96, "bilinear")), embedding=JOINED, weight=2.0)
     write_fine_tuned(tmp_path / "a.pth", recipe, networks[1].state_dict(), networks[0].state_dict())
     backbone = load_fine_tuned(tmp_path / "a.pth", "cpu")
-    assert (backbone.dimension, backbone.prepare.size) == (2560, 96)
+    assert (backbone.dimension, backbone.transform.size) == (2560, 96)
     pixels = normalised(images(96))
     smaller = functional.interpolate(pixels, [64, 64], mode="bilinear", antialias=True)
     with torch.inference_mode():
@@ -90,11 +90,11 @@ def test_a_linear_map_and_a_face_crop_are_part_of_it(networks, tmp_path):
         pixels = normalised(images(64))
         torch.testing.assert_close(mapped(pixels), networks[0](pixels))  # the identity
         mapped.map.weight.copy_(torch.eye(1280).flip(0))
-    recipe = replace(RECIPE, mapped=True, prepare=asdict(FaceCrop("dlib", 64, 0.2, 0.08)))
+    recipe = replace(RECIPE, mapped=True, transform=asdict(FaceCrop("dlib", 64, 0.2, 0.08)))
     write_fine_tuned(tmp_path / "a.pth", recipe, mapped.state_dict())
     backbone = load_fine_tuned(tmp_path / "a.pth", "cpu")
-    assert backbone.prepare == FaceCrop("dlib", 64, 0.2, 0.08)
-    assert backbone.prepare.looks_for_faces
+    assert backbone.transform == FaceCrop("dlib", 64, 0.2, 0.08)
+    assert backbone.transform.detects_faces
     with torch.inference_mode():
         torch.testing.assert_close(
             backbone.embed(images(64)), networks[0](pixels).flip(1), rtol=1e-4, atol=1e-4
@@ -102,10 +102,10 @@ def test_a_linear_map_and_a_face_crop_are_part_of_it(networks, tmp_path):
 
 
 def test_the_tuned_network_alone_goes_on_at_its_own_size(networks, tmp_path):
-    recipe = replace(RECIPE, prepare=asdict(Transform(96, "bilinear")), embedding=JOINED)
+    recipe = replace(RECIPE, transform=asdict(Transform(96, "bilinear")), embedding=JOINED)
     write_fine_tuned(tmp_path / "a.pth", recipe, networks[1].state_dict(), networks[0].state_dict())
     alone, recipe = load_tuned_alone(tmp_path / "a.pth", "efficientnet_lite0", "cpu")
-    assert (alone.prepare.size, alone.dimension, recipe.embedding) == (64, 1280, JOINED)
+    assert (alone.transform.size, alone.dimension, recipe.embedding) == (64, 1280, JOINED)
     assert torch.equal(alone.network.conv_head.weight, networks[1].conv_head.weight)
     with pytest.raises(InputError, match="a fine-tuned efficientnet_lite0: give --model efficientnet_lite0"):
         load_tuned_alone(tmp_path / "a.pth", "resnet50")
@@ -136,7 +136,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(networks, tmp_path, monkeypatc
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("retrieval.run.write_through", full)
+    monkeypatch.setattr("retrieval.files.write_through", full)
     with pytest.raises(OSError, match="No space left"):
         write_fine_tuned(tmp_path / "a.pth", RECIPE, networks[1].state_dict())
     assert (tmp_path / "a.pth").read_bytes() == before

@@ -5,7 +5,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from get_images import read_image
-from retrieval.backbones.backbone import find_word
+from retrieval.backbones.backbone import find_pretrained
 from retrieval.backbones.transform import Transform
 
 SIZES = [(640, 427), (60, 90), (224, 224), (7, 1)]  # width, height
@@ -38,7 +38,7 @@ def test_squash_keeps_the_whole_image_as_pillow_does(tmp_path, name, size):
 def assert_sees_alike(word, theirs, folder, size):
     """What the word sees, beside `theirs`: a function from Pillow's image to normalised pixels."""
     image, pixels = photograph(folder, size)
-    row = find_word(word)
+    row = find_pretrained(word)
     mean, std = (torch.tensor(three).view(3, 1, 1) for three in (row.mean, row.std))
     expected = ((theirs(image) * std + mean) * 255).round().permute(1, 2, 0)
     assert_alike(row.transform(pixels).pixels, expected)
@@ -73,7 +73,7 @@ def test_timm_words_see_what_timms_own_transform_gives(tmp_path, name, size):
 
 def test_simclr_sees_the_central_seven_eighths_of_0_to_1(tmp_path):
     image, pixels = photograph(tmp_path, (320, 240))
-    row = find_word("simclr")
+    row = find_pretrained("simclr")
     assert (row.mean, row.std) == ((0, 0, 0), (1, 1, 1))
     square = image.resize((341, 256), Image.Resampling.BICUBIC).crop((58, 16, 58 + 224, 16 + 224))
     assert_alike(row.transform(pixels).pixels, square)

@@ -14,9 +14,9 @@ from sklearn.datasets import load_sample_image
 from torchvision.models import ResNet50_Weights, resnet50
 from torchvision.transforms.v2.functional import resize
 
-from retrieval.backbones.backbone import find_word, load_backbone
+from retrieval.backbones.backbone import find_pretrained, load_backbone
 from retrieval.backbones.weights import load_weights
-from retrieval.backbones.zoo import PRETRAINED, known_word, lite_name_in_timm
+from retrieval.backbones.zoo import PRETRAINED, known_model_name, lite_name_in_timm
 from retrieval.errors import InputError, RunError
 
 CHINA = torch.from_numpy(load_sample_image("china.jpg").copy()).permute(2, 0, 1)
@@ -41,13 +41,13 @@ def lay_in_torch_home(home, state, *place):
 
 def embedded(backbone, *images):
     """The unit vectors, and the normalised pixels that gave them."""
-    seen = torch.stack([seen_of(backbone.prepare, image).pixels for image in images])
+    seen = torch.stack([seen_of(backbone.transform, image).pixels for image in images])
     mean, std = (torch.tensor(three).view(3, 1, 1) for three in (backbone.mean, backbone.std))
     with torch.inference_mode():
         vectors = backbone.embed(seen)
     assert vectors.shape == (len(images), backbone.dimension)
     parameters = sum(tensor.numel() for tensor in backbone.network.parameters())
-    assert find_word(backbone.word).millions in (None, round(parameters / 1e6, 1))
+    assert find_pretrained(backbone.model_name).millions in (None, round(parameters / 1e6, 1))
     return torch.nn.functional.normalize(vectors), (seen / 255 - mean) / std
 
 
@@ -71,7 +71,7 @@ def changed(network):
 @pytest.mark.parametrize("word", ["resnet50", "resnet50:IMAGENET1K_V2", "resnet50:IMAGENET1K_V1"])
 def test_resnet50_is_torchvisions(home, word):
     weights = ResNet50_Weights[word.partition(":")[2] or "IMAGENET1K_V2"]
-    row = find_word(word)
+    row = find_pretrained(word)
     assert row.weights.url == weights.url
     assert row.weights.find() is None
     name = weights.url.rpartition("/")[2]
@@ -95,7 +95,7 @@ def test_simclr_is_resnet50_on_pixels_that_are_not_normalised(home):
     theirs = resnet50().eval()
     theirs.load_state_dict(state)
     theirs.fc = torch.nn.Identity()
-    plain = torch.stack([seen_of(backbone.prepare, image).pixels for image in (CHINA, FLOWER)]) / 255
+    plain = torch.stack([seen_of(backbone.transform, image).pixels for image in (CHINA, FLOWER)]) / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     with torch.inference_mode():
         assert_same_vectors(ours, theirs(plain))
@@ -114,7 +114,7 @@ def test_facenet_is_facenet_pytorchs(home, word, trained_on, file, classes):
     network = InceptionResnetV1(classify=True, num_classes=classes)
     lay_in_torch_home(home, changed(network), "checkpoints", file)
     backbone = load_backbone(word, "cpu")
-    assert find_word(word).weights.find() is not None
+    assert find_pretrained(word).weights.find() is not None
     ours, pixels = embedded(backbone, face_photograph("hopper"), face_photograph("collins"))
     theirs = InceptionResnetV1(pretrained=trained_on).eval()  # from the same file
     with torch.inference_mode():
@@ -150,7 +150,7 @@ def test_dlib_is_dlibs_own_from_photograph_to_descriptor():
 
 
 def assert_sees_what_timm_resolves(word, network):
-    row, config = find_word(word), timm.data.resolve_model_data_config(network)
+    row, config = find_pretrained(word), timm.data.resolve_model_data_config(network)
     assert (3, row.transform.size, row.transform.size) == tuple(config["input_size"])
     assert row.transform.resize == int(row.transform.size / config["crop_pct"])
     assert (row.transform.crop_mode, row.transform.interpolation) == (
@@ -176,7 +176,7 @@ def test_a_transform_that_is_not_ours_is_a_sentence(home):
     config = {"architecture": "resnet18", "num_classes": 64, "pretrained_cfg": seen}
     lay_in_hub(home, "owner/near", **{"config.json": lambda file: file.write_text(json.dumps(config))})
     with pytest.raises(InputError, match="by center, nearest; supported are square RGB images"):
-        find_word("timm:hf-hub:owner/near")
+        find_pretrained("timm:hf-hub:owner/near")
 
 
 @pytest.mark.parametrize(("tag", "dimension"), [("cosface_ms1mv3", 64), ("in1k", 512)])
@@ -193,12 +193,12 @@ def test_a_repository_of_the_hub_by_its_config(home, caplog, tag, dimension):
     )  # fmt: skip
     backbone = load_backbone(f"timm:hf-hub:owner/resnet18.{tag}", "cpu")
     assert ("this is a face network" in caplog.text) == (dimension == 64)
-    assert (backbone.dimension, backbone.prepare.size, backbone.mean) == (dimension, 112, (0.5, 0.5, 0.5))
+    assert (backbone.dimension, backbone.transform.size, backbone.mean) == (dimension, 112, (0.5, 0.5, 0.5))
     ours, pixels = embedded(backbone, CHINA, FLOWER)
     theirs = network.eval()
     if dimension == 512:
         theirs.reset_classifier(0)
-    snapshot = find_word(f"timm:hf-hub:owner/resnet18.{tag}").weights.find().parent
+    snapshot = find_pretrained(f"timm:hf-hub:owner/resnet18.{tag}").weights.find().parent
     assert_sees_what_timm_resolves(
         f"timm:hf-hub:owner/resnet18.{tag}", timm.create_model(f"local-dir:{snapshot}", pretrained=False)
     )
@@ -249,6 +249,21 @@ def test_a_timm_word_never_has_random_weights(home, tmp_path, name):
 
 
 @pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("dla46_c.in1k", "level3.tree2.root.bn.bias"),  # a new network has zeros there, and never NaN
+        ("dla46_c.in1k", "base_layer.1.running_mean"),
+        ("convnextv2_atto.fcmae", "stages.2.blocks.1.mlp.grn.weight"),
+    ],
+)
+def test_a_tensor_that_a_file_for_timm_lacks_is_named(home, tmp_path, name, tensor):
+    state = {n: t for n, t in timm.create_model(name).state_dict().items() if n != tensor}
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=rf"does not hold the weights of timm:{name}: {tensor} is missing$"):
+        load_backbone(f"timm:{name}", "cpu", weights=tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(
     "name", ["beit_base_patch16_224.in22k_ft_in22k_in1k", "swin_tiny_patch4_window7_224"]
 )
 def test_a_vit_for_another_kind_of_transformer_is_a_sentence(home, tmp_path, name):
@@ -261,11 +276,11 @@ def test_a_vit_for_another_kind_of_transformer_is_a_sentence(home, tmp_path, nam
 def test_a_repository_that_is_not_timms_is_a_sentence(home, config):
     lay_in_hub(home, "owner/other", **{"config.json": lambda file: file.write_text(config)})
     with pytest.raises(InputError, match=r"owner/other is no model of timm: its config\.json"):
-        find_word("timm:hf-hub:owner/other")
+        find_pretrained("timm:hf-hub:owner/other")
     with pytest.raises(InputError, match="a--b/c cannot be a repository of the hub"):
-        find_word("timm:hf-hub:a--b/c")
+        find_pretrained("timm:hf-hub:a--b/c")
     with pytest.raises(InputError, match="timm has no weights for hf-hub:owner/other@main"):
-        find_word("timm:hf-hub:owner/other@main")
+        find_pretrained("timm:hf-hub:owner/other@main")
 
 
 def test_weights_of_another_lite_are_a_sentence():
@@ -292,7 +307,7 @@ def test_weights_that_cannot_be_downloaded_are_never_random_ones(home, monkeypat
 
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_every_tensor_of_lite_lies_in_the_network_under_its_name(number):
-    row = find_word(f"efficientnet_lite{number}")
+    row = find_pretrained(f"efficientnet_lite{number}")
     file = row.weights.fetch()
     network = timm.create_model(f"tf_efficientnet_lite{number}", pretrained=False).eval()
     blocks = [(stage, i) for stage, depth in enumerate(network.blocks) for i in range(len(depth))]
@@ -322,7 +337,7 @@ def test_every_tensor_of_lite_lies_in_the_network_under_its_name(number):
 
 
 def test_an_unknown_word_is_a_sentence_with_the_nearest():
-    assert known_word("efficientnet_lite0") == "efficientnet_lite0"
+    assert known_model_name("efficientnet_lite0") == "efficientnet_lite0"
     for word, hint in {
         "efficientnet-lite": "did you mean efficientnet_lite",
         "face_net": "did you mean facenet",
@@ -332,10 +347,10 @@ def test_an_unknown_word_is_a_sentence_with_the_nearest():
         "timm:": "and timm:NAME",
     }.items():
         with pytest.raises(InputError, match=hint):
-            known_word(word)
+            known_model_name(word)
     with pytest.raises(InputError, match=r"timm has no weights for resnt18.*did you mean resnet18"):
-        find_word("timm:resnt18")
+        find_pretrained("timm:resnt18")
     with pytest.raises(InputError, match=r"timm has no weights for resnet18\.nothing"):
-        find_word("timm:resnet18.nothing")
+        find_pretrained("timm:resnet18.nothing")
     with pytest.raises(InputError, match="supported are square RGB images"):
-        find_word("timm:vit_base_patch16_sapiens2.fb")
+        find_pretrained("timm:vit_base_patch16_sapiens2.fb")

@@ -13,13 +13,17 @@ from conftest import ROOT, by_torch, run
 from PIL import Image
 from torch import nn
 
+import get_images
 from get_images import find_images
 from retrieval.backbones import backbone as backbones
-from retrieval.backbones.backbone import Backbone, Unloaded, find_backbone, load_backbone
+from retrieval.backbones.backbone import Backbone, LazyBackbone, find_backbone, load_backbone
+from retrieval.backbones.face_crop import DETECTORS
 from retrieval.backbones.transform import Transform
-from retrieval.embedding import loader
-from retrieval.embedding.cache import FILE, Cache, Known, Maker, contents, prune
+from retrieval.backbones.zoo import PRETRAINED
+from retrieval.embedding import loader, onnx_runtime, torch_runtime
+from retrieval.embedding.cache import FILE, Cache, CachedVector, CacheKey, contents, prune
 from retrieval.embedding.embed import embed
+from retrieval.embedding.runtime import choose_runtime
 from retrieval.errors import InputError
 
 
@@ -56,14 +60,14 @@ def paint(path, level):
     os.utime(path, (1e9, 1e9))
 
 
-def engine_of(backbone, batch=1):
+def runtime_of(backbone, batch=1):
     return by_torch(backbone, batch, repr(backbone.network.weight.tolist()).encode())
 
 
 def embedded(files, backbone, folder, **how):
     """The vectors, and how many images the network saw for them."""
     before = backbone.network.seen
-    vectors = embed(files, engine_of(backbone), cache=Cache(folder, **how)).vectors
+    vectors = embed(files, runtime_of(backbone), cache=Cache(folder, **how)).vectors
     return vectors, backbone.network.seen - before
 
 
@@ -74,7 +78,7 @@ def test_a_second_run_embeds_nothing_and_gives_the_same_bits(files, backbone, tm
     second, seen = embedded(files[::-1], backbone, tmp_path / "cache")
     assert seen == 0
     assert np.array_equal(first, second[::-1])
-    assert np.array_equal(first, embed(files, engine_of(backbone, 3)).vectors)
+    assert np.array_equal(first, embed(files, runtime_of(backbone, 3)).vectors)
     assert "7 of 7 images were embedded before" in caplog.text
 
 
@@ -122,8 +126,8 @@ def test_whatever_decides_a_vector_makes_another_digest(tmp_path, monkeypatch):
     weights = tmp_path / "weights.pth"
     torch.save(load_backbone("dlib", "cpu").network.state_dict(), weights)
 
-    def digest(*word, **how):
-        return find_backbone(*(word or ("dlib", "cpu")), **how).digest
+    def digest(*name, **how):
+        return find_backbone(*(name or ("dlib", "cpu")), **how).key
 
     assert digest() == digest()
     found = [digest(), digest("efficientnet_lite0", "cpu"), digest(crop="none"), digest(weights=weights),
@@ -132,17 +136,40 @@ def test_whatever_decides_a_vector_makes_another_digest(tmp_path, monkeypatch):
     found.append(digest(weights=weights))
     monkeypatch.setattr(backbones, "version_of", lambda package: "another")
     found.append(digest())
-    monkeypatch.setattr(backbones, "CODE", ("get_images.py",))
+    monkeypatch.setattr(get_images, "VERSION", 99)
     found.append(digest())
     monkeypatch.setattr(backbones, "choose_device", lambda name: "cuda")
     found.append(digest())
     assert len(set(found)) == len(found)
 
 
-class Half:
-    """Prepares two pixels, and says that every image below a level has no face."""
+def test_a_new_version_of_a_part_changes_the_keys_of_the_backbones_that_use_it(monkeypatch, tmp_path):
+    def keys():
+        names = ("efficientnet_lite0", "dlib")
+        whole, faces = (find_backbone(name, "cpu") for name in names)
+        runtimes = [choose_runtime(backbone, "torch", 1, 1, tmp_path) for backbone in (whole, faces)]
+        return [runtime.key for runtime in runtimes] + [runtimes[1].crops_key]
 
-    size, enough, looks_for_faces, module = 2, None, True, ""
+    def changed(act):
+        before = keys()
+        with monkeypatch.context() as patch:
+            act(patch)
+            return [one != other for one, other in zip(before, keys(), strict=True)]
+
+    detector = DETECTORS["dlib"]._replace(version=99)
+    assert changed(lambda patch: patch.setattr(get_images, "VERSION", 99)) == [True, True, True]
+    assert changed(lambda patch: patch.setitem(DETECTORS, "dlib", detector)) == [False, True, True]
+    assert changed(lambda patch: patch.setitem(Transform.versions, "transform", 99)) == [True, False, False]
+    row = replace(PRETRAINED["dlib"], version=99)
+    assert changed(lambda patch: patch.setitem(PRETRAINED, "dlib", row)) == [False, True, False]
+    assert changed(lambda patch: patch.setattr(torch_runtime, "VERSION", 99)) == [True, True, False]
+    assert changed(lambda patch: patch.setattr(onnx_runtime, "VERSION", 99)) == [False, False, False]
+
+
+class Half:
+    """Transforms to two pixels, and says that every image below a level has no face."""
+
+    size, enough, detects_faces, module, versions = 2, None, True, "", {}
 
     def __call__(self, image):
         return Transform(2, "bicubic")(image)._replace(face=bool(image[0, 0, 0] > 3))
@@ -152,10 +179,10 @@ class Half:
 
 
 def seeing(backbone, read):
-    """An engine for faces, whose crops are made by threads; `read` are the files that were read."""
-    engine = engine_of(backbone)
-    engine.backbone = Unloaded("seeing", Half(), "cpu", b"seeing", lambda: backbone)
-    return engine
+    """A runtime for faces, whose crops are made by threads; `read` are the files that were read."""
+    runtime = runtime_of(backbone)
+    runtime.backbone = LazyBackbone("seeing", Half(), "cpu", b"seeing", lambda: backbone)
+    return runtime
 
 
 @pytest.fixture
@@ -163,9 +190,9 @@ def read(monkeypatch):
     """The files that were read, by threads, whoever asks for processes."""
     files = []
 
-    def reading(prepare, enough, path):
+    def reading(transform, enough, path):
         files.append(path)
-        return plain(prepare, enough, path)
+        return plain(transform, enough, path)
 
     plain = loader._read
     monkeypatch.setattr(loader, "_reader_processes", lambda module: loader._reader_threads())
@@ -186,14 +213,14 @@ def test_another_network_that_sees_the_same_crops_reads_no_image(
     first = embed(files, seeing(backbone, read), cache=Cache(tmp_path / "cache"))
     with torch.no_grad():
         backbone.network.weight[1] = 2
-    engine = seeing(backbone, read)
-    engine.backbone = replace(engine.backbone, digest=b"another")
+    runtime = seeing(backbone, read)
+    runtime.backbone = replace(runtime.backbone, key=b"another")
     with monkeypatch.context() as patch:
         patch.setattr(loader, "_reader_processes", None)  # nor is a process started
-        second = embed(files, engine, cache=Cache(tmp_path / "cache"))
+        second = embed(files, runtime, cache=Cache(tmp_path / "cache"))
     assert len(read) == 7
     assert second.without_face == first.without_face
-    assert np.array_equal(second.vectors, embed(files, engine).vectors)
+    assert np.array_equal(second.vectors, embed(files, runtime).vectors)
     assert not np.array_equal(second.vectors, first.vectors)
     assert len(read) == 14  # without the cache, all anew
 
@@ -255,9 +282,11 @@ def test_two_runs_at_once(files, tmp_path):
         "files = find_images(sys.argv[1])\n"
         "for number in range(20):\n"
         "    with torch.no_grad(): network.network.weight[0] = 1 + number\n"
-        "    embed(files, engine_of(network), cache=Cache(Path(sys.argv[2])))"
+        "    embed(files, runtime_of(network), cache=Cache(Path(sys.argv[2])))"
     )
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "embedding")))
+    }
     command = [sys.executable, "-c", program, files[0].path.parent, tmp_path / "cache"]
     both = [subprocess.Popen(command, env=env, stderr=subprocess.PIPE) for _ in range(2)]
     told = [process.communicate()[1].decode() for process in both]
@@ -270,7 +299,7 @@ def test_two_runs_at_once(files, tmp_path):
 
 def test_what_it_holds_and_what_nobody_used(files, backbone, tmp_path):
     cache = Cache(tmp_path / "cache")
-    embed(files, engine_of(backbone), cache=cache)
+    embed(files, runtime_of(backbone), cache=cache)
     ((what, count, size, used),) = contents(cache)
     assert (what, count, size) == ("corner by torch", 7, 7 * 12)
     assert used == pytest.approx(time.time(), abs=60)
@@ -283,10 +312,13 @@ def test_what_it_holds_and_what_nobody_used(files, backbone, tmp_path):
 
 def test_what_is_kept_while_somebody_removes_all_is_still_seen(tmp_path):
     cache, other = Cache(tmp_path / "cache"), Cache(tmp_path / "cache")
-    maker, known = Maker(b"a network", "a network"), {b"an image": Known(np.zeros(3, np.float32), None)}
-    assert cache.vectors(maker, []) == {}
+    key, vectors = (
+        CacheKey(b"a network", "a network"),
+        {b"an image": CachedVector(np.zeros(3, np.float32), None)},
+    )
+    assert cache.vectors(key, []) == {}
     assert prune(other, 0) == 0
-    cache.keep_vectors(maker, known)
+    cache.keep_vectors(key, vectors)
     assert prune(other, 0) == 1
 
 

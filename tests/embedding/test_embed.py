@@ -24,7 +24,7 @@ def toy(backbone):
     """A backbone whose network sees 2 × 2 pixels from 0 to 1 and gives three numbers."""
     two_pixels = Transform(2, "bicubic")
     return replace(
-        backbone, network=corner_network, dimension=3, prepare=two_pixels, mean=(0, 0, 0), std=(1, 1, 1)
+        backbone, network=corner_network, dimension=3, transform=two_pixels, mean=(0, 0, 0), std=(1, 1, 1)
     )
 
 
@@ -56,7 +56,7 @@ def test_the_real_network_gives_an_image_the_same_vector_alone_and_in_a_batch(fe
     assert np.allclose(np.linalg.norm(together.vectors, axis=1), 1, atol=1e-6)
     with torch.inference_mode():
         for file, vector in zip(files, together.vectors, strict=True):
-            pixels = torch.from_numpy(backbone.prepare(read_image(file.path)).pixels[None])
+            pixels = torch.from_numpy(backbone.transform(read_image(file.path)).pixels[None])
             alone = backbone.embed(pixels)[0].numpy()
             assert np.dot(vector, alone / np.linalg.norm(alone)) > 0.99999
 

@@ -10,12 +10,13 @@ from conftest import by_torch
 from torch import nn
 
 from get_images import find_images
-from retrieval.backbones.backbone import Backbone, Unloaded, find_backbone, place
+from retrieval.backbones.backbone import Backbone, LazyBackbone, find_backbone, place
 from retrieval.backbones.fine_tuned import Joined
 from retrieval.backbones.transform import Transform
-from retrieval.embedding import runtime
+from retrieval.embedding import onnx_runtime, runtime, torch_runtime
 from retrieval.embedding.embed import embed
-from retrieval.embedding.runtime import BREAK_EVEN, ONNX, TORCH, choose_engine, exported_networks
+from retrieval.embedding.network_files import exported_networks
+from retrieval.embedding.runtime import BREAK_EVEN, ONNX, TORCH, choose_runtime
 from retrieval.errors import InputError
 
 
@@ -36,9 +37,9 @@ class Untraceable(Small):
         return torch.special.bessel_j0(super().forward(images))
 
 
-def unloaded(network, digest=b"1" * 32):
+def lazy(network, key=b"1" * 32):
     backbone = place(Backbone(network, 0, Transform(16, "bicubic"), (0.5,) * 3, (0.5,) * 3, "small"))
-    return Unloaded("small", backbone.prepare, "cpu", digest, lambda: backbone)
+    return LazyBackbone("small", backbone.transform, "cpu", key, lambda: backbone)
 
 
 def images(count, size=16):
@@ -47,9 +48,9 @@ def images(count, size=16):
 
 
 def settled(backbone, folder, asked=ONNX, count=1000):
-    engine = choose_engine(backbone, asked, count, 32, folder)
-    engine.settle(images(4, backbone.prepare.size))
-    return engine
+    chosen = choose_runtime(backbone, asked, count, 32, folder)
+    chosen.settle(images(4, backbone.transform.size))
+    return chosen
 
 
 def random_facenet(file):
@@ -71,68 +72,68 @@ def test_the_networks_give_the_same_in_onnx_runtime_and_the_same_bits_in_every_b
     if kind in ("lite0", "dlib"):
         found = find_backbone({"lite0": "efficientnet_lite0"}.get(kind, kind), "cpu")
     elif kind == "joined":
-        found = unloaded(Joined(Small(), Small(), 2.0, 12))
+        found = lazy(Joined(Small(), Small(), 2.0, 12))
     else:
         size, build = (160, random_facenet) if kind == "facenet" else (224, random_resnet50)
         torch.manual_seed(0)
         backbone = place(Backbone(build(None), 0, Transform(size, "bilinear"), (0.5,) * 3, (0.5,) * 3, kind))
-        found = Unloaded(kind, backbone.prepare, "cpu", b"2" * 32, lambda: backbone)
-    engine = settled(found, tmp_path)
-    assert engine.word == ONNX
-    seen = images(7, found.prepare.size)
-    together = engine.embed(seen)
+        found = LazyBackbone(kind, backbone.transform, "cpu", b"2" * 32, lambda: backbone)
+    chosen = settled(found, tmp_path)
+    assert chosen.name == ONNX
+    seen = images(7, found.transform.size)
+    together = chosen.embed(seen)
     with torch.inference_mode():
         plain = found.load().embed(torch.from_numpy(seen)).numpy()
     cosines = (together * plain).sum(1) / np.linalg.norm(together, axis=1) / np.linalg.norm(plain, axis=1)
     assert cosines.min() > 0.99999
     order = [3, 0, 6, 1, 5, 2, 4]
-    assert np.array_equal(np.concatenate([engine.embed(seen[[row]]) for row in order]), together[order])
+    assert np.array_equal(np.concatenate([chosen.embed(seen[[row]]) for row in order]), together[order])
 
 
 def test_the_exported_network_is_found_again_without_torch_or_the_weights(tmp_path):
-    first = settled(unloaded(Small()), tmp_path)
+    first = settled(lazy(Small()), tmp_path)
 
     def load():
         raise AssertionError("the network was loaded")
 
-    again = settled(replace(unloaded(Small()), load=load), tmp_path, "auto", 1)
-    assert again.word == ONNX
+    again = settled(replace(lazy(Small()), load=load), tmp_path, "auto", 1)
+    assert again.name == ONNX
     assert np.array_equal(again.embed(images(5)), first.embed(images(5)))
-    settled(unloaded(Small(), b"3" * 32), tmp_path)
+    settled(lazy(Small(), b"3" * 32), tmp_path)
     assert len(list((tmp_path / "networks").glob("*.onnx"))) == 2
 
 
 def test_small_folders_do_not_pay_for_the_export(tmp_path):
-    backbone = unloaded(Small())
-    assert choose_engine(backbone, "auto", BREAK_EVEN - 1, 32, tmp_path).word == TORCH
-    assert choose_engine(backbone, "auto", BREAK_EVEN, 32, tmp_path).word == ONNX
-    assert choose_engine(backbone, "torch", 10**6, 32, tmp_path).word == TORCH
-    assert choose_engine(replace(backbone, device="cuda"), "auto", 10**6, 32, tmp_path).word == TORCH
+    backbone = lazy(Small())
+    assert choose_runtime(backbone, "auto", BREAK_EVEN - 1, 32, tmp_path).name == TORCH
+    assert choose_runtime(backbone, "auto", BREAK_EVEN, 32, tmp_path).name == ONNX
+    assert choose_runtime(backbone, "torch", 10**6, 32, tmp_path).name == TORCH
+    assert choose_runtime(replace(backbone, device="cuda"), "auto", 10**6, 32, tmp_path).name == TORCH
 
 
 def test_onnx_runtime_where_it_cannot_be_is_a_sentence(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="give --device cpu with it"):
-        choose_engine(replace(unloaded(Small()), device="cuda"), "onnx", 10, 32, tmp_path)
+        choose_runtime(replace(lazy(Small()), device="cuda"), "onnx", 10, 32, tmp_path)
     from retrieval import machine
 
     monkeypatch.setattr(machine, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install onnxruntime"):
-        choose_engine(unloaded(Small()), "onnx", 10, 32, tmp_path)
+        choose_runtime(lazy(Small()), "onnx", 10, 32, tmp_path)
 
 
 def test_a_network_that_cannot_be_exported_is_run_by_torch_and_not_tried_again(tmp_path, caplog):
-    backbone = unloaded(Untraceable())
-    engine = settled(backbone, tmp_path, "auto")
-    assert engine.word == TORCH
+    backbone = lazy(Untraceable())
+    chosen = settled(backbone, tmp_path, "auto")
+    assert chosen.name == TORCH
     assert "small is run by torch, not by ONNX Runtime: " in caplog.text
     with torch.inference_mode():
         assert np.allclose(
-            engine.embed(images(3)), backbone.load().embed(torch.from_numpy(images(3))), atol=1e-6
+            chosen.embed(images(3)), backbone.load().embed(torch.from_numpy(images(3))), atol=1e-6
         )
-    assert choose_engine(backbone, "auto", 10**6, 32, tmp_path).word == TORCH
-    assert choose_engine(backbone, ONNX, 10**6, 32, tmp_path).word == TORCH
+    assert choose_runtime(backbone, "auto", 10**6, 32, tmp_path).name == TORCH
+    assert choose_runtime(backbone, ONNX, 10**6, 32, tmp_path).name == TORCH
     assert caplog.text.count("small is run by torch") == 3  # each run says so
-    assert choose_engine(backbone, "auto", 10, 32, tmp_path).word == TORCH
+    assert choose_runtime(backbone, "auto", 10, 32, tmp_path).name == TORCH
     assert caplog.text.count("small is run by torch") == 3  # here torch is the choice
 
 
@@ -140,26 +141,26 @@ def test_an_export_that_gives_other_vectors_is_refused(tmp_path, caplog, monkeyp
     other = Small()
     with torch.no_grad():
         other.conv.weight[0, 0] += 0.05
-    wrong = runtime.export(unloaded(other).load())
-    monkeypatch.setattr(runtime, "export", lambda backbone: wrong)
-    assert settled(unloaded(Small()), tmp_path).word == TORCH
+    wrong = onnx_runtime.export(lazy(other).load())
+    monkeypatch.setattr(onnx_runtime, "export", lambda backbone: wrong)
+    assert settled(lazy(Small()), tmp_path).name == TORCH
     assert "its vectors are others, cosine 0.9" in caplog.text
     assert not list(tmp_path.rglob("*.onnx"))
 
 
 def test_a_broken_file_is_exported_again(tmp_path, caplog):
-    right = settled(unloaded(Small()), tmp_path).embed(images(3))
+    right = settled(lazy(Small()), tmp_path).embed(images(3))
     (file,) = tmp_path.rglob("*.onnx")
     content = file.read_bytes()
     file.write_bytes(content[:100])
-    assert np.array_equal(settled(unloaded(Small()), tmp_path).embed(images(3)), right)
+    assert np.array_equal(settled(lazy(Small()), tmp_path).embed(images(3)), right)
     assert "is broken" in caplog.text
     assert file.read_bytes() == content
 
 
 def test_a_folder_that_cannot_be_written_costs_the_next_run_an_export(tmp_path, caplog):
     (tmp_path / "networks").write_text("in the way")
-    assert settled(unloaded(Small()), tmp_path).word == ONNX
+    assert settled(lazy(Small()), tmp_path).name == ONNX
     assert "the next run makes it again" in caplog.text
 
 
@@ -168,43 +169,43 @@ def test_a_want_of_memory_is_tried_again_by_the_next_run(tmp_path, caplog, monke
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 10 bytes")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runtime, "export", full)
-        assert settled(unloaded(Small()), tmp_path).word == TORCH
+        patch.setattr(onnx_runtime, "export", full)
+        assert settled(lazy(Small()), tmp_path).name == TORCH
     assert "can't allocate memory: you tried to allocate 10 bytes; the next run tries again" in caplog.text
-    assert settled(unloaded(Small()), tmp_path, "auto").word == ONNX
+    assert settled(lazy(Small()), tmp_path, "auto").name == ONNX
 
 
 def test_of_several_processes_one_that_cannot_makes_all_use_torch(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(runtime.processes, "all_say", lambda yes: asked.append(yes))
-    assert settled(unloaded(Small()), tmp_path).word == TORCH
-    assert asked == [True, False]  # the engine, and half precision
-    assert settled(unloaded(Small()), tmp_path, "torch").word == TORCH
+    monkeypatch.setattr(runtime.distributed, "all_say", lambda yes: asked.append(yes))
+    assert settled(lazy(Small()), tmp_path).name == TORCH
+    assert asked == [True, False]  # ONNX Runtime, and half precision
+    assert settled(lazy(Small()), tmp_path, "torch").name == TORCH
     assert asked == [True, False, False, False]  # it is asked whatever it has chosen: none waits for ever
 
 
 def test_both_engines_rank_real_images_alike(few, backbone, tmp_path):
     files = find_images(few / "gallery")
     found = find_backbone("efficientnet_lite0", "cpu")
-    fast = embed(files, choose_engine(found, ONNX, len(files), 32, tmp_path))
+    fast = embed(files, choose_runtime(found, ONNX, len(files), 32, tmp_path))
     plain = embed(files, by_torch(backbone, 32))
     assert (fast.vectors * plain.vectors).sum(1).min() > 0.99999
-    alone = embed(files[5:6], choose_engine(found, ONNX, 1, 32, tmp_path))
+    alone = embed(files[5:6], choose_runtime(found, ONNX, 1, 32, tmp_path))
     assert np.array_equal(alone.vectors[0], fast.vectors[5])
 
 
 def test_torch_gives_the_same_bits_in_every_batch_of_one_size():
-    engine = by_torch(unloaded(Small()).load(), 8)
-    engine.settle(images(4))
-    together = engine.embed(images(8))
-    assert np.array_equal(engine.embed(images(3)), together[:3])
+    chosen = by_torch(lazy(Small()).load(), 8)
+    chosen.settle(images(4))
+    together = chosen.embed(images(8))
+    assert np.array_equal(chosen.embed(images(3)), together[:3])
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 def test_half_precision_is_used_only_where_the_vectors_stay_the_same(half, monkeypatch, caplog):
     caplog.set_level("INFO")
-    monkeypatch.setattr(runtime, "_half", lambda: half)  # what a GPU has, whatever this machine has
-    assert runtime._half_is_enough(unloaded(Small()).load(), images(4))
+    monkeypatch.setattr(torch_runtime, "half_type", lambda: half)  # what a GPU has, whatever this machine has
+    assert torch_runtime.half_is_enough(lazy(Small()).load(), images(4))
 
     class Fine(Small):
         """What it tells apart lies below the digits of half precision."""
@@ -213,26 +214,26 @@ def test_half_precision_is_used_only_where_the_vectors_stay_the_same(half, monke
             features = super().forward(pixels)
             return nn.functional.linear(features + 100, torch.eye(8)) - 100
 
-    assert not runtime._half_is_enough(unloaded(Fine()).load(), images(4))
+    assert not torch_runtime.half_is_enough(lazy(Fine()).load(), images(4))
     assert "needs full precision" in caplog.text
 
 
 def test_the_precision_of_a_gpu_is_settled_once_for_a_network(monkeypatch, tmp_path):
-    on_gpu = replace(unloaded(Small()), device="cuda")
+    on_gpu = replace(lazy(Small()), device="cuda")
     backbone, answers = replace(on_gpu.load(), device="cuda"), iter([True, False])
-    monkeypatch.setattr(runtime, "_half_is_enough", lambda *_: next(answers))
-    half = str(runtime._half())
-    assert runtime._precision(backbone, "", images(4)) == half
-    assert runtime._precision(backbone, half, images(4)) == half  # without a second look
-    assert runtime._precision(backbone, "", images(4)) == runtime.FULL
-    assert runtime._precision(backbone, runtime.FULL, images(4)) == runtime.FULL
-    assert runtime._precision(replace(backbone, device="cpu"), "", images(4)) == ""
-    first = choose_engine(on_gpu, "auto", 10, 32, tmp_path)
-    settled = runtime._settled(on_gpu, first.folder)
+    monkeypatch.setattr(torch_runtime, "half_is_enough", lambda *_: next(answers))
+    half = str(torch_runtime.half_type())
+    assert torch_runtime.choose_precision(backbone, "", images(4)) == half
+    assert torch_runtime.choose_precision(backbone, half, images(4)) == half  # without a second look
+    assert torch_runtime.choose_precision(backbone, "", images(4)) == torch_runtime.FULL
+    assert torch_runtime.choose_precision(backbone, torch_runtime.FULL, images(4)) == torch_runtime.FULL
+    assert torch_runtime.choose_precision(replace(backbone, device="cpu"), "", images(4)) == ""
+    first = choose_runtime(on_gpu, "auto", 10, 32, tmp_path)
+    settled = first.files.path(torch_runtime.PRECISION)
     settled.parent.mkdir()
     settled.write_text(half)
     os.utime(settled, (0, 0))
-    again = choose_engine(on_gpu, "auto", 10, 32, tmp_path)
+    again = choose_runtime(on_gpu, "auto", 10, 32, tmp_path)
     assert exported_networks(tmp_path, 1) == []  # the note was used just now
     assert again.precision == half
     assert again.key == first.key + half.encode()  # no vector of the other precision is taken for one of this

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from retrieval.backbones.backbone import find_word
+from retrieval.backbones.backbone import find_pretrained
 from retrieval.backbones.batch_norm_folding import fold_batch_norms
 from retrieval.backbones.fine_tuned import Mapped
 from retrieval.errors import InputError
@@ -21,7 +21,7 @@ def names_of(network, parameters):
 
 
 def network_of(word, fold=True):
-    network = find_word(word).network(None).eval()
+    network = find_pretrained(word).network(None).eval()
     return fold_batch_norms(network, torch.rand(1, 3, 96, 96)) if fold else network
 
 

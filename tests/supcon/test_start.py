@@ -23,7 +23,7 @@ def test_small_images_are_learned_from_in_small_squares(backbone, tiny, tmp_path
         folder.mkdir()
         Image.new("RGB", (side * 2, side)).save(folder / "a.png")
         assert size_for(find_images(folder), backbone) == size
-    assert size_for(find_images(tiny), replace(backbone, prepare=FaceCrop("dlib", 150, 0.3, 0.1))) == 150
+    assert size_for(find_images(tiny), replace(backbone, transform=FaceCrop("dlib", 150, 0.3, 0.1))) == 150
 
 
 def test_the_study_s_networks_take_the_same_path(tiny, tmp_path):
