@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, Server, answer, lay_in_hub, run
+from conftest import ROOT, Server, answer, run
 from PIL import Image
 
 AFTER_A_FIRST_RUN = pytest.mark.usefixtures("exported")  # which takes seconds: the README's commands are ones
@@ -313,89 +313,3 @@ def test_ctrl_c_leaves_no_half_written_file(flat):
     assert "stopped by Ctrl-C" in errors
     assert "Traceback" not in errors
     assert os.listdir(flat / "results") == [".lock"]
-
-
-# ---- the README, the Makefile
-
-
-def readme_commands():
-    """Every command in the README's blocks, with its continuation lines joined."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.partition("  #")[0].strip() for line in lines if line.strip() and not line.startswith("#")]
-
-
-def test_the_readme_begins_with_the_two_commands():
-    assert readme_commands()[:2] == ["make demo", "make test"]
-
-
-def weights_of_the_study(folder):
-    """Untrained weights where the study's networks are looked for, and the environment that says so."""
-    import torch
-    from facenet_pytorch import InceptionResnetV1
-    from torchvision.models import resnet50
-
-    network = resnet50()
-    places = {
-        folder / "torch" / "hub" / "checkpoints" / "resnet50-11ad3fa6.pth": network.state_dict(),
-        folder / "torch" / "checkpoints" / "20180402-114759-vggface2.pt": InceptionResnetV1().state_dict(),
-    }
-    for place, state in places.items():
-        place.parent.mkdir(parents=True)
-        torch.save(state, place)
-    simclr = {"resnet50-1x.pth": lambda file: torch.save({"state_dict": network.state_dict()}, file)}
-    lay_in_hub(folder, "lightly-ai/simclrv1-imagenet1k-resnet50-1x", **simclr)
-    return {"TORCH_HOME": str(folder / "torch"), "HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}
-
-
-def test_every_other_command_of_the_readme_runs(few, tmp_path):
-    """In a copy of the project, with sample images at the places that the README names and a server there.
-
-    The two commands of `make demo`, which the next test runs on the whole sample, are not run here once more.
-    """
-    for name in ("get_images.py", "model_not_tuned.py", "fine_tuning.py", "model_fine_tuned.py", "retrieval",
-                 "supcon", ".env.example"):  # fmt: skip
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
-    for place in ("test", "competition/test", "intel_dataset/test"):
-        shutil.copytree(few, tmp_path / "data" / place)
-    shutil.copytree(few / "gallery", tmp_path / "data" / "intel_dataset" / "train")
-    (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / ".venv" / "bin" / "activate").write_text("")
-    env = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
-    env |= weights_of_the_study(tmp_path)
-    demo = " ".join((ROOT / "Makefile").read_text().replace("\\\n", " ").split())
-    commands = [line for line in readme_commands()[2:] if line.removeprefix("python ") not in demo]
-    assert len(commands) == len(readme_commands()[2:]) - 2
-    with Server(answer()) as server:
-        for command in commands:
-            command = command.replace("http://HOST:3001/retrieval/", server.url)
-            command = command.replace("--epochs 100", "--epochs 1")
-            ended = subprocess.run(
-                ["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True
-            )
-            assert ended.returncode == 0, f"{command}\n{ended.stdout}{ended.stderr}"
-    from retrieval.backbones.fine_tuned import read_fine_tuned
-
-    recipe = read_fine_tuned(tmp_path / "checkpoints" / "intel" / "fine_tuned_model.pth")[0]
-    assert (recipe.word, recipe.mean) == ("simclr", (0, 0, 0))  # its input is not normalised
-    assert len(server.received) == 2  # the submission, and the same one again
-    assert server.received[0][3] == server.received[1][3]
-
-
-def test_make_demo_from_a_bare_checkout_prints_the_score(tmp_path):
-    """With the environment that runs the tests in the place of .venv, since that is what `make` made."""
-    for name in ("get_images.py", "model_not_tuned.py", "retrieval", "Makefile", "requirements.txt"):
-        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
-    env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
-    installed = f"{sys.prefix}/installed"
-    for _ in range(2):  # the second time finds the sample there
-        ended = subprocess.run(
-            ["make", "--old-file", installed, f"VENV={sys.prefix}", "demo"],
-            cwd=tmp_path, env=env, capture_output=True, text=True,
-        )  # fmt: skip
-        assert ended.returncode == 0, ended.stderr
-        score = float(re.search(r"score ([\d.]+) of 1000", ended.stdout)[1])
-    # Measured on this sample: 887. Processors differ in the last bits, and a query is worth 5 points.
-    assert score == pytest.approx(887, abs=10)
-    assert "1797 images already lie in " in ended.stdout
-    assert metrics(tmp_path / "results" / "sample")["queries"] == 200
