@@ -96,6 +96,15 @@ def test_every_command_of_the_pages_runs(project):
     assert server.received[1][3] == server.received[2][3]
 
 
+def test_the_python_of_the_readme_runs(project):
+    (program,) = blocks("README.md", "python")
+    with Server(answer()) as server:
+        program = program.replace("http://HOST:3001/retrieval/", server.url)
+        ended = subprocess.run([sys.executable, "-c", program], cwd=project, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert server.received[0][3] == (project / "results" / "library" / "submission.json").read_bytes()
+
+
 def test_make_demo_from_a_bare_checkout_prints_what_the_readme_shows(tmp_path):
     """With the environment that runs the tests in the place of .venv, since that is what `make` made."""
     for name in ("get_images.py", "model_not_tuned.py", "retrieval", "Makefile", "requirements.txt"):
