@@ -176,6 +176,15 @@ def _update(
         both = np.hstack([cosines[settled], found]), np.hstack([rows[settled], start + columns])
         cosines[settled], rows[settled] = merge(*both, k)
         asked, width = asked[crowded], min(4 * width, images)
+        if 2 * len(asked) > len(rows):  # most likely, images have many copies
+            products[:, library.put(_surplus(library.host(chunk), k))] = -np.inf
+
+
+def _surplus(vectors: np.ndarray, k: int) -> np.ndarray:
+    """Return the rows that have k equal rows before them: they are not among the best k of any query."""
+    as_bytes = vectors.view(np.dtype((np.void, 4 * vectors.shape[1]))).ravel()
+    order = np.argsort(as_bytes, kind="stable")
+    return order[k:][as_bytes[order[k:]] == as_bytes[order[:-k]]]
 
 
 def cosines_of(

@@ -1,4 +1,4 @@
-"""retrieval/neighbours.py, with the real FAISS."""
+"""Indexes of the real FAISS."""
 
 import json
 import sys
@@ -28,16 +28,22 @@ def clustered():
     return sides
 
 
-def test_exact_is_the_ranking_and_has_no_figures(clustered):
-    assert rank_by("exact", *clustered) == (rank(*clustered), {})
+def same(ranking, other):
+    return ranking.names() == other.names() and np.array_equal(ranking.cosines, other.cosines)
+
+
+def test_exact_is_the_ranking_and_has_no_metrics(clustered):
+    ranking, metrics = rank_by("exact", *clustered)
+    assert same(ranking, rank(*clustered))
+    assert metrics == {}
 
 
 def test_flat_finds_what_exact_finds(clustered, caplog):
     caplog.set_level("INFO", "retrieval")
-    ranking, figures = rank_by("flat", *clustered)
-    assert ranking == rank(*clustered)
-    assert figures["search_recall"] == 1
-    assert set(figures) == {"search_recall", "index_seconds", "search_seconds"}
+    ranking, metrics = rank_by("flat", *clustered)
+    assert same(ranking, rank(*clustered))
+    assert metrics["search_recall"] == 1
+    assert set(metrics) == {"search_recall", "index_seconds", "search_seconds"}
     assert caplog.messages[0].startswith(
         "--search flat finds 1.0000 of the 10 nearest images; the index took"
     )
@@ -47,23 +53,24 @@ def test_of_copies_flat_may_take_others_which_are_no_worse():
     random = np.random.default_rng(1)
     gallery = embeddings(np.repeat(random.normal(size=(40, 16)), 50, axis=0), "g")
     queries = embeddings(random.normal(size=(30, 16)), "q")
-    ranking, figures = rank_by("flat", queries, gallery)
+    ranking, metrics = rank_by("flat", queries, gallery)
     kind = {name: row // 50 for row, name in enumerate(gallery.names)}
-    for query, names in rank(queries, gallery).items():
-        assert len(set(ranking[query])) == 10
-        assert [kind[name] for name in ranking[query]] == [kind[name] for name in names]
-    assert figures["search_recall"] == 1
+    found = ranking.names()
+    for query, names in rank(queries, gallery).names().items():
+        assert len(set(found[query])) == 10
+        assert [kind[name] for name in found[query]] == [kind[name] for name in names]
+    assert metrics["search_recall"] == 1
 
 
 @pytest.mark.parametrize("search", ["ivf", "hnsw"])
 def test_the_others_find_nearly_all_twice_the_same_and_count_it_rightly(clustered, search):
-    ranking, figures = rank_by(search, *clustered)
-    exact = rank(*clustered)
-    found = np.mean([len(set(ranking[query]) & set(exact[query])) / 10 for query in exact])
-    assert figures["search_recall"] == pytest.approx(found, abs=1e-4)  # all queries are in the sample
+    ranking, metrics = rank_by(search, *clustered)
+    pairs = zip(ranking.rows.tolist(), rank(*clustered).rows.tolist(), strict=True)
+    found = np.mean([len(set(rows) & set(exact)) / 10 for rows, exact in pairs])
+    assert metrics["search_recall"] == pytest.approx(found, abs=1e-4)  # all queries are in the sample
     assert found > 0.95
     if search == "ivf":
-        assert rank_by(search, *clustered)[0] == ranking
+        assert same(rank_by(search, *clustered)[0], ranking)
 
 
 def test_a_search_that_finds_less_says_so(monkeypatch):
@@ -83,27 +90,28 @@ def test_unreadable_images_come_last_and_every_query_gets_its_names(search, coun
     vectors[::3] = 0
     gallery = embeddings(vectors, "g")
     queries = embeddings(np.vstack([np.zeros((1, 8)), random.normal(size=(20, 8))]), "q")
-    ranking, figures = rank_by(search, queries, gallery, 10)
-    exact = rank(queries, gallery, 10)
-    assert list(ranking) == queries.names
+    ranking, metrics = rank_by(search, queries, gallery, 10)
+    assert ranking.queries == queries.names
+    ranking, exact = ranking.names(), rank(queries, gallery, 10).names()
     assert ranking["q0"] == exact["q0"]
     unreadable = gallery.unreadable
     for query, names in ranking.items():
         assert len(names) == len(set(names)) == len(exact[query])
         assert [name in unreadable for name in names] == [name in unreadable for name in exact[query]]
-    assert figures["search_recall"] > 0.9
+    assert metrics["search_recall"] > 0.9
 
 
 def test_a_gallery_of_which_nothing_could_be_read_keeps_its_order():
     gallery = embeddings(np.zeros((3, 2)), "g")
-    assert rank_by("ivf", embeddings([[1, 0]], "q"), gallery)[0] == {"q0": ["g0", "g1", "g2"]}
+    ranking, metrics = rank_by("ivf", embeddings([[1, 0]], "q"), gallery)
+    assert (ranking.names(), metrics) == ({"q0": ["g0", "g1", "g2"]}, {})
 
 
 def test_what_the_cells_do_not_hold_is_ranked_exactly(clustered, monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setattr(approximate, "PROBED", 1)
-    ranking, _ = rank_by("ivf", *clustered, keep=1000)
-    assert {len(set(names)) for names in ranking.values()} == {1000}
+    ranking, _ = rank_by("ivf", *clustered, k=1000)
+    assert {len(set(rows)) for rows in ranking.rows.tolist()} == {1000}
     assert "queries that the index could not answer in full were ranked exactly" in caplog.text
 
 
@@ -111,7 +119,7 @@ def test_too_few_images_for_many_cells_are_said(caplog):
     caplog.set_level("INFO")
     gallery = embeddings(np.random.default_rng(3).normal(size=(100, 4)), "g")
     ranking, _ = rank_by("ivf", gallery, gallery)
-    assert all(names[0] == query for query, names in ranking.items())
+    assert all(names[0] == query for query, names in ranking.names().items())
     assert "--search ivf makes 2 cells: 100 images are too few for more" in caplog.text
     assert [cells_for(n) for n in (1, 39, 5000, 1_000_000)] == [1, 1, 128, 4000]
 
@@ -120,7 +128,7 @@ def test_the_gallery_may_be_a_mapped_file(clustered, tmp_path):
     queries, gallery = clustered
     gallery.vectors.tofile(tmp_path / "vectors")
     mapped = np.memmap(tmp_path / "vectors", np.float32, "r", shape=gallery.vectors.shape)
-    assert rank_by("flat", queries, Embeddings(gallery.names, mapped))[0] == rank(queries, gallery)
+    assert same(rank_by("flat", queries, Embeddings(gallery.names, mapped))[0], rank(queries, gallery))
 
 
 # ---- where FAISS is missing
