@@ -13,11 +13,11 @@ UNREADABLE = -2.0  # in place of the cosine of an unreadable gallery image: belo
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Unit vectors with their names: row i of `vectors` (images, dimension), float32, belongs to names[i].
+    """The unit vectors of images: row i of `vectors` (images, dimension), float32, belongs to names[i].
 
-    An image that could not be embedded has a row of zeros. `without_face` are the names of those in which a
-    face was looked for and not found; None if none was looked for. The vectors may be a numpy.memmap, a file
-    larger than the memory: it is read in chunks.
+    An unreadable image has a row of zeros. `without_face` are the names of the images in which no face was
+    found, or None if the backbone looks for no faces. The vectors may be a numpy.memmap, which may be larger
+    than the memory: it is read in chunks.
     """
 
     names: list[str]
@@ -26,7 +26,7 @@ class Embeddings:
 
     @property
     def unreadable(self) -> list[str]:
-        """The names whose rows are zeros."""
+        """The names of the images whose rows are zeros."""
         return [self.names[row] for row in zero_rows(self.vectors)]
 
 
@@ -51,19 +51,19 @@ class Ranking:
 
 
 def chunks(vectors: np.ndarray, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the first row of each chunk of so many rows, and the chunk: of a file a copy in memory."""
+    """Yield the first row of each chunk, and the chunk of so many rows; copy a memmap's chunk into memory."""
     for start in range(0, len(vectors), rows):
         chunk = vectors[start : start + rows]
         yield start, np.array(chunk) if isinstance(chunk, np.memmap) else chunk
 
 
 def rows_of_chunk(vectors: np.ndarray) -> int:
-    """How many rows of these vectors fit into CHUNK_BYTES."""
+    """Return how many rows of these vectors fit into CHUNK_BYTES."""
     return max(1, CHUNK_BYTES // (4 * vectors.shape[1]))
 
 
 def zero_rows(vectors: np.ndarray) -> np.ndarray:
-    """The rows that are all zeros, ascending, int64; one chunk in memory at a time."""
+    """Return the rows of zeros, ascending, int64; one chunk is in memory at a time."""
     return np.concatenate(
         [np.empty(0, np.int64)]
         + [start + zero_rows_of(chunk) for start, chunk in chunks(vectors, rows_of_chunk(vectors))]
@@ -71,5 +71,6 @@ def zero_rows(vectors: np.ndarray) -> np.ndarray:
 
 
 def zero_rows_of(chunk: np.ndarray) -> np.ndarray:
-    suspects = np.flatnonzero(chunk[:, 0] == 0)  # few: so the rest is not looked at
+    """Return the rows of zeros of vectors in memory."""
+    suspects = np.flatnonzero(chunk[:, 0] == 0)  # few, so that the other columns need not be read
     return suspects[~chunk[suspects].any(axis=1)]

@@ -1,4 +1,4 @@
-"""A saved submission in; its POST to the server, and the outcome, out."""
+"""A saved submission in; its POST to the server, and the outcome of it, out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REDIRECTS = 3
 
 NOT_SENT = Outcome("saved", "scored by the folder labels (--custom_dataset): nothing was sent")
 
-# What became of a submission, as far as can be known from here.
+# The fate of a submission, as far as the client can know it.
 NOTHING_SENT = "the submission was not sent"
 MAYBE_COUNTED = "the submission may have been counted"
 REFUSED = "the submission was refused"
@@ -44,10 +44,11 @@ def send_submission(
 ) -> Outcome:
     """POST a saved submission and keep the server's reply beside it, as received, in reply.txt.
 
-    `token` is what a server that asks for one gave the group. `timeouts` are the seconds to connect, and to
-    wait for the answer and read it. A refused or reset connection and an answer of 5xx are tried again, up to
-    `retries` times, after 1, 2, 4, 8 … times `backoff` seconds, and it is said whether a POST before may have
-    been counted. Never raises for what the network or the server does, nor for Ctrl-C: the outcome tells it.
+    `token` is the group's, for a server that asks for one. `timeouts` are the seconds to connect, and the
+    seconds to wait for the answer and read it. If the connection is refused or reset, or the server answers
+    with 5xx, the POST is repeated up to `retries` times, after 1, 2, 4, 8 … times `backoff` seconds; the log
+    says whether an earlier POST may have been counted. The returned outcome tells of every failure of the
+    network or the server and of Ctrl-C: none of them raises.
     """
     if not url:
         what = f"{path} is not sent: set SERVER_URL or --server_url, or send it with"
@@ -79,7 +80,7 @@ def send_submission(
 
 
 def _warn_of_folders(submission: dict[str, Any], url: str) -> None:
-    """Warn of names with folders for a server on another machine: the competition knows base names only."""
+    """Warn if names hold folders and the server is another machine: a competition knows base names only."""
     names = [*submission["images"], *chain(*submission["images"].values())]
     nested = [name for name in names if "/" in name]
     if nested and not _is_loopback(urlsplit(url).hostname):
@@ -101,13 +102,13 @@ def _resend(path: Path, url: str) -> str:
 def _post(
     path: Path, body: bytes, url: str, token: str, timeouts: tuple[float, float]
 ) -> tuple[Outcome, str, bool]:
-    """POST once: the outcome, what became of the submission, and whether it makes sense to try again.
+    """POST once; return the outcome, the fate of the submission, and whether to try again.
 
-    307 and 308 mean that the same POST belongs elsewhere, and are followed; after any other redirect the
-    submission may have been counted, so it is not sent there without a word.
+    A redirect by 307 or 308 asks for the same POST elsewhere, and is followed. After any other redirect the
+    submission may have been counted, so the client stops there and says so.
     """
     headers = {"Content-Type": "application/json"} | ({TOKEN: token} if token else {})
-    # a proxy of the environment's is not for this machine itself
+    # a proxy that the environment sets is not meant for this machine itself
     proxies = {"no_proxy": "*"} if _is_loopback(urlsplit(url).hostname) else None
     try:
         for _ in range(1 + REDIRECTS):
@@ -131,7 +132,7 @@ def _post(
 
 
 def _read_to_the_end(response: requests.Response, reply: bytearray, seconds: float) -> str:
-    """Fill `reply` with what comes, however slowly; return what kept it from its end, or ''."""
+    """Read the body into `reply`, however slowly it comes; return why it stayed incomplete, or ''."""
     deadline = time.monotonic() + seconds
     try:
         while chunk := response.raw.read1(2**16, decode_content=True):
@@ -141,7 +142,7 @@ def _read_to_the_end(response: requests.Response, reply: bytearray, seconds: flo
     except ReadTimeoutError:
         return "did not end its answer in time"
     except HTTPError as error:
-        return f"broke its answer off ({_words_of_the_system(error)})"
+        return f"broke its answer off ({_system_message(error)})"
     return ""
 
 
@@ -149,16 +150,16 @@ def _keep_reply(path: Path, reply: bytes) -> None:
     if not reply:
         return
     try:
-        set_aside(path.parent, (path.name,))  # the reply to the attempt before
+        set_aside(path.parent, (path.name,))  # the reply to the previous attempt
         write_whole(path, reply)
     except OSError as error:  # the score in it must still be said
         log.warning("the server's reply cannot be kept in %s: %s", path, error.strerror)
 
 
 def _network_failure(error: Exception, url: str) -> tuple[str, str, bool]:
-    """What happened, what became of the submission, and whether to try again."""
+    """Return a sentence about the failure, the fate of the submission, and whether to try again."""
     wrapped = getattr(error.args[0] if error.args else None, "reason", None)
-    cause = _words_of_the_system(error)
+    cause = _system_message(error)
     match error:
         case LocationValueError():
             return f"{url} is no address ({error})", NOTHING_SENT, False
@@ -178,8 +179,8 @@ def _network_failure(error: Exception, url: str) -> tuple[str, str, bool]:
     return f"{url} cannot be opened ({error})", NOTHING_SENT, False
 
 
-def _words_of_the_system(error: BaseException | None) -> str:
-    """The operating system's words in a chain of wrapped network errors."""
+def _system_message(error: BaseException | None) -> str:
+    """Return the operating system's message from a chain of wrapped network errors."""
     while error is not None and not (isinstance(error, OSError) and error.strerror):
         inner = [e for e in (getattr(error, "reason", None), *error.args) if isinstance(e, Exception)]
         error = error.__cause__ or error.__context__ or (inner[0] if inner else None)
@@ -187,7 +188,7 @@ def _words_of_the_system(error: BaseException | None) -> str:
 
 
 def _read_reply(response: requests.Response, content: bytes, broken: str) -> Outcome:
-    """The outcome that a reply tells: the score if there is one."""
+    """Return the outcome that a reply stands for, with the score if there is one."""
     status = response.status_code
     told = f"the server answered {status} {response.reason or ''}".strip()
     try:
@@ -210,7 +211,7 @@ def _read_reply(response: requests.Response, content: bytes, broken: str) -> Out
 
 
 def _excerpt(content: bytes, length: int = 200) -> str:
-    """The beginning of a reply, without the tags of a page."""
+    """Return the beginning of a reply, without HTML tags."""
     text = content[:20_000].decode("utf-8", "replace")
     text = " ".join(re.sub(r"<(style|script).*?</\1>|<[^>]*>", " ", text, flags=re.S).split())
     return text[:length] + "…" * (len(text) > length)
