@@ -86,7 +86,7 @@ class LazyBackbone:
 def find_backbone(
     model_name: str,
     device: str = "auto",
-    weights: Path | None = None,
+    weights: Path | str | None = None,
     crop: str = "auto",
     image_size: int | None = None,
     face_margin: float | None = None,
@@ -104,7 +104,7 @@ def find_backbone(
     device = choose_device(device)
     row = find_pretrained(model_name)
     transform = _choose_transform(row, crop, image_size, face_margin, min_face_size)
-    file = weights or row.weights.fetch()
+    file = Path(weights) if weights else row.weights.fetch()
 
     def load() -> Backbone:
         network = row.network(file)
@@ -125,7 +125,7 @@ def find_backbone(
 def load_backbone(
     model_name: str,
     device: str = "auto",
-    weights: Path | None = None,
+    weights: Path | str | None = None,
     crop: str = "auto",
     image_size: int | None = None,
     face_margin: float | None = None,

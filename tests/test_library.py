@@ -1,0 +1,119 @@
+"""docs/library.md runs as it stands; the library is lazy and installs whole."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+from conftest import ROOT, lay_in_hub
+from huggingface_hub import constants
+from safetensors.torch import save_file
+
+import retrieval
+from get_images import find_images
+from retrieval.backbones.backbone import Backbone, find_backbone, load_backbone
+from retrieval.backbones.transform import Transform
+from retrieval.errors import InputError
+from retrieval.server.answer_key import key_of_folders
+from retrieval.server.serve import local_server
+
+URL = "http://HOST:3001/retrieval/"
+
+
+def test_every_example_of_the_page_runs(few, tmp_path, monkeypatch):
+    (tmp_path / "data" / "sample").mkdir(parents=True)
+    (tmp_path / "data" / "sample" / "test").symlink_to(few)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    state = timm.create_model("resnet18.a1_in1k", pretrained=False).state_dict()
+    lay_in_hub(
+        tmp_path, "timm/resnet18.a1_in1k", **{"model.safetensors": lambda file: save_file(state, file)}
+    )
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "library.md").read_text(), re.S)
+    names = {}
+    key = key_of_folders(find_images(few / "query"), find_images(few / "gallery"))
+    with local_server(key, tmp_path / "competition.sqlite") as url:
+        for block in blocks:
+            exec(block.replace(URL, url), names)
+    assert names["outcome"].word == "scored"
+    assert names["outcome"].accuracy == pytest.approx(retrieval.score(names["ranking"])["score"], abs=0.01)
+    assert (tmp_path / "results" / "submission.json").is_file()
+    assert list((tmp_path / ".cache" / "image-retrieval").glob("*.sqlite"))
+    assert names["embeddings"].vectors.shape == (24, 16)
+    assert names["backbone"].dimension == 512
+
+
+def test_the_package_imports_nothing_until_a_name_is_used():
+    code = (
+        "import sys; import retrieval; before = len(sys.modules); names = dir(retrieval); "
+        "heavy = {'numpy', 'torch', 'PIL', 'pydantic', 'requests', 'get_images'} & sys.modules.keys(); "
+        "print(sorted(heavy), set(retrieval.__all__) <= set(names))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.stdout.split() == ["[]", "True"], ended.stderr
+    for name in retrieval.__all__:
+        assert callable(getattr(retrieval, name))
+    with pytest.raises(AttributeError, match="no attribute 'embedd'"):
+        retrieval.embedd  # noqa: B018
+
+
+def test_a_folder_and_a_loaded_backbone_give_what_files_and_a_lazy_one_give(few):
+    files = find_images(few / "query")
+    by_files = retrieval.embed(files, find_backbone("efficientnet_lite0", "cpu"), engine="torch")
+    by_folder = retrieval.embed(
+        str(few / "query"), load_backbone("efficientnet_lite0", "cpu"), engine="torch"
+    )
+    assert by_files.names == by_folder.names
+    assert (by_files.vectors == by_folder.vectors).all()
+
+
+def test_a_loaded_network_has_no_cache_since_its_weights_may_change(few, tmp_path):
+    from torch import nn
+
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    mine = Backbone(network, 12, Transform(16, "bilinear"), (0.5,) * 3, (0.5,) * 3, "mine")
+    with pytest.raises(InputError, match="or without a cache"):
+        retrieval.embed(few / "query", mine, cache=tmp_path)
+    assert retrieval.embed(few / "query", mine).vectors.shape == (8, 12)
+    assert not network.training
+
+
+def test_readers_start_from_a_script_without_a_guard(tmp_path):
+    """Which they would otherwise run once more, each."""
+    from conftest import face_photograph, photo_of
+    from PIL import Image
+
+    (tmp_path / "faces").mkdir()
+    Image.fromarray(photo_of(face_photograph("hopper"))).save(tmp_path / "faces" / "hopper.png")
+    (tmp_path / "mine.py").write_text(
+        "print('begun')\n"
+        "from retrieval import embed, load_backbone\n"
+        "print(embed('faces', load_backbone('dlib', 'cpu')).without_face)\n"
+    )
+    command = [sys.executable, "mine.py"]
+    ended = subprocess.run(
+        command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert ended.stdout == "begun\n[]\n", ended.stderr
+
+
+def test_every_package_and_template_is_installed():
+    from setuptools import Distribution
+    from setuptools.config.pyprojecttoml import apply_configuration
+
+    distribution = apply_configuration(Distribution({"src_root": str(ROOT)}), ROOT / "pyproject.toml")
+    distribution.script_name = "setup.py"
+    code = {path.parent for folder in ("retrieval", "supcon") for path in (ROOT / folder).rglob("*.py")}
+    packages = {str(path.relative_to(ROOT)).replace("/", ".") for path in code}
+    assert packages <= set(distribution.packages)
+    assert distribution.py_modules == ["get_images"]
+    built = distribution.get_command_obj("build_py")
+    built.ensure_finalized()
+    data = {Path(folder) / name for _, folder, _, names in built.data_files for name in names}
+    templates = {path.relative_to(ROOT) for path in ROOT.glob("retrieval/**/templates/*")}
+    assert templates <= data
+    assert any(need.startswith("torch==") for need in distribution.install_requires)
