@@ -1,12 +1,15 @@
 """What several tests share: sample images, the default network, a server that misbehaves on demand."""
 
 import gc
+import io
 import logging
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import threading
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -132,6 +135,27 @@ def run(*arguments, cwd, **environment):
     )
 
 
+def run_here(*arguments, cwd, **environment):
+    """As `run`, but in this process, which has imported torch and timm already."""
+    told, warned, status = io.StringIO(), io.StringIO(), 0
+    script, *flags = map(str, arguments)
+    start = partial(runpy.run_path, str(ROOT / script), run_name="__main__")
+    if script == "-m":
+        module, *flags = flags
+        start = partial(runpy.run_module, module, run_name="__main__", alter_sys=True)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(told), redirect_stderr(warned):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [script, *flags])
+        patch.setattr(logging, "raiseExceptions", logging.raiseExceptions)  # which a script's start changes
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        try:
+            start()
+        except SystemExit as end:
+            status = end.code or 0
+    return subprocess.CompletedProcess(arguments, status, told.getvalue(), warned.getvalue())
+
+
 class Server:
     """A real HTTP server on loopback: it answers each request with the next of its behaviours, then its last.
 
@@ -238,10 +262,29 @@ def by_torch(backbone, batch_size, key=b""):
     return Runtime(lazy, TORCH, batch_size, NetworkFiles(None, key))
 
 
+SMALL = "timm:test_efficientnet.r160_in1k"  # a tenth of a million weights: it takes a tenth of Lite0's time
+
+
+def small_weights(folder):
+    """Return a file with the same random weights for SMALL each time."""
+    import timm
+
+    from retrieval.backbones.fine_tuned import write_checkpoint
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = timm.create_model(SMALL.removeprefix("timm:"), pretrained=False)
+    write_checkpoint(folder / "small.pth", network.state_dict())
+    return folder / "small.pth"
+
+
 def settings_of(folder, tmp_path, **given):
-    """Settings of a training that takes a moment."""
+    """Return the settings of a training that takes a moment: of a small network, if no other is given."""
     import fine_tuning
 
+    if "model" not in given:
+        given = {"model": SMALL, "weights": small_weights(tmp_path)} | given
     small = {"image_size": 32, "batch_size": 8, "epochs": 2, "device": "cpu", "val_share": 0.34,
              "save_dir": tmp_path / "save"}  # fmt: skip
     return fine_tuning.Settings(train_dir=folder, **(small | given))
