@@ -38,8 +38,8 @@ FALLS_BELOW = {"ce": 0.9, "supcon": 2.3, "nt_xent": 1.0, "arcface": 2.0, "cosfac
 @pytest.mark.parametrize("loss", VARIANTS)
 def test_every_variant_overfits_a_tiny_set_and_then_retrieves_it_perfectly(loss, tiny, tmp_path):
     epochs, batch_size = (15, 24) if loss == "nt_xent" else (10, 12)
-    settings = settings_of(tiny, tmp_path, loss=loss, epochs=epochs, image_size=48, augmentation="gentle",
-                           freeze="bn", batch_size=batch_size)  # fmt: skip
+    settings = settings_of(tiny, tmp_path, model="efficientnet_lite0", loss=loss, epochs=epochs, freeze="bn",
+                           image_size=48, augmentation="gentle", batch_size=batch_size)  # fmt: skip
     choices, split = choices_of(settings), find_and_split(settings)
     everything = sorted([*split.train, *split.validation], key=lambda file: file.name)
     split = Split(everything, everything, split.by)  # to overfit: what it learns from is what it retrieves
@@ -101,7 +101,7 @@ def test_views_made_ahead_change_nothing_and_leave_no_thread(tiny, tmp_path, mon
 
 
 def test_the_checkpoint_embeds_as_it_was_validated(tiny, tmp_path, caplog):
-    settings = settings_of(tiny, tmp_path, epochs=1)
+    settings = settings_of(tiny, tmp_path, epochs=1, model="efficientnet_lite0")
     with caplog.at_level(logging.INFO):
         run = begun(settings)
         training.fit(run)
@@ -183,7 +183,7 @@ def test_a_training_that_came_to_its_end_is_not_chosen_from_twice(tiny, tmp_path
 
 
 def test_tuned_no_better_than_untuned_is_said_loudly_and_stays_near_it(tiny, tmp_path, caplog):
-    settings = settings_of(tiny, tmp_path, epochs=1)
+    settings = settings_of(tiny, tmp_path, epochs=1, model="efficientnet_lite0")
     run = begun(settings)
     training.fit(run)
     run.progress.untuned |= {"score": 1000.0, "points": [1000] * 8}
