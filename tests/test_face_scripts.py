@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, by_torch, face_photograph, run, run_here
+from conftest import ROOT, by_torch, run, run_here
+from photographs import face_photograph
 from PIL import Image
 from torchvision.transforms.v2.functional import resize
 

@@ -4,7 +4,7 @@ import dlib
 import numpy as np
 import pytest
 import torch
-from conftest import face_photograph, seen_of
+from photographs import face_photograph, seen_of
 
 from retrieval.backbones.dlib_network import MEAN, DlibFaceNetwork, read_dlib_weights
 from retrieval.backbones.face_crop import FaceCrop

@@ -6,9 +6,10 @@ import pytest
 import requests
 import timm
 import torch
-from conftest import face_photograph, lay_in_hub, photo_of, seen_of
+from conftest import lay_in_hub
 from facenet_pytorch import InceptionResnetV1
 from huggingface_hub import constants
+from photographs import face_photograph, photo_of, seen_of
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_image
 from torchvision.models import ResNet50_Weights, resnet50
