@@ -97,13 +97,13 @@ def backbone():
 SLOW = ("test_scripts", "test_fine_tuning_scripts", "test_face_scripts", "test_benchmarks", "test_shards",
         "test_training", "test_start", "test_steps", "test_state", "test_checkpoints", "test_gather",
         "test_joint_batch", "test_report_page", "test_leaderboard_page")  # fmt: skip
-FAST_SECONDS = 5  # of the processor; the first test of a network also imports timm
+FAST_SECONDS = 10  # of the processor; the first test of a network also imports timm
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.stem in SLOW or "browser" in item.fixturenames:
+        if item.path.stem in SLOW or {"browser", "exported_once"} & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)
 
 

@@ -275,6 +275,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_itself(files, backbone
         Cache(tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_two_runs_at_once(files, tmp_path):
     program = (
         "import sys; from pathlib import Path; from test_cache import *\n"
