@@ -1,20 +1,27 @@
-# make demo: from nothing to a score.  make test: every test.  Both make .venv first, once.
-# The tests run in two processes, whose threads do not wait for each other's cores: 13 minutes on two, for 22.
+# make demo: from nothing to a score.  make check: lint, format and the fast tests, in a minute.  make test: every test.
+# Each makes .venv first, once. The tests run in two processes, whose threads do not wait for each other's cores.
 PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/installed
 
-.PHONY: demo test format
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -n 2 --dist worksteal
+
+.PHONY: demo check lint test format
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python -m retrieval.datasets sample --out data/sample
 	$(VENV)/bin/python model_not_tuned.py --query_dir data/sample/test/query \
 		--gallery_dir data/sample/test/gallery --custom_dataset --output_dir results/sample
 
-test: $(INSTALLED)
+lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -n 2 --dist worksteal
+
+check: lint
+	$(PYTEST) -m "not slow"
+
+test: lint
+	$(PYTEST)
 
 format: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix .

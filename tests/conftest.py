@@ -1,12 +1,15 @@
 """What several tests share: sample images, the default network, a server that misbehaves on demand."""
 
 import gc
+import io
 import logging
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import threading
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,7 +26,8 @@ from retrieval.records import Ranking
 from retrieval.submission.submission_file import make_submission, write_submission
 
 ROOT = Path(__file__).parent.parent
-THRESHOLD = gc.get_threshold()
+THRESHOLD, THREADS = gc.get_threshold(), torch.get_num_threads()
+fast = False  # whether the slow tests are left out
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each script that a test starts compiles all of them anew
 GALLERY = [f"{number:032x}.jpg" for number in range(12)]
 RANKING = {"q1.jpg": GALLERY[:11], "q2.jpg": GALLERY[::-1]}
@@ -89,9 +93,40 @@ def backbone():
     return load_backbone("efficientnet_lite0", "cpu")
 
 
+# Files of tests that start a script, train or open a browser; elsewhere a slow test has the mark itself.
+SLOW = ("test_scripts", "test_fine_tuning_scripts", "test_face_scripts", "test_benchmarks", "test_shards",
+        "test_training", "test_start", "test_steps", "test_state", "test_checkpoints", "test_gather",
+        "test_joint_batch", "test_report_page", "test_leaderboard_page")  # fmt: skip
+FAST_SECONDS = 10  # of the processor; the first test of a network also imports timm
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in SLOW or {"browser", "exported_once"} & set(item.fixturenames):
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_configure(config):
+    global fast
+    fast = config.option.markexpr == "not slow"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Fail where a test that nobody has marked as slow makes `make check` slow."""
+    before, result = sum(os.times()[:4]), (yield)
+    spent = sum(os.times()[:4]) - before
+    if fast and spent > FAST_SECONDS:
+        pytest.fail(f"takes {spent:.0f} s of the processor: give it the mark `slow`")
+    return result
+
+
 @pytest.fixture(autouse=True)
 def _no_settings_from_outside(monkeypatch, tmp_path_factory):
-    """The environment and the .env of whoever runs the tests must not reach them."""
+    """The environment, the .env and the GPU of whoever runs the tests must not reach them."""
+    monkeypatch.setattr("retrieval.backbones.backbone.ACCELERATORS", ())  # --device auto is the CPU
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # also in the processes that a test starts
     for name in IN_ENVIRONMENT:
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setenv("CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
@@ -100,6 +135,7 @@ def _no_settings_from_outside(monkeypatch, tmp_path_factory):
     rooms = logging.getLogger("retrieval")
     rooms.handlers.clear()  # what a script's start leaves behind
     rooms.setLevel(logging.NOTSET)
+    torch.set_num_threads(THREADS)
     gc.set_threshold(*THRESHOLD)
     gc.unfreeze()
 
@@ -125,11 +161,33 @@ def exported(exported_once):
 
 def run(*arguments, cwd, **environment):
     """Run a script of the project, or `-m module`, as a user does; its status, output and errors."""
+    if fast:
+        pytest.fail("starts a script: give it the mark `slow`")
     command = [str(ROOT / part) if part.endswith(".py") else part for part in map(str, arguments)]
     env = os.environ | {"PYTHONPATH": str(ROOT)} | environment
     return subprocess.run(
         [sys.executable, *command], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
     )
+
+
+def run_here(*arguments, cwd, **environment):
+    """As `run`, but in this process, which has imported torch and timm already."""
+    told, warned, status = io.StringIO(), io.StringIO(), 0
+    script, *flags = map(str, arguments)
+    start = partial(runpy.run_path, str(ROOT / script))
+    if script == "-m":
+        start = partial(runpy.run_module, flags.pop(0), alter_sys=True)
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(told), redirect_stderr(warned):
+        patch.chdir(cwd)
+        patch.setattr(sys, "argv", [script, *flags])
+        patch.setattr(logging, "raiseExceptions", logging.raiseExceptions)  # which a script's start changes
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        try:
+            start(run_name="__main__")
+        except SystemExit as end:
+            status = end.code or 0
+    return subprocess.CompletedProcess(arguments, status, told.getvalue(), warned.getvalue())
 
 
 class Server:
@@ -184,31 +242,6 @@ def answer(status=200, body=b'{"accuracy": 698.0}', kind="application/json", hea
     return behave
 
 
-def face_photograph(name):
-    """A photograph of one person, uint8 RGB (3, height, width): Grace Hopper or Eileen Collins."""
-    if name == "hopper":
-        from matplotlib.cbook import get_sample_data
-
-        with get_sample_data("grace_hopper.jpg") as file:
-            pixels = np.array(Image.open(file))
-    else:
-        from skimage.data import astronaut
-
-        pixels = astronaut()
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
-
-
-def photo_of(image):
-    """A tensor (3, height, width) as read_image gives it."""
-    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
-
-
-def seen_of(transform, image):
-    """The network's input for such a tensor, its pixels as another."""
-    seen = transform(photo_of(image))
-    return seen._replace(pixels=torch.from_numpy(seen.pixels))
-
-
 def lay_in_hub(home, repository, **files):
     """A repository in huggingface_hub's cache; `files`: a name → the function that writes it."""
     folder = home / "hub" / f"models--{repository.replace('/', '--')}"
@@ -238,10 +271,29 @@ def by_torch(backbone, batch_size, key=b""):
     return Runtime(lazy, TORCH, batch_size, NetworkFiles(None, key))
 
 
+SMALL = "timm:test_efficientnet.r160_in1k"  # a tenth of a million weights: it takes a tenth of Lite0's time
+
+
+def small_weights(folder):
+    """Return a file with the same random weights for SMALL each time."""
+    import timm
+
+    from retrieval.backbones.fine_tuned import write_checkpoint
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = timm.create_model(SMALL.removeprefix("timm:"), pretrained=False)
+    write_checkpoint(folder / "small.pth", network.state_dict())
+    return folder / "small.pth"
+
+
 def settings_of(folder, tmp_path, **given):
-    """Settings of a training that takes a moment."""
+    """Return the settings of a training that takes a moment: of a small network, if no other is given."""
     import fine_tuning
 
+    if "model" not in given:
+        given = {"model": SMALL, "weights": small_weights(tmp_path)} | given
     small = {"image_size": 32, "batch_size": 8, "epochs": 2, "device": "cpu", "val_share": 0.34,
              "save_dir": tmp_path / "save"}  # fmt: skip
     return fine_tuning.Settings(train_dir=folder, **(small | given))
@@ -303,60 +355,13 @@ def found_of(folder, queries_of_each=None, gallery_of_each=None):
     return Results(*sides, *vectors, ranking, {"backbone": "pixels"} | measure(ranking, *vectors, 3))
 
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-QUIET = ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
-         "disable-background-networking", "disable-component-update")  # fmt: skip
-
-
-class Browser:
-    """A real browser, headless."""
-
-    def __init__(self):
-        from selenium import webdriver
-        from selenium.webdriver.chrome.service import Service
-
-        options = webdriver.ChromeOptions()
-        options.binary_location = CHROMIUM
-        for flag in QUIET:
-            options.add_argument(f"--{flag}")
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        self.driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-
-    def open(self, address, width=1280, scheme="light"):
-        """Open a page in a window of this width, for a user who likes it light or dark."""
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        features = [{"name": "prefers-color-scheme", "value": scheme}]
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-        self.driver.get("about:blank")  # which ends what a page before still asks its server for
-        self.errors()
-        self.driver.get(str(address))
-
-    def run(self, script, *arguments):
-        """What a script returns in the page."""
-        return self.driver.execute_script(script, *arguments)
-
-    def texts(self, selector):
-        return self.run(
-            "return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)", selector
-        )
-
-    def press(self, key):
-        from selenium.webdriver.common.action_chains import ActionChains
-
-        ActionChains(self.driver).send_keys(key).perform()
-
-    def errors(self):
-        """What the page's console has complained of."""
-        return [entry["message"] for entry in self.driver.get_log("browser")]
-
-
 @pytest.fixture(scope="session")
 def browser():
+    from page_checks import CHROMIUM, DRIVER, Browser
+
     if not (CHROMIUM and DRIVER):
-        if os.environ.get("REQUIRE_BROWSER"):
-            pytest.fail("REQUIRE_BROWSER is set, and there is no chromium with its chromedriver")
-        pytest.skip("no chromium with its chromedriver: `apt-get install chromium chromium-driver`")
+        end = pytest.fail if os.environ.get("REQUIRE_BROWSER") else pytest.skip
+        end("no chromium with its chromedriver: `apt-get install chromium chromium-driver`")
     browser = Browser()
     yield browser
     browser.driver.quit()

@@ -1,4 +1,54 @@
-"""Scripts that a browser runs in a page: they return what nobody could read."""
+"""A page in; what a real browser makes of it, and what of it nobody could read, out."""
+
+import shutil
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+QUIET = ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync",
+         "disable-background-networking", "disable-component-update")  # fmt: skip
+
+
+class Browser:
+    """A real browser, headless."""
+
+    def __init__(self):
+        from selenium import webdriver
+        from selenium.webdriver.chrome.service import Service
+
+        options = webdriver.ChromeOptions()
+        options.binary_location = CHROMIUM
+        for flag in QUIET:
+            options.add_argument(f"--{flag}")
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        self.driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+
+    def open(self, address, width=1280, scheme="light"):
+        """Open a page in a window of this width, for a user who likes it light or dark."""
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        self.driver.get("about:blank")  # which ends what a page before still asks its server for
+        self.errors()
+        self.driver.get(str(address))
+
+    def run(self, script, *arguments):
+        """What a script returns in the page."""
+        return self.driver.execute_script(script, *arguments)
+
+    def texts(self, selector):
+        return self.run(
+            "return [...document.querySelectorAll(arguments[0])].map(e => e.textContent)", selector
+        )
+
+    def press(self, key):
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        ActionChains(self.driver).send_keys(key).perform()
+
+    def errors(self):
+        """What the page's console has complained of."""
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
 
 # Every text that is seen, and its contrast with what lies behind it: WCAG 2.2, 1.4.3.
 LOW_CONTRAST = """

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, by_torch, face_photograph, run
+from conftest import ROOT, by_torch, run, run_here
+from photographs import face_photograph
 from PIL import Image
 from torchvision.transforms.v2.functional import resize
 
@@ -56,7 +57,7 @@ def test_people_are_found_and_nobody_loses_a_row(people):
 
 
 def test_without_a_crop_no_face_is_looked_for(people):
-    ended = run("model_not_tuned.py", *FLAGS, "--crop", "none", cwd=people)
+    ended = run_here("model_not_tuned.py", *FLAGS, "--crop", "none", cwd=people)
     assert ended.returncode == 0, ended.stderr
     assert "no face" not in ended.stderr
     assert "queries_without_face" not in (people / "results" / "metrics.json").read_text()
@@ -64,7 +65,7 @@ def test_without_a_crop_no_face_is_looked_for(people):
 
 
 def test_a_face_crop_before_any_network(people):
-    ended = run("model_not_tuned.py", *FLAGS[2:], "--custom_dataset", cwd=people, CROP="face")
+    ended = run_here("model_not_tuned.py", *FLAGS[2:], "--custom_dataset", cwd=people, CROP="face")
     assert ended.returncode == 0, ended.stderr
     assert json.loads((people / "results" / "metrics.json").read_text())["top_1"] == 1.0
     assert "no face was found in 3 of the 6 gallery images" in ended.stderr
@@ -87,7 +88,7 @@ def test_a_face_crop_before_any_network(people):
 )
 def test_wrong_input_is_a_sentence(people, flags, sentence):
     torch.save({"recipe": {"word": "dlib"}, "network": {}}, people / "tuned.pth")
-    ended = run("model_not_tuned.py", *FLAGS, *flags, cwd=people)
+    ended = run_here("model_not_tuned.py", *FLAGS, *flags, cwd=people)
     assert ended.returncode == 2
     assert sentence in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -11,15 +11,17 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, Server, answer, run
+from conftest import ROOT, SMALL, Server, answer, run, run_here, small_weights
 
-SMALL = ("--image_size", "32", "--batch_size", "8", "--device", "cpu", "--val_share", "0.34")
-TRAIN = ("fine_tuning.py", "--train_dir", "train", *SMALL)
+FLAGS = ("--image_size", "32", "--batch_size", "8", "--device", "cpu", "--val_share", "0.34")
+TRAIN = ("fine_tuning.py", "--train_dir", "train", *FLAGS)
+QUICK = ("--model", SMALL, "--weights", "small.pth")
 
 
 @pytest.fixture
 def trainable(few, tmp_path):
-    """A folder with train, query and gallery."""
+    """A folder with train, query, gallery, and the weights of a small network."""
+    small_weights(tmp_path)
     shutil.copytree(few, tmp_path, dirs_exist_ok=True)
     shutil.copytree(few / "gallery", tmp_path / "train")
     return tmp_path
@@ -64,15 +66,15 @@ def test_from_a_folder_to_a_checkpoint_to_a_score(trainable):
 
 
 def test_after_a_kill_at_any_moment_it_goes_on_to_bitwise_the_same_weights(trainable):
-    flags = ("--epochs", "4", "--loss", "supcon", "--ema", "0.9")
-    assert run(*TRAIN, *flags, "--save_dir", "whole", cwd=trainable).returncode == 0
+    flags = (*QUICK, "--epochs", "40", "--loss", "supcon", "--ema", "0.9")
+    assert run_here(*TRAIN, *flags, "--save_dir", "whole", cwd=trainable).returncode == 0
     chance = random.Random(0)
     command = [sys.executable, ROOT / TRAIN[0], *TRAIN[1:], *flags, "--save_dir", "killed"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command, cwd=trainable, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    while b"epoch 1 of 4" not in process.stdout.readline():
+    while b"epoch 1 of 40" not in process.stdout.readline():
         assert process.poll() is None
     while not (trainable / "killed" / "last.pth").exists():
         time.sleep(0.01)
@@ -80,7 +82,7 @@ def test_after_a_kill_at_any_moment_it_goes_on_to_bitwise_the_same_weights(train
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    ended = run(*TRAIN, *flags, "--save_dir", "killed", "--resume", cwd=trainable)
+    ended = run_here(*TRAIN, *flags, "--save_dir", "killed", "--resume", cwd=trainable)
     assert ended.returncode == 0, ended.stderr
     one, other = weights(trainable / "whole"), weights(trainable / "killed")
     assert one.keys() == other.keys()
@@ -88,7 +90,7 @@ def test_after_a_kill_at_any_moment_it_goes_on_to_bitwise_the_same_weights(train
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(trainable):
-    command = [sys.executable, ROOT / TRAIN[0], *TRAIN[1:], "--epochs", "1000"]
+    command = [sys.executable, ROOT / TRAIN[0], *TRAIN[1:], *QUICK, "--epochs", "1000"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
         command, cwd=trainable, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -101,7 +103,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(trainable):
     assert "and saved: the same command with --resume goes on" in errors
     assert "Traceback" not in errors
     assert {"fine_tuned_model.pth", "last.pth"} <= set(os.listdir(trainable / "checkpoints"))
-    ended = run(*TRAIN, "--epochs", "1000", "--resume", "--minutes", "0.05", cwd=trainable)
+    ended = run_here(*TRAIN, *QUICK, "--epochs", "1000", "--resume", "--minutes", "0.05", cwd=trainable)
     assert ended.returncode == 0, ended.stderr
     assert "wrote checkpoints/fine_tuned_model.pth" in ended.stdout
 
@@ -110,9 +112,8 @@ def test_unlabelled_images_serve_nt_xent(trainable):
     (trainable / "flat").mkdir()
     for path in (trainable / "gallery").glob("*/*.png"):
         shutil.copy(path, trainable / "flat")
-    ended = run(
-        "fine_tuning.py", "--train_dir", "flat", "--loss", "nt_xent", "--epochs", "1", *SMALL, cwd=trainable
-    )
+    flags = ("--train_dir", "flat", "--loss", "nt_xent", "--epochs", "1", *FLAGS, *QUICK)
+    ended = run_here("fine_tuning.py", *flags, cwd=trainable)
     assert ended.returncode == 0, ended.stderr
     assert (
         "found 24 images: 16 to learn from, 8 to validate on (each to be found from a view of it)"
@@ -127,7 +128,7 @@ def test_one_image_a_class_is_warned_of(trainable):
             (trainable / "train" / path.stem).rename(path.with_suffix(".tmp"))
             (trainable / "train" / f"p{path.stem}").mkdir()
             path.with_suffix(".tmp").rename(trainable / "train" / f"p{path.stem}" / path.name)
-    ended = run(*TRAIN, "--epochs", "1", "--loss", "supcon", cwd=trainable)
+    ended = run_here(*TRAIN, *QUICK, "--epochs", "1", "--loss", "supcon", cwd=trainable)
     assert ended.returncode == 0, ended.stderr
     assert (
         "there is little to learn from, and validation looks for an image from a view of it" in ended.stderr
@@ -153,7 +154,7 @@ def test_one_image_a_class_is_warned_of(trainable):
 def test_wrong_input_is_a_sentence_before_anything_is_learned(trainable, flags, status, sentence):
     picture = next((trainable / "train" / "0").iterdir())
     picture.rename(picture.with_name("x.png"))
-    ended = run(*TRAIN, *flags, cwd=trainable)
+    ended = run_here(*TRAIN, *flags, cwd=trainable)
     assert (ended.returncode, "Traceback" in ended.stderr) == (status, False), ended.stderr
     assert sentence in ended.stderr
     assert "untuned:" not in ended.stdout
@@ -163,7 +164,7 @@ def test_wrong_input_is_a_sentence_before_anything_is_learned(trainable, flags, 
     "flag", ["--model_type", "--crop", "--image_size", "--face_margin", "--min_face_size"]
 )
 def test_what_the_checkpoint_knows_is_no_setting(flag, trainable):
-    ended = run("model_fine_tuned.py", flag, "1", cwd=trainable)
+    ended = run_here("model_fine_tuned.py", flag, "1", cwd=trainable)
     assert ended.returncode == 2
     assert f"{flag} is not for this script: the checkpoint of --weights knows it" in ended.stderr
 
@@ -171,13 +172,13 @@ def test_what_the_checkpoint_knows_is_no_setting(flag, trainable):
 def test_each_script_names_the_other_for_the_other_s_file(trainable):
     torch.save({"a": torch.zeros(1)}, trainable / "a.pth")
     folders = ("--query_dir", "query", "--gallery_dir", "gallery")
-    ended = run("model_fine_tuned.py", "--weights", "a.pth", *folders, cwd=trainable)
+    ended = run_here("model_fine_tuned.py", "--weights", "a.pth", *folders, cwd=trainable)
     assert ended.returncode == 2
     assert (
         "a.pth was not written by fine_tuning.py: for other weights run `python model_not_tuned.py"
         in ended.stderr
     )
     torch.save({"recipe": {}, "network": {}}, trainable / "a.pth")
-    ended = run("model_not_tuned.py", "--weights", "a.pth", *folders, cwd=trainable)
+    ended = run_here("model_not_tuned.py", "--weights", "a.pth", *folders, cwd=trainable)
     assert ended.returncode == 2
     assert "run `python model_fine_tuned.py --weights a.pth`" in ended.stderr

@@ -178,6 +178,7 @@ def test_a_torn_line_takes_no_other_with_it(tmp_path):
     assert json.loads(text[2])["outcome"]["word"] == "saved"
 
 
+@pytest.mark.slow
 def test_two_processes_write_whole_lines(tmp_path):
     program = (
         "import sys; from pathlib import Path; from test_run import *\n"

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, Server, answer, run
+from conftest import ROOT, Server, answer, run, run_here
 from PIL import Image
 
 AFTER_A_FIRST_RUN = pytest.mark.usefixtures("exported")  # which takes seconds: the README's commands are ones
@@ -148,7 +148,7 @@ def test_a_competition_from_two_flat_folders_to_the_servers_score(flat):
 def test_practice_on_labelled_folders_sends_nothing_and_is_right_about_the_digits(few):
     flags = (*FOLDERS, "--top_k", "3", "--custom_dataset", "--output_dir", "out")
     with Server(answer()) as server:
-        ended = run("model_not_tuned.py", *flags, cwd=few, SERVER_URL=server.url)
+        ended = run_here("model_not_tuned.py", *flags, cwd=few, SERVER_URL=server.url)
     assert ended.returncode == 0, ended.stderr
     assert not server.received
     assert "nothing was sent" in ended.stdout
@@ -173,7 +173,7 @@ def test_broken_images_cost_nothing_but_themselves(flat):
         (flat / "query" / name).write_bytes(content)
         (flat / "gallery" / name).write_bytes(content)
     Image.new("1", (30_000, 30_000)).save(flat / "query" / "huge.png")
-    ended = run("model_not_tuned.py", *FOLDERS, cwd=flat)
+    ended = run_here("model_not_tuned.py", *FOLDERS, cwd=flat)
     assert ended.returncode == 0, ended.stderr
     assert "0.jpg in the queries could not be embedded: an empty file" in ended.stderr
     assert "4 queries without an embedding get the gallery in its order" in ended.stderr
@@ -192,7 +192,7 @@ def test_broken_images_cost_nothing_but_themselves(flat):
 def test_a_server_that_fails_loses_nothing(flat):
     (flat / ".env").write_text("QUERY_DIR=query\nGALLERY_DIR=gallery\nGROUP_NAME=Team AAA\n")
     with Server(answer(404, b"<html><h1>Not Found</h1></html>", "text/html")) as server:
-        ended = run("model_not_tuned.py", cwd=flat, SERVER_URL=server.url)
+        ended = run_here("model_not_tuned.py", cwd=flat, SERVER_URL=server.url)
     assert ended.returncode == 1
     assert "error: the server answered 404 Not Found (check the URL" in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -212,7 +212,7 @@ def test_a_server_that_fails_loses_nothing(flat):
 def test_a_rehearsal_with_a_server_of_the_runs_own(few):
     proxy = "http://127.0.0.1:9"  # where nobody listens: this machine itself needs none
     flags = (*FOLDERS, "--server_url", "local", "--output_dir", "local", "--group_token", "secret-word")
-    ended = run("model_not_tuned.py", *flags, cwd=few, http_proxy=proxy)
+    ended = run_here("model_not_tuned.py", *flags, cwd=few, http_proxy=proxy)
     assert ended.returncode == 0, ended.stderr
     found = metrics(few / "local")
     assert found["server_score"] == pytest.approx(found["score"])
@@ -224,7 +224,7 @@ def test_a_rehearsal_with_a_server_of_the_runs_own(few):
 
 
 def test_a_rehearsal_without_labels_is_refused_before_the_work(flat):
-    ended = run("model_not_tuned.py", *FOLDERS, "--server_url", "local", cwd=flat)
+    ended = run_here("model_not_tuned.py", *FOLDERS, "--server_url", "local", cwd=flat)
     assert ended.returncode == 2
     assert "--server_url local scores by class folders" in ended.stderr
     assert "embedded" not in ended.stdout
@@ -235,14 +235,14 @@ def test_a_second_run_embeds_nothing_and_ranks_the_same(few, exported_once, tmp_
     flags = (*FOLDERS, "--custom_dataset", "--no_report", "--cache_dir", tmp_path / "kept")
     told = []
     for number, more in enumerate(((), (), ("--no_cache",), ("--verify_cache",))):
-        ended = run("model_not_tuned.py", *flags, *more, "--output_dir", tmp_path / str(number), cwd=few)
+        ended = run_here("model_not_tuned.py", *flags, *more, "--output_dir", tmp_path / str(number), cwd=few)
         assert ended.returncode == 0, ended.stderr
         told.append("24 of 24 gallery images were embedded before" in ended.stdout)
     assert told == [False, True, False, True]
     assert len({(tmp_path / str(number) / "submission.json").read_bytes() for number in range(4)}) == 1
-    ended = run("-m", "retrieval.embedding", "--cache_dir", tmp_path / "kept", cwd=tmp_path)
+    ended = run_here("-m", "retrieval.embedding", "--cache_dir", tmp_path / "kept", cwd=tmp_path)
     assert "efficientnet_lite0 by ONNX Runtime: 32 images, 0.2 MB, used " in ended.stdout
-    ended = run(
+    ended = run_here(
         "-m", "retrieval.embedding", "--cache_dir", tmp_path / "kept", "--older_than", "0", cwd=tmp_path
     )
     assert "removed what was kept of 32 images, and 1 exported networks" in ended.stdout
@@ -250,7 +250,7 @@ def test_a_second_run_embeds_nothing_and_ranks_the_same(few, exported_once, tmp_
 
 @AFTER_A_FIRST_RUN
 def test_no_report_draws_nothing(flat):
-    ended = run("model_not_tuned.py", *FOLDERS, "--no_report", cwd=flat)
+    ended = run_here("model_not_tuned.py", *FOLDERS, "--no_report", cwd=flat)
     assert ended.returncode == 0, ended.stderr
     (names,) = (flat / "results").glob("names-*.json")
     assert {path.name for path in (flat / "results").iterdir()} == {
@@ -290,7 +290,7 @@ def test_wrong_input_is_a_sentence_before_anything_slow(flat, flags, status, sen
     for folder in ("empty", "texts"):
         (flat / folder).mkdir()
     (flat / "texts" / "a.txt").write_text("")
-    ended = run("model_not_tuned.py", *flags, cwd=flat)
+    ended = run_here("model_not_tuned.py", *flags, cwd=flat)
     assert ended.returncode == status
     assert sentence in ended.stderr
     assert "Traceback" not in ended.stderr

@@ -120,6 +120,7 @@ def test_a_device_that_is_not_there_is_a_sentence(monkeypatch):
 # ---- the list of the words
 
 
+@pytest.mark.slow
 def test_the_list_says_of_each_word_what_it_is_and_whether_it_is_here(tmp_path):
     ended = run("-m", "retrieval.backbones", cwd=tmp_path, TORCH_HOME=str(tmp_path), HF_HOME=str(tmp_path))
     assert ended.returncode == 0, ended.stderr
@@ -133,6 +134,7 @@ def test_the_list_says_of_each_word_what_it_is_and_whether_it_is_here(tmp_path):
     assert "resnet50" not in one.stdout
 
 
+@pytest.mark.slow
 def test_fetch_says_where_the_weights_lie(tmp_path):
     ended = run("-m", "retrieval.backbones", "--fetch", "dlib", "efficientnet_lite1", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr

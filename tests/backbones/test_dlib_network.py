@@ -4,7 +4,7 @@ import dlib
 import numpy as np
 import pytest
 import torch
-from conftest import face_photograph, seen_of
+from photographs import face_photograph, seen_of
 
 from retrieval.backbones.dlib_network import MEAN, DlibFaceNetwork, read_dlib_weights
 from retrieval.backbones.face_crop import FaceCrop
@@ -97,6 +97,7 @@ def test_a_file_that_is_not_quite_dlibs_is_refused_with_the_place(tmp_path, cont
         read_dlib_weights(tmp_path / "net.dat")
 
 
+@pytest.mark.slow
 def test_no_byte_of_the_structure_can_change_unseen(tmp_path):
     """Flips bytes outside the weights' own numbers; what stays readable must be what does not matter here."""
     first = CONTENT.index(b"con_4")

@@ -7,7 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, by_torch, face_photograph, photo_of, seen_of
+from conftest import ROOT, by_torch
+from photographs import face_photograph, photo_of, seen_of
 from PIL import Image
 from torchvision.transforms.v2.functional import pad, resize
 

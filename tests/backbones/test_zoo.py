@@ -6,9 +6,10 @@ import pytest
 import requests
 import timm
 import torch
-from conftest import face_photograph, lay_in_hub, photo_of, seen_of
+from conftest import lay_in_hub
 from facenet_pytorch import InceptionResnetV1
 from huggingface_hub import constants
+from photographs import face_photograph, photo_of, seen_of
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_image
 from torchvision.models import ResNet50_Weights, resnet50
@@ -206,7 +207,7 @@ def test_a_repository_of_the_hub_by_its_config(home, caplog, tag, dimension):
         assert_same_vectors(ours, theirs(pixels))
 
 
-TEN = {"fc.weight": torch.ones(10, 512), "fc.bias": torch.ones(10)}
+TEN = {"fc.weight": torch.ones(10, 96), "fc.bias": torch.ones(10)}
 ONE = torch.ones(1)
 
 
@@ -225,15 +226,15 @@ OF_OTHERS = {
 
 @pytest.mark.parametrize("layout", OF_OTHERS)
 def test_weights_of_another_file_go_into_a_timm_word(home, tmp_path, layout):
-    network = timm.create_model("resnet18.a1_in1k", pretrained=False)
+    network = timm.create_model("test_resnet.r160_in1k", pretrained=False)
     torch.save(OF_OTHERS[layout](changed(network)), tmp_path / "w.pth")
-    backbone = load_backbone("timm:resnet18.a1_in1k", "cpu", weights=tmp_path / "w.pth")
-    assert backbone.dimension == 512
+    backbone = load_backbone("timm:test_resnet.r160_in1k", "cpu", weights=tmp_path / "w.pth")
+    assert backbone.dimension == 96
     for name, tensor in backbone.network.state_dict().items():
         assert torch.equal(tensor, network.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("name", ["resnet18.a1_in1k", "dla46_c.in1k", "convnextv2_atto.fcmae"])
+@pytest.mark.parametrize("name", ["test_resnet.r160_in1k", "dla46_c.in1k", "convnextv2_atto.fcmae"])
 def test_a_timm_word_never_has_random_weights(home, tmp_path, name):
     """timm loads some families, such as the last two, with strict=False."""
     network = timm.create_model(name, pretrained=False)

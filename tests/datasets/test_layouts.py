@@ -6,7 +6,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from conftest import run
+from conftest import run_here
 from PIL import Image
 from skimage import data
 
@@ -310,9 +310,9 @@ def test_the_sample_overwrites_nothing_and_is_never_half_there(tmp_path, monkeyp
 
 
 def test_a_missing_flag_and_a_mistyped_command_are_sentences(tmp_path):
-    ended = run("-m", "retrieval.datasets", "split", "--out", "y", cwd=tmp_path)
+    ended = run_here("-m", "retrieval.datasets", "split", "--out", "y", cwd=tmp_path)
     assert ended.returncode == 2
     assert ended.stderr == "error: give --source: a folder, or an archive, with a folder a class\n"
-    ended = run("-m", "retrieval.datasets", "spilt", cwd=tmp_path)
+    ended = run_here("-m", "retrieval.datasets", "spilt", cwd=tmp_path)
     assert ended.returncode == 2
     assert "give one of these commands first; did you mean split?" in ended.stderr

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, by_torch, run
+from conftest import ROOT, by_torch, run_here
 from PIL import Image
 from torch import nn
 
@@ -275,6 +275,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_itself(files, backbone
         Cache(tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_two_runs_at_once(files, tmp_path):
     program = (
         "import sys; from pathlib import Path; from test_cache import *\n"
@@ -322,29 +323,30 @@ def test_what_is_kept_while_somebody_removes_all_is_still_seen(tmp_path):
     assert prune(other, 0) == 1
 
 
+@pytest.mark.slow
 def test_the_command_says_what_there_is_and_removes_what_is_old(few, tmp_path):
     script = ("model_not_tuned.py", "--query_dir", few / "query", "--gallery_dir", few / "gallery")
-    ended = run(*script, "--no_report", "--engine", "onnx", "--cache_dir", "cache", cwd=tmp_path)
+    ended = run_here(*script, "--no_report", "--engine", "onnx", "--cache_dir", "cache", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     command = ("-m", "retrieval.embedding", "--cache_dir", "cache")
-    told = run(*command, cwd=tmp_path).stdout
+    told = run_here(*command, cwd=tmp_path).stdout
     assert "efficientnet_lite0 by ONNX Runtime: 32 images, 0.2 MB, used 20" in told
     assert "exported networks: 1, 13.5 MB" in told
     assert (
         "removed what was kept of 0 images, and 0 exported"
-        in run(*command, "--older_than", "1", cwd=tmp_path).stdout
+        in run_here(*command, "--older_than", "1", cwd=tmp_path).stdout
     )
     (tmp_path / "cache" / f"{FILE}.broken-20260101-000000").touch()
-    told = run(*command, "--older_than", "0", cwd=tmp_path).stdout
+    told = run_here(*command, "--older_than", "0", cwd=tmp_path).stdout
     assert f"removed 1 files of broken or earlier caches, such as {FILE}.broken-2026" in told
     assert "removed what was kept of 32 images, and 1 exported networks: unused for 0 days" in told
     assert "exported networks: 0, 0.0 MB" in told
     assert re.search(r"cache holds 0\.[01] MB", told)  # the disk has its room back
     (tmp_path / "odd" / FILE).mkdir(parents=True)
-    unusable = run("-m", "retrieval.embedding", "--cache_dir", "odd", cwd=tmp_path)
+    unusable = run_here("-m", "retrieval.embedding", "--cache_dir", "odd", cwd=tmp_path)
     assert unusable.returncode == 1
     assert "error: odd cannot be read: give another --cache_dir" in unusable.stderr
-    mistyped = run("-m", "retrieval.embedding", "--cache_dir", "cash", cwd=tmp_path)
+    mistyped = run_here("-m", "retrieval.embedding", "--cache_dir", "cash", cwd=tmp_path)
     assert mistyped.returncode == 2
     assert "error: there is no cache in cash: give the --cache_dir of runs" in mistyped.stderr
     assert not (tmp_path / "cash").exists()
@@ -355,6 +357,6 @@ def test_a_cache_that_the_command_cannot_use_is_a_sentence(files, backbone, tmp_
     with sqlite3.connect(tmp_path / "cache" / FILE) as connection:
         connection.execute("DROP TABLE makers")
     connection.close()
-    ended = run("-m", "retrieval.embedding", "--cache_dir", "cache", cwd=tmp_path)
+    ended = run_here("-m", "retrieval.embedding", "--cache_dir", "cache", cwd=tmp_path)
     assert ended.returncode == 1
     assert "cannot be used now (no such table: makers): try again when no run uses it" in ended.stderr

@@ -67,6 +67,7 @@ def random_resnet50(file):
     return network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lite0", "dlib", "resnet50", "facenet", "joined"])
 def test_the_networks_give_the_same_in_onnx_runtime_and_the_same_bits_in_every_batch(kind, tmp_path):
     if kind in ("lite0", "dlib"):

@@ -2,7 +2,7 @@ import json
 from datetime import UTC, datetime
 
 import pytest
-from conftest import ranking_of, run
+from conftest import ranking_of, run_here
 from test_run_report import STRANGE
 
 from retrieval.errors import InputError
@@ -191,16 +191,16 @@ def test_names_are_text_in_the_page_and_cells_in_the_table(tmp_path):
 def test_real_runs_from_the_command_line(few, exported, tmp_path):
     folders = ("--query_dir", few / "query", "--gallery_dir", few / "gallery", "--custom_dataset")
     for name in ("one", "other"):
-        ended = run("model_not_tuned.py", *folders, "--no_report", "--output_dir", f"results/{name}",
+        ended = run_here("model_not_tuned.py", *folders, "--no_report", "--output_dir", f"results/{name}",
                     cwd=tmp_path)  # fmt: skip
         assert ended.returncode == 0, ended.stderr
     change(tmp_path / "results" / "other", settings={"image_size": 96})
-    ended = run("-m", "retrieval.report", "results", cwd=tmp_path)
+    ended = run_here("-m", "retrieval.report", "results", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert f"{few / 'query'}: 8 queries × 24 images" in ended.stdout
     assert ended.stdout.count("efficientnet_lite0") == 2
     assert "wrote results/comparison.html" in ended.stdout
-    ended = run("-m", "retrieval.report", few, cwd=tmp_path)
+    ended = run_here("-m", "retrieval.report", few, cwd=tmp_path)
     assert ended.returncode == 2
     assert f"error: there is no runs.jsonl in or below {few}" in ended.stderr
 

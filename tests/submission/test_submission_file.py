@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import GALLERY, RANKING, Server, answer, ranking_of, run, submission_of
+from conftest import GALLERY, RANKING, Server, answer, ranking_of, run_here, submission_of
 
 from retrieval.errors import InputError
 from retrieval.records import Ranking
@@ -120,7 +120,8 @@ def test_the_folder_of_a_submission_is_made(tmp_path):
 
 def test_a_saved_submission_is_sent_again_from_the_command_line(saved):
     with Server(answer()) as server:
-        ended = run("-m", "retrieval.submission", saved, "--server_url", f" {server.url}", cwd=saved.parent)
+        url = f" {server.url}"
+        ended = run_here("-m", "retrieval.submission", saved, "--server_url", url, cwd=saved.parent)
     assert ended.returncode == 0, ended.stderr
     assert "the server's score: 698 of 1000" in ended.stdout
     assert "removed the blanks around the server's URL" in ended.stderr
@@ -131,12 +132,12 @@ def test_a_saved_submission_is_sent_again_from_the_command_line(saved):
 
 def test_a_failure_on_the_command_line_is_a_sentence_a_status_and_a_line_in_the_ledger(saved):
     with Server(answer(404, b"<h1>gone</h1>")) as server:
-        ended = run("-m", "retrieval.submission", saved, cwd=saved.parent, SERVER_URL=server.url)
+        ended = run_here("-m", "retrieval.submission", saved, cwd=saved.parent, SERVER_URL=server.url)
     assert (ended.returncode, ended.stderr.count("\n")) == (1, 3)
     assert ended.stderr.startswith("error: the server answered 404 Not Found (check the URL")
     (line,) = (saved.parent / "runs.jsonl").read_text().splitlines()
     assert json.loads(line)["outcome"]["status"] == 404
-    ended = run("-m", "retrieval.submission", saved, cwd=saved.parent)
+    ended = run_here("-m", "retrieval.submission", saved, cwd=saved.parent)
     assert ended.returncode == 2
     assert "give --server_url, or set SERVER_URL in .env" in ended.stderr
 
@@ -144,7 +145,7 @@ def test_a_failure_on_the_command_line_is_a_sentence_a_status_and_a_line_in_the_
 def test_what_is_no_submission_is_not_sent(tmp_path):
     (tmp_path / "a.json").write_text('{"groupname": "team", "images": {}}')
     with Server(answer()) as server:
-        ended = run("-m", "retrieval.submission", "a.json", "--server_url", server.url, cwd=tmp_path)
+        ended = run_here("-m", "retrieval.submission", "a.json", "--server_url", server.url, cwd=tmp_path)
     assert (ended.returncode, server.received) == (2, [])
     assert "error: a.json: a submission looks like" in ended.stderr
 
@@ -152,13 +153,13 @@ def test_what_is_no_submission_is_not_sent(tmp_path):
 def test_the_reply_to_the_time_before_is_kept(saved):
     saved.with_name("reply.txt").write_text("before")
     with Server(answer()) as server:
-        run("-m", "retrieval.submission", saved, "--server_url", server.url, cwd=saved.parent)
+        run_here("-m", "retrieval.submission", saved, "--server_url", server.url, cwd=saved.parent)
     (kept,) = earlier(saved.parent)
     assert (kept / "reply.txt").read_text() == "before"
     assert saved.exists()
 
 
 def test_a_saved_submission_has_no_images_to_start_a_server_with(saved, tmp_path):
-    ended = run("-m", "retrieval.submission", saved, "--server_url", "local", cwd=tmp_path)
+    ended = run_here("-m", "retrieval.submission", saved, "--server_url", "local", cwd=tmp_path)
     assert ended.returncode == 2
     assert "is started by the scripts that have the images" in ended.stderr
