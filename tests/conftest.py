@@ -27,6 +27,11 @@ from retrieval.submission.submission_file import make_submission, write_submissi
 
 ROOT = Path(__file__).parent.parent
 THRESHOLD, THREADS = gc.get_threshold(), torch.get_num_threads()
+if (
+    torch.cuda.is_available()
+):  # else hiding the GPU from the processes that tests start would confuse this one
+    torch.cuda.init()
+    torch.cuda.device_count()
 fast = False  # whether the slow tests are left out
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each script that a test starts compiles all of them anew
 GALLERY = [f"{number:032x}.jpg" for number in range(12)]
