@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from get_images import label_of
-from retrieval.backbones.backbone import PACKAGES
+from retrieval.backbones.backbone import package_versions
 from retrieval.files import write_whole
 from retrieval.html import render
 from retrieval.machine import version_of
@@ -123,8 +123,7 @@ def _left_out(results: Results) -> dict[str, list[str]]:
 def versions() -> dict[str, str]:
     """Return the versions of Python, the system and the packages, and the commit of this code, if known."""
     found = {"python": platform.python_version(), "system": platform.platform(terse=True)}
-    packages = (*PACKAGES, "scikit-learn")  # scikit-learn draws the map
-    found |= {package: version for package in packages if (version := version_of(package))}
+    found |= package_versions() | {"scikit-learn": version_of("scikit-learn")}  # scikit-learn draws the map
     return found | _commit(Path(__file__).parent.parent.parent)
 
 
