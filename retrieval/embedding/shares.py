@@ -1,0 +1,64 @@
+"""Images and a runtime in; the embeddings of this process's slice of them out, with what all have to report.
+
+The cache makes a run resumable: vectors that a killed process had written there are not made again.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from get_images import ImageFile, UnreadableImageError, read_image
+from retrieval.distributed import all_gather, share
+from retrieval.embedding.cache import Cache
+from retrieval.embedding.embed import Notes, embed_with_notes, report_notes
+from retrieval.embedding.runtime import ONNX_BATCH, Runtime
+from retrieval.records import Embeddings, SharedEmbeddings
+
+
+def embed_share(
+    files: list[ImageFile], runtime: Runtime, kind: str, save_crops: Path | None, cache: Cache | None
+) -> SharedEmbeddings:
+    """Embed this process's slice of the files, and report what went wrong in the slices of all.
+
+    Raises as embed, and RunError if another process has ended.
+    """
+    rows = share(len(files))
+    vectors, own_notes = embed_with_notes(files[rows], runtime, kind, save_crops, cache)
+    dimensions, notes = zip(*all_gather((0 if vectors is None else vectors.shape[1], own_notes)), strict=True)
+    notes = sum(notes, Notes())
+    report_notes(notes, len(files), kind)
+    if vectors is None:  # an empty slice, or one without a readable image
+        vectors = np.zeros((len(files[rows]), max(dimensions)), np.float32)
+    faces = runtime.backbone.transform.detects_faces
+    names = [file.name for file in files]
+    return SharedEmbeddings(
+        names=names,
+        own=Embeddings(names[rows], vectors, own_notes.without_face if faces else None),
+        start=rows.start,
+        unreadable=[name for name in names if name in notes.unreadable],
+        without_face=notes.without_face if faces else None,
+    )
+
+
+def share_with_all(shared: SharedEmbeddings) -> Embeddings:
+    """Return the embeddings of the slices of all processes, in every process."""
+    slices = all_gather(shared.own.vectors)
+    return Embeddings(
+        shared.names, slices[0] if len(slices) == 1 else np.concatenate(slices), shared.without_face
+    )
+
+
+def settle_everywhere(runtime: Runtime, files: list[ImageFile]) -> None:
+    """Load the network in every process, also in one whose share is cached, so that all choose one runtime.
+
+    Raises as Runtime.settle, and RunError if another process has ended.
+    """
+    size = runtime.backbone.transform.size
+    pixels = np.zeros((ONNX_BATCH, 3, size, size), np.uint8)
+    for row, file in enumerate(files[:ONNX_BATCH]):
+        with suppress(UnreadableImageError):  # a black image will do: whoever embeds the file reports it
+            pixels[row] = runtime.backbone.transform(read_image(file.path)).pixels
+    runtime.settle(pixels)
