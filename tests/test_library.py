@@ -84,7 +84,7 @@ def test_a_loaded_network_has_no_cache_since_its_weights_may_change(few, tmp_pat
 
 def test_readers_start_from_a_script_without_a_guard(tmp_path):
     """Which they would otherwise run once more, each."""
-    from conftest import face_photograph, photo_of
+    from photographs import face_photograph, photo_of
     from PIL import Image
 
     (tmp_path / "faces").mkdir()

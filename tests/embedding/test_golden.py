@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import face_photograph, photo_of
+from photographs import face_photograph, photo_of
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
