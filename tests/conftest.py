@@ -99,9 +99,9 @@ def backbone():
 
 
 # Files of tests that start a script, train or open a browser; elsewhere a slow test has the mark itself.
-SLOW = ("test_scripts", "test_fine_tuning_scripts", "test_face_scripts", "test_benchmarks",
+SLOW = ("test_scripts", "test_fine_tuning_scripts", "test_face_scripts", "test_benchmarks", "test_readme",
         "test_distributed", "test_training", "test_start", "test_steps", "test_state", "test_checkpoints",
-        "test_joint_batch", "test_report_page", "test_leaderboard_page")  # fmt: skip
+        "test_joint_batch", "test_report_page", "test_leaderboard_page", "test_serve", "test_zoo")  # fmt: skip
 FAST_SECONDS = 10  # of the processor; the first test of a network also imports timm
 
 

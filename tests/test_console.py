@@ -75,6 +75,7 @@ def test_a_reader_that_goes_away_is_no_noise(tmp_path):
     assert "Logging error" not in ended.stderr
 
 
+@pytest.mark.slow
 def test_a_file_name_that_no_console_can_show_stops_nothing(tmp_path):
     (tmp_path / os.fsdecode(b"\xff.txt")).write_text("")
     ended = run(
@@ -84,6 +85,7 @@ def test_a_file_name_that_no_console_can_show_stops_nothing(tmp_path):
     assert "such as \\udcff.txt" in ended.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "name"),
     [

@@ -75,6 +75,7 @@ print("the run goes on")
 """
 
 
+@pytest.mark.slow
 def test_only_the_tracker_that_is_asked_for_is_imported_and_a_full_disk_is_one_warning(tmp_path):
     pytest.importorskip("tensorboard")
     ended = run("-c", LOOK, cwd=tmp_path)
@@ -109,6 +110,7 @@ def test_a_folder_called_wandb_as_wandb_leaves_them_is_not_the_package(tmp_path,
 LOCKED_OUT = [({}, "there is no key"), ({"WANDB_API_KEY": "x"}, "API key"), ({"WANDB_MODE": "no"}, "'no'")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("environment", "why"), LOCKED_OUT)
 def test_a_wandb_that_cannot_log_in_is_a_sentence(environment, why, tiny, tmp_path):
     pytest.importorskip("wandb")
@@ -333,6 +335,7 @@ print("the run goes on")
 """
 
 
+@pytest.mark.slow
 def test_offline_wandb_runs_are_resumed_at_the_next_step_and_one_that_dies_is_one_warning(tmp_path):
     pytest.importorskip("wandb")
     ended = run("-c", RUNS, cwd=tmp_path, WANDB_MODE="offline")
@@ -368,6 +371,7 @@ print("the run goes on")
 """
 
 
+@pytest.mark.slow
 def test_a_wandb_that_nobody_answers_is_one_warning_and_not_waited_for(tmp_path):
     pytest.importorskip("wandb")
     started = time.monotonic()

@@ -151,6 +151,7 @@ def test_a_folder_of_that_name_is_not_the_package(tmp_path, monkeypatch):
         check_search("flat")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("exported")
 def test_a_run_says_what_its_search_found_and_keeps_it(few, tmp_path):
     ended = run("model_not_tuned.py", "--query_dir", few / "query", "--gallery_dir", few / "gallery",

@@ -153,6 +153,7 @@ def test_a_table_of_tokens_that_is_none_says_where(tmp_path, sentence):
     assert sentence in str(refused.value)
 
 
+@pytest.mark.slow
 def test_the_flags_reach_the_rules(folder, tmp_path):
     flat = {part: tmp_path / part for part in ("query", "gallery")}
     lines = ["name,identity"]
