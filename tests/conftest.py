@@ -101,7 +101,8 @@ def backbone():
 # Files of tests that start a script, train or open a browser; elsewhere a slow test has the mark itself.
 SLOW = ("test_scripts", "test_fine_tuning_scripts", "test_face_scripts", "test_benchmarks", "test_readme",
         "test_distributed", "test_training", "test_start", "test_steps", "test_state", "test_checkpoints",
-        "test_joint_batch", "test_report_page", "test_leaderboard_page", "test_serve", "test_zoo")  # fmt: skip
+        "test_joint_batch", "test_report_page", "test_leaderboard_page", "test_serve",
+        "test_zoo")  # fmt: skip
 FAST_SECONDS = 10  # of the processor; the first test of a network also imports timm
 
 
@@ -245,16 +246,6 @@ def answer(status=200, body=b'{"accuracy": 698.0}', kind="application/json", hea
         handler.wfile.write(body)
 
     return behave
-
-
-def lay_in_hub(home, repository, **files):
-    """A repository in huggingface_hub's cache; `files`: a name → the function that writes it."""
-    folder = home / "hub" / f"models--{repository.replace('/', '--')}"
-    (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / "main").write_text("0" * 40)
-    (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
-    for name, write in files.items():
-        write(folder / "snapshots" / ("0" * 40) / name)
 
 
 # ---- fine-tuning

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import timm
-from conftest import ROOT, lay_in_hub
+from conftest import ROOT
+from hub import lay_in_hub
 from huggingface_hub import constants
 from safetensors.torch import save_file
 

@@ -9,7 +9,8 @@ import sys
 import zipfile
 
 import pytest
-from conftest import ROOT, Server, answer, lay_in_hub
+from conftest import ROOT, Server, answer
+from hub import lay_in_hub
 
 from retrieval.datasets.layouts import INTEL
 

@@ -6,8 +6,8 @@ import pytest
 import requests
 import timm
 import torch
-from conftest import lay_in_hub
 from facenet_pytorch import InceptionResnetV1
+from hub import lay_in_hub
 from huggingface_hub import constants
 from photographs import face_photograph, photo_of, seen_of
 from safetensors.torch import save_file

@@ -3,7 +3,8 @@
 import json
 
 import torch
-from conftest import begun, lay_in_hub, settings_of
+from conftest import begun, settings_of
+from hub import lay_in_hub
 
 from retrieval.backbones.fine_tuned import load_fine_tuned, read_fine_tuned
 from supcon import training
