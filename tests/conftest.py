@@ -23,7 +23,7 @@ from get_images import ImageFile
 from retrieval.datasets.layouts import lay_out_sample
 from retrieval.forms import IN_ENVIRONMENT
 from retrieval.records import Ranking
-from retrieval.submission.submission_file import make_submission, write_submission
+from retrieval.submission.submission_file import write_submission
 
 ROOT = Path(__file__).parent.parent
 THRESHOLD, THREADS = gc.get_threshold(), torch.get_num_threads()
@@ -79,11 +79,6 @@ def ranking_of(names, gallery=None):
     k = min(len(best) for best in names.values())
     rows = np.array([[row_of[name] for name in best[:k]] for best in names.values()], dtype=np.int64)
     return Ranking(list(names), gallery, rows, np.tile(1 - np.arange(k) / 10, (len(rows), 1)))
-
-
-def submission_of(names, gallery, group_name):
-    """A submission of just these queries."""
-    return make_submission(ranking_of(names, gallery), group_name)
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from retrieval.errors import InputError
-from retrieval.ranking.exact import NUMPY, cosines_of, merge, place_unreadable, rank
+from retrieval.ranking.exact import merge, place_unreadable, rank
+from retrieval.ranking.libraries import cosines_of
 from retrieval.records import Embeddings, Ranking, chunks, rows_of_chunk, zero_rows
 from retrieval.settings import Search
 
@@ -84,9 +85,8 @@ def _exact_order(
         part = slice(start, start + len(some))
         found, images = places[part] >= 0, readable[places[part]]
         exact = np.full(found.shape, -np.inf)
-        exact[found] = cosines_of(
-            some.astype(np.float64), np.nonzero(found)[0], gallery.vectors, images[found], NUMPY
-        )
+        owners = np.nonzero(found)[0]
+        exact[found] = cosines_of(some.astype(np.float64), owners, gallery.vectors, images[found])
         cosines[part, : exact.shape[1]], rows[part, : exact.shape[1]] = merge(exact, images, k)
     return Ranking(queries.names, gallery.names, rows, cosines)
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from retrieval.errors import InputError
+from retrieval.ranking.libraries import Library, choose_library, cosines_of
 from retrieval.records import UNREADABLE, Embeddings, Ranking, chunks, rows_of_chunk, zero_rows, zero_rows_of
 
 IMAGES = 8192  # gallery images in a chunk; more where k is large
 TILE = 2**21  # float32 products of a query and an image in memory: 8 MiB
-SMALL = 2**36  # multiply-adds, about a second on two cores
 UNIT = 1e-5  # a squared length within this of 1 differs from 1 by float32 rounding only
 
 log = logging.getLogger("retrieval.ranking")
@@ -29,9 +26,8 @@ def rank(queries: Embeddings, gallery: Embeddings, k: int = 10, device: Any = "c
     last, and an unreadable query gets the gallery in its order. Raises InputError where a vector holds NaN or
     infinity, or where queries and gallery differ in dimension.
 
-    torch computes on `device` ("mps" has no float64 and counts as "cpu"). As long as torch is not imported,
-    numpy computes up to SMALL multiply-adds, with the same result bit for bit. This saves the import of
-    torch, 1 to 3 s, in a run that finds all vectors in the cache and otherwise takes 0.7 s.
+    A GPU `device` computes by torch, the CPU by numpy or torch as choose_library says; both find the same
+    rows and cosines on the CPU, bit for bit, and a GPU's cosines differ by 1e-15.
 
     Memory beyond the vectors and the result stays below 256 MiB for any number of images and k < 100 000. The
     gallery may be a numpy.memmap, which is read once.
@@ -47,7 +43,7 @@ def rank(queries: Embeddings, gallery: Embeddings, k: int = 10, device: Any = "c
                          "same network".format(*dimensions))  # fmt: skip
     missing = zero_rows(queries.vectors)
     best.cosines[missing] = np.inf  # so that no image is a candidate
-    with _library(str(device), len(queries.names) * gallery.vectors.size) as library:
+    with choose_library(str(device), len(queries.names) * gallery.vectors.size) as library:
         zeros = _search(queries, gallery, best, library)
     place_unreadable(best, missing, zeros)
     return best
@@ -74,57 +70,29 @@ def merge(cosines: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np
     return np.take_along_axis(cosines, order, 1), np.take_along_axis(rows, order, 1)
 
 
-class _Library(NamedTuple):
-    """What numpy and torch write differently; an array is numpy's, or a tensor on a device."""
+class _Chunk(NamedTuple):
+    """Consecutive vectors of the gallery."""
 
-    put: Callable  # a numpy array → an array
-    host: Callable  # an array → a numpy array
-    maximum: Callable  # (queries, images) → the maximum of each row
-    highest: Callable  # (queries, images), width → the `width` highest values of each row, and their columns
-    piece: int  # float64 products at a time: numpy's fit into a core's cache, torch's occupy all cores
+    start: int  # the gallery's row of the first vector
+    vectors: np.ndarray
+    exact: Any  # the vectors where float64 computes
 
 
-def _highest_by_numpy(products: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    columns = np.argpartition(products, -width)[:, -width:]
-    return np.take_along_axis(products, columns, 1), columns
-
-
-NUMPY = _Library(np.asarray, np.asarray, lambda x: x.max(1), _highest_by_numpy, piece=2**15)
-
-
-@contextmanager
-def _library(device: str, multiply_adds: int) -> Iterator[_Library]:
-    """Choose numpy or torch; torch multiplies float32 as float32 meanwhile, not as TF32."""
-    if device == "cpu" and "torch" not in sys.modules and multiply_adds <= SMALL:
-        yield NUMPY
-        return
-    import torch
-
-    device, precision = "cpu" if device == "mps" else device, torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield _Library(
-            lambda x: torch.from_numpy(x).to(device), lambda x: x.cpu().numpy(), lambda x: x.amax(1),
-            lambda x, width: x.topk(width, sorted=False), piece=2**20,
-        )  # fmt: skip
-    finally:
-        torch.set_float32_matmul_precision(precision)
-
-
-def _search(queries: Embeddings, gallery: Embeddings, best: Ranking, library: _Library) -> np.ndarray:
+def _search(queries: Embeddings, gallery: Embeddings, best: Ranking, library: Library) -> np.ndarray:
     """Update `best` with one chunk of the gallery after another; return the gallery's rows of zeros."""
     images = min(max(IMAGES, 4 * best.rows.shape[1]), rows_of_chunk(gallery.vectors), len(gallery.names))
     zeros = []
     for start, vectors in chunks(gallery.vectors, images):
         zeros.append(start + zero_rows_of(vectors))
-        chunk = library.put(_unit(gallery, start, vectors))
+        vectors = _unit(gallery, start, vectors)
+        chunk, on_device = _Chunk(start, vectors, library.put_exact(vectors)), library.put(vectors)
         for first, some in chunks(queries.vectors, max(1, TILE // images)):
             some = _unit(queries, first, some)
-            products = library.put(some) @ chunk.T  # (queries, images)
+            products = library.put(some) @ on_device.T  # (queries, images)
             products[:, library.put(zeros[-1] - start)] = -np.inf
             part = slice(first, first + len(some))
-            some = library.put(some.astype(np.float64))
-            _update(best.rows[part], best.cosines[part], products, some, chunk, start, library)
+            some = library.put_exact(some.astype(np.float64))
+            _update(best.rows[part], best.cosines[part], products, some, chunk, library)
     return np.concatenate(zeros)
 
 
@@ -142,13 +110,7 @@ def _unit(embeddings: Embeddings, start: int, vectors: np.ndarray) -> np.ndarray
 
 
 def _update(
-    rows: np.ndarray,
-    cosines: np.ndarray,
-    products: Any,
-    queries: Any,
-    chunk: Any,
-    start: int,
-    library: _Library,
+    rows: np.ndarray, cosines: np.ndarray, products: Any, queries: Any, chunk: _Chunk, library: Library
 ) -> None:
     """Merge the nearest images of a chunk into the best `rows` and `cosines` so far, in place.
 
@@ -159,7 +121,7 @@ def _update(
     Where the `width` highest products are all candidates, `width` grows, since there may be more.
     """
     k, images = rows.shape[1], products.shape[1]
-    d = chunk.shape[1] + 4  # a little more, for lengths that are 1 within rounding
+    d = chunk.vectors.shape[1] + 4  # a little more, for lengths that are 1 within rounding
     gamma = d * 2.0**-24 / (1 - d * 2.0**-24)
     floor = cosines[:, -1] - gamma
     asked = np.flatnonzero(library.host(library.maximum(products)) >= floor)
@@ -172,12 +134,12 @@ def _update(
         crowded = near.all(axis=1) & (width < images)
         settled, columns, near = asked[~crowded], columns[~crowded], near[~crowded]
         found = np.full(near.shape, -np.inf)
-        found[near] = cosines_of(queries, settled[np.nonzero(near)[0]], chunk, columns[near], library)
-        both = np.hstack([cosines[settled], found]), np.hstack([rows[settled], start + columns])
+        found[near] = cosines_of(queries, settled[np.nonzero(near)[0]], chunk.exact, columns[near], library)
+        both = np.hstack([cosines[settled], found]), np.hstack([rows[settled], chunk.start + columns])
         cosines[settled], rows[settled] = merge(*both, k)
         asked, width = asked[crowded], min(4 * width, images)
         if 2 * len(asked) > len(rows):  # most likely, images have many copies
-            products[:, library.put(_surplus(library.host(chunk), k))] = -np.inf
+            products[:, library.put(_surplus(chunk.vectors, k))] = -np.inf
 
 
 def _surplus(vectors: np.ndarray, k: int) -> np.ndarray:
@@ -185,24 +147,3 @@ def _surplus(vectors: np.ndarray, k: int) -> np.ndarray:
     as_bytes = vectors.view(np.dtype((np.void, 4 * vectors.shape[1]))).ravel()
     order = np.argsort(as_bytes, kind="stable")
     return order[k:][as_bytes[order[k:]] == as_bytes[order[:-k]]]
-
-
-def cosines_of(
-    queries: Any, owners: np.ndarray, chunk: Any, columns: np.ndarray, library: _Library
-) -> np.ndarray:
-    """Return the cosines of pairs of rows, of float64 `queries` and of a float32 `chunk` of the gallery.
-
-    The products are added up half onto half, so that equal vectors have equal cosines in each library, on
-    each device and in each shard of a gallery.
-    """
-    cosines = np.empty(len(owners))
-    step = max(1, library.piece // chunk.shape[1])
-    for pairs in (slice(i, i + step) for i in range(0, len(owners), step)):
-        products = queries[library.put(owners[pairs])] * chunk[library.put(columns[pairs])]
-        left = products.shape[1]
-        while left > 1:
-            half = left // 2
-            products[:, :half] += products[:, left - half : left]
-            left -= half
-        cosines[pairs] = library.host(products[:, 0])
-    return cosines

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import GALLERY, RANKING, Server, answer, ranking_of, run_here, submission_of
+from conftest import GALLERY, RANKING, Server, answer, ranking_of, run_here
 
 from retrieval.errors import InputError
 from retrieval.records import Ranking
@@ -23,7 +23,7 @@ def test_the_body_is_the_competitions(saved):
 
 
 def test_a_small_gallery_is_warned_of_and_sent(caplog):
-    submission = submission_of({"q.jpg": ["b.jpg", "a.jpg"]}, ["a.jpg", "b.jpg"], "team")
+    submission = make_submission(ranking_of({"q.jpg": ["b.jpg", "a.jpg"]}), "team")
     assert submission["images"] == {"q.jpg": ["b.jpg", "a.jpg"]}
     assert "the gallery has 2 images, so each query gets so many names and not 10" in caplog.text
 
