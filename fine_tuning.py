@@ -14,7 +14,7 @@ from retrieval.console import run_script  # first, since it checks that the pack
 
 # isort: split
 from retrieval.backbones.zoo import ModelType
-from retrieval.distributed import end_with_the_others
+from retrieval.distributed import set_up
 from retrieval.settings import FaceSettings, Folder, NewFolder, PositiveInt
 from retrieval.tracking import check_tracker
 from supcon.settings import LossSettings, OptimizerSettings, TrainingSettings
@@ -36,7 +36,7 @@ class Settings(TrainingSettings, OptimizerSettings, LossSettings, FaceSettings):
 
 def main(settings: Settings) -> None:
     started = time.perf_counter()
-    end_with_the_others()
+    set_up()
     check_tracker(settings.tracker)
     from supcon.batches import find_and_split
     from supcon.checkpoints import open_folder

@@ -27,7 +27,8 @@ from get_images import ImageFile, find_images  # noqa: E402
 from retrieval.metrics import measure  # noqa: E402
 from retrieval.ranking.exact import rank  # noqa: E402
 from retrieval.records import Embeddings  # noqa: E402
-from retrieval.report.results import Results  # noqa: E402
+from retrieval.report.embedding_map import sample_rows  # noqa: E402
+from retrieval.report.results import Results, Sample  # noqa: E402
 from retrieval.report.run_report import write_report  # noqa: E402
 from retrieval.run import Outcome, Run  # noqa: E402
 
@@ -56,10 +57,12 @@ def seconds_to_draw(arguments: argparse.Namespace, folder: Path) -> float:
     gallery, gallery_vectors = repeated(arguments.gallery_dir, arguments.gallery)
     ranking = rank(query_vectors, gallery_vectors, 10)
     metrics = {"backbone": "pixels"} | measure(ranking, query_vectors, gallery_vectors)
+    rows = sample_rows(query_vectors, gallery_vectors)
+    sample = Sample(rows, np.concatenate([query_vectors.vectors, gallery_vectors.vectors])[rows])
     folders = {"query_dir": arguments.query_dir, "gallery_dir": arguments.gallery_dir, "output_dir": folder}
     run, found = (
         Run(Settings(**folders)),
-        Results(queries, gallery, query_vectors, gallery_vectors, ranking, metrics),
+        Results(queries, gallery, query_vectors, gallery_vectors, ranking, metrics, sample=sample),
     )
     start = time.perf_counter()
     write_report(run, found, Outcome("saved", "a benchmark"))

@@ -37,7 +37,7 @@ def ours(form: argparse.Namespace) -> dict[str, float]:
     from supcon.batches import find_and_split
     from supcon.start import load_start
     from supcon.state import begin
-    from supcon.steps import prepared, step
+    from supcon.steps import planned_steps, step
     from supcon.training import _batches
     from supcon.variants import choices_of
 
@@ -50,7 +50,7 @@ def ours(form: argparse.Namespace) -> dict[str, float]:
         split = find_and_split(settings)
         training = begin(settings, choices_of(settings), split, load_start(settings, split.train))
         before = time.perf_counter() - start
-        with closing(prepared(training, _batches(training))) as coming:
+        with closing(planned_steps(training, _batches(training))) as coming:
             for _ in range(WARM_UP):
                 step(training, *next(coming))
             start = time.perf_counter()

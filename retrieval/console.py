@@ -19,7 +19,9 @@ if missing := [name for name in ("numpy", "PIL", "pydantic_settings", "dotenv", 
     hint = "run `make demo` once and `source .venv/bin/activate`, or `pip install -r requirements.txt`"
     raise SystemExit(f"error: No module named {missing[0]!r}: {hint}")
 
-from retrieval.distributed import which_process
+from tqdm import tqdm
+
+from retrieval.distributed import rank
 from retrieval.errors import InputError, OthersEndedError, RunError, StopError, did_you_mean
 from retrieval.forms import Form, FormType, read_form
 
@@ -86,8 +88,13 @@ def _log_to_console() -> None:
     errors.setFormatter(logging.Formatter("%(kind)s: %(message)s"))
     package = logging.getLogger("retrieval")
     # Rank 0 logs for all processes; the others print errors only.
-    package.setLevel(logging.INFO if which_process() == 0 else logging.ERROR)
+    package.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
     package.handlers = [output, errors]
+
+
+def progress_bar(total: int, what: str, **options: Any) -> tqdm:
+    """Return tqdm's bar over so many images; rank 0 alone shows it."""
+    return tqdm(total=total, desc=what, unit="image", disable=rank() != 0, **options)
 
 
 def _stop(error: BaseException | str, status: int) -> None:
@@ -97,8 +104,7 @@ def _stop(error: BaseException | str, status: int) -> None:
     by_torchrun = "LOCAL_RANK" in os.environ
     if by_torchrun:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it now; the sentence comes first
-    number = which_process()
-    print(f"process {number + 1}: error: {error}" if number else f"error: {error}", file=sys.stderr)
+    print(f"process {rank() + 1}: error: {error}" if rank() else f"error: {error}", file=sys.stderr)
     if by_torchrun:
         time.sleep(1)  # time for the other processes to print their own sentences
     raise SystemExit(status)

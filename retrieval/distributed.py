@@ -1,6 +1,8 @@
-"""torchrun's environment in; which process of how many this is, and what all of them wait for, out.
+"""The environment that torchrun sets in; this process's rank, its share of the work, and collectives, out.
 
-torchrun --nproc_per_node 2 model_not_tuned.py ...      # or accelerate launch; more machines likewise
+    torchrun --nproc_per_node 2 model_not_tuned.py ...      # or accelerate launch; several machines likewise
+
+A process that was started alone is rank 0 of 1, and every function works there without torch.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import functools
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -19,111 +21,142 @@ from retrieval.errors import InputError, OthersEndedError, RunError
 from retrieval.machine import cores
 
 NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
-LONGEST_WAIT = timedelta(days=7)  # for a slower process: one that has ended is noticed at once
+TIMEOUT = timedelta(days=7)  # for a slower process: gloo notices a process that has ended at once
 ENDED = (
     "another process of this run has ended or cannot be reached; unless it was killed, it says why itself. "
     "Start the same command again: it goes on from what is on the disk"
 )
 
 
-def number() -> int:
-    """Which process of the run this is, from 0; 0 where it is the only one."""
-    return which_process()
+# ---- this process among the others ----------------------------------------------------------------
 
 
-def count() -> int:
-    """How many processes the run has, on all machines together."""
+def world_size() -> int:
+    """Return how many processes the run has, on all machines together."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def several() -> bool:
-    """Whether the run has more than one process."""
-    return count() > 1
+    """Return whether the run has more than one process."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
-def is_first() -> bool:
-    """Whether this is the process that ranks, sends, and writes the files of the run."""
-    return number() == 0
+def rank() -> int:
+    """Return the number of this process, from 0; a single process is 0, whatever RANK says."""
+    told = os.environ.get("RANK", "")
+    return int(told) if several() and told.isdecimal() else 0
 
 
-def take_a_share() -> None:
-    """Let each process of a machine work on its share of the cores, and a GPU of its own if there is one."""
-    if not several():
-        return
-    import torch
+def rank_zero_only(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorate a function that writes, sends or draws: other ranks skip it and get None."""
 
-    torch.set_num_threads(cores())  # torchrun says one
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    @functools.wraps(function)
+    def _on_rank_zero(*arguments: Any, **named: Any) -> Any:
+        return function(*arguments, **named) if rank() == 0 else None
 
-
-def wait() -> None:
-    """Wait until every process of the run is here. Raises RunError where one has ended."""
-    if several():
-        with a_sentence():
-            _group().barrier()
+    return _on_rank_zero
 
 
-def all_say(yes: bool) -> bool:
-    """Whether every process says yes. Raises RunError where one has ended."""
-    if not several():
-        return yes
-    import torch
+def shard(count: int) -> slice:
+    """Return this process's shard of `count` rows: shards are contiguous and differ by one row at most.
 
-    said = torch.tensor([int(yes)])
-    with a_sentence():
-        _group().all_reduce(said, op=_group().ReduceOp.MIN)
-    return bool(said)
-
-
-@contextmanager
-def a_sentence() -> Iterator[None]:
-    """Around what waits for the other processes: one that has ended is a RunError."""
-    try:
-        yield
-    except RuntimeError as error:  # of torch.distributed, whose errors have no other class in common
-        if isinstance(error, RunError):
-            raise
-        reason = str(error).partition("\n")[0]
-        raise RunError(f"{ENDED} ({reason})") from error
-
-
-@functools.cache
-def _group() -> Any:
-    """torch.distributed, in which the processes have met, on the CPU."""
-    from torch import distributed
-
-    if not distributed.is_initialized():
-        with a_sentence():
-            distributed.init_process_group("gloo", timeout=LONGEST_WAIT)
-        atexit.register(distributed.destroy_process_group)
-    return distributed
-
-
-def end_with_the_others() -> None:
-    """From here on, what torchrun sends when another process has ended ends this one with a sentence.
-
-    Raises InputError where the environment says that there are several processes, but not how they meet.
+    >>> shard(8)
+    slice(0, 8, None)
     """
-    told = os.environ.get("WORLD_SIZE", "1")
-    if told == "1":
+    size, larger = divmod(count, world_size())
+    start = rank() * size + min(rank(), larger)
+    return slice(start, start + size + (rank() < larger))
+
+
+# ---- set up ---------------------------------------------------------------------------------------
+
+
+def set_up() -> None:
+    """Check torchrun's environment, and end this process with a sentence if another one of the run ends.
+
+    Raises InputError if the environment announces several processes, but not how they meet.
+    """
+    if not several():
         return
-    unclear = [word for word in NUMBERS if not os.environ.get(word, "").isdecimal()]
+    unclear = [name for name in NUMBERS if not os.environ.get(name, "").isdecimal()]
     unclear += [] if os.environ.get("MASTER_ADDR") else ["MASTER_ADDR"]
     if unclear:
         raise InputError(
-            f"WORLD_SIZE is {told}, as of several processes, but {', '.join(unclear)} is not set as torchrun "
-            "sets it: start the script with torchrun, or unset WORLD_SIZE"
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, as of several processes, but {', '.join(unclear)} is "
+            "not set as torchrun sets it: start the script with torchrun, or unset WORLD_SIZE"
         )
 
     def _end(*_: Any) -> None:
         raise OthersEndedError(ENDED)
 
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _end)
+        signal.signal(signal.SIGTERM, _end)  # which torchrun sends when another process has ended
 
 
-def which_process() -> int:
-    """Of several that torchrun has started, from 0; 0 where it is the only one, whatever RANK says."""
-    several, rank = os.environ.get("WORLD_SIZE", "1") != "1", os.environ.get("RANK", "")
-    return int(rank) if several and rank.isdecimal() else 0
+def claim_devices() -> None:
+    """Limit this process to its share of the machine's cores, and choose its GPU if there is one."""
+    if not several():
+        return
+    import torch
+
+    torch.set_num_threads(cores())  # torchrun sets OMP_NUM_THREADS=1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+
+
+# ---- collectives: every process calls them, in the same order -------------------------------------
+
+
+def all_gather(value: Any) -> list[Any]:
+    """Return the values of all processes, by rank. Raises RunError if a process has ended."""
+    if not several():
+        return [value]
+    values = [None] * world_size()
+    with explain_lost_process():
+        process_group().all_gather_object(values, value)
+    return values
+
+
+def gather(value: Any) -> list[Any] | None:
+    """Return the values of all processes, by rank, on rank 0; None elsewhere. Raises as all_gather."""
+    if not several():
+        return [value]
+    values = [None] * world_size() if rank() == 0 else None
+    with explain_lost_process():
+        process_group().gather_object(value, values)
+    return values
+
+
+def from_rank_0(value: Any) -> Any:
+    """Return rank 0's value in every process. Raises as all_gather."""
+    return all_gather(value)[0]
+
+
+def all_agree(yes: bool) -> bool:
+    """Return whether every process says yes. Raises as all_gather."""
+    return all(all_gather(yes))
+
+
+def wait_for_all() -> None:
+    """Wait until every process has come here. Raises as all_gather."""
+    all_gather(None)
+
+
+@contextmanager
+def explain_lost_process() -> Iterator[None]:
+    """Turn the error of a collective, whose other process has ended, into a RunError."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.distributed's errors have no narrower class in common
+        raise RunError(f"{ENDED} ({str(error).partition(chr(10))[0]})") from error
+
+
+@functools.cache
+def process_group() -> Any:
+    """Return torch.distributed with all processes connected, by gloo on the CPU."""
+    from torch import distributed
+
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo", timeout=TIMEOUT)
+        atexit.register(distributed.destroy_process_group)
+    return distributed

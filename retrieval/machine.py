@@ -19,25 +19,24 @@ from retrieval.errors import InputError, RunError
 
 log = logging.getLogger("retrieval.machine")
 
-SHARE = 0.25  # of the memory, for one array: queries and gallery have one each, and others need some too
-ELSEWHERE = 2**32  # bytes, where the system does not say how much memory it has
+# ---- memory ---------------------------------------------------------------------------------------
 
-
+SHARE = 0.25  # of the memory, for one array: queries and gallery have one each, and other parts need some
+UNKNOWN_MEMORY = 2**32  # bytes, assumed where the system does not tell
+MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes or "max"
 ON_DISK = "/var/tmp"  # on Unix: Filesystem Hierarchy Standard 3.0, 5.15
-LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes or "max"
 
 
-def zeros(shape: tuple[int, ...], dtype: type, what: str, makers: int = 1) -> np.ndarray:
-    """An array of zeros, of `what`: in memory, or in a file that goes with the program.
+def zeros(shape: tuple[int, ...], dtype: type, what: str, processes: int = 1) -> np.ndarray:
+    """Return an array of zeros, in memory or, if it is too large, in a temporary file (numpy.memmap).
 
-    So many processes of this machine make one like it.
-
-    Raises RunError where there is no room for that file.
+    `what` names the content for the log; so many processes of this machine make an array like it. Raises
+    RunError if the disk has no room for the file.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
-    if size <= SHARE * memory() / makers:
+    if size <= SHARE * memory() / processes:
         return np.zeros(shape, dtype)
-    folder = _folder()
+    folder = _folder_on_disk()
     free = shutil.disk_usage(folder).free
     if size > free:
         raise RunError(
@@ -49,69 +48,74 @@ def zeros(shape: tuple[int, ...], dtype: type, what: str, makers: int = 1) -> np
         return np.memmap(file, dtype=dtype, mode="w+", shape=shape)
 
 
-def _folder() -> str:
-    """Where large files go that nobody is to keep: /tmp may itself lie in memory, and /var/tmp does not."""
+def _folder_on_disk() -> str:
+    """Return the folder for large temporary files: /tmp may itself lie in memory, /var/tmp does not."""
     if not {"TMPDIR", "TEMP", "TMP"} & os.environ.keys() and os.access(ON_DISK, os.W_OK | os.X_OK):
         return ON_DISK
     return tempfile.gettempdir()
 
 
 def memory() -> int:
-    """The bytes of memory that this machine, or the container in it, has."""
+    """Return the bytes of memory of this machine, or of the container in it."""
     if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
-        return ELSEWHERE
-    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = LIMIT.read_text().strip() if LIMIT.is_file() else "max"
-    return min(there, int(limit)) if limit.isdigit() else there
+        return UNKNOWN_MEMORY
+    installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = MEMORY_LIMIT.read_text().strip() if MEMORY_LIMIT.is_file() else "max"
+    return min(installed, int(limit)) if limit.isdigit() else installed
 
 
-QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds in each so many; or "max"
+def keep_freed_memory(most: int = 2**30) -> None:
+    """Let glibc reuse the memory of one layer for the next instead of returning it to the system: about ×2.
+
+    Otherwise half of the time goes into page faults. Blocks of more than `most` bytes are returned. The
+    options and their numbers: man 3 mallopt.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "mallopt"):  # musl has none
+        return
+    # M_MMAP_THRESHOLD: only larger blocks come straight from the system; older releases accept 32 MiB.
+    if libc.mallopt(-3, most) or libc.mallopt(-3, 2**25):
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep freed memory
 
 
-def on_this_machine() -> int:
-    """How many processes the run has on this machine."""
+def out_of_memory(error: RuntimeError) -> bool:
+    """Return whether a device ran out of memory: CUDA, MPS and the CPU raise different errors."""
+    signs = ("out of memory", "can't allocate memory", "not enough memory")
+    return any(sign in str(error) for sign in signs)
+
+
+# ---- cores ----------------------------------------------------------------------------------------
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: "max", or microseconds per period
+
+
+def local_world_size() -> int:
+    """Return how many processes of the run this machine has."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if several else 1
 
 
 def cores() -> int:
-    """The processor cores for this process: its share of those that the machine gives the run."""
-    given = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, _, period = (QUOTA.read_text() if QUOTA.is_file() else "max").partition(" ")
+    """Return the number of processor cores for this process: its share of the run's cores."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = (CPU_QUOTA.read_text() if CPU_QUOTA.is_file() else "max").partition(" ")
     if quota.isdecimal():
-        given = min(given, round(int(quota) / int(period)))
-    return max(1, given // on_this_machine())
+        usable = min(usable, round(int(quota) / int(period)))
+    return max(1, usable // local_world_size())
 
 
-def keep_freed_memory(most: int = 2**30) -> None:
-    """Let glibc keep the memory of one layer for the next instead of returning it to the system: about ×2.
-
-    Without it half of the time goes into page faults. What takes more than `most` bytes is returned. Options
-    and their numbers: man 3 mallopt.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(libc, "mallopt"):  # musl has none
-        return
-    # M_MMAP_THRESHOLD: only what is larger comes straight from the system; older releases take 32 MiB.
-    if libc.mallopt(-3, most) or libc.mallopt(-3, 2**25):
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep what is freed
+# ---- packages -------------------------------------------------------------------------------------
 
 
 def require(package: str, module: str) -> None:
-    """Raise InputError, with the line that installs it, unless `package` is here to import `module` from."""
+    """Raise InputError, with the command that installs it, unless `package` is installed."""
     if find_spec(module) is None:
         raise InputError(f"the package {package} is not installed: run `pip install {package}`")
 
 
 def version_of(package: str) -> str:
-    """Of an installed package; nothing where it is not there."""
+    """Return the version of an installed package, "" if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
         return ""
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device had no room: torch.OutOfMemoryError on CUDA, a RuntimeError on MPS and the CPU."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return any(part in str(error) for part in words)

@@ -1,6 +1,9 @@
-"""A run and its backbone in; the steps from two folders to a score, which the scripts share, out.
+"""The steps of a run, in the order in which they happen; read this first.
 
-Each ends with a line that says what was done and how long it took.
+    find → embed_both → rank_both → save → send → show
+
+Each step takes what it needs, returns what it made, and logs a line with the seconds it took. If torchrun
+started several processes, each embeds and ranks its shard of the gallery, and rank 0 does the rest.
 """
 
 from __future__ import annotations
@@ -10,18 +13,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+import numpy as np
+
 from get_images import ImageFile, find_query_and_gallery
 from retrieval.backbones.backbone import LazyBackbone
-from retrieval.distributed import end_with_the_others, is_first, several, take_a_share
+from retrieval.distributed import claim_devices, gather, rank_zero_only, set_up, several
 from retrieval.embedding.cache import Cache
-from retrieval.embedding.embed import embed
 from retrieval.embedding.runtime import choose_runtime
-from retrieval.embedding.shards import are_left, embed_together, remove_shards, settle_together
+from retrieval.embedding.shards import embed_shard, gather_shards, settle_everywhere
 from retrieval.machine import cores
 from retrieval.metrics import measure, require_labels
 from retrieval.ranking.approximate import check_search, rank_by
-from retrieval.records import Embeddings, Ranking
-from retrieval.report.results import Results
+from retrieval.ranking.shards import merge_shards
+from retrieval.records import Embeddings, Ranking, ShardedEmbeddings
+from retrieval.report.embedding_map import sample_rows
+from retrieval.report.results import Results, Sample
 from retrieval.report.run_report import write_report
 from retrieval.run import SUBMISSION, Outcome, Run, stop_if_failed
 from retrieval.server.answer_key import key_of_folders
@@ -36,23 +42,31 @@ log = logging.getLogger("retrieval.pipeline")
 
 
 class Images(NamedTuple):
-    """The two folders."""
+    """The images of both folders."""
 
     queries: list[ImageFile]
     gallery: list[ImageFile]
 
 
 class Vectors(NamedTuple):
-    """Their embeddings."""
+    """The embeddings of both folders."""
 
-    queries: Embeddings
-    gallery: Embeddings
+    queries: Embeddings  # all of them, in every process
+    gallery: ShardedEmbeddings  # a shard in each process
+    sample: Sample | None  # on rank 0, for the report's map
+
+
+class Ranked(NamedTuple):
+    """The ranking, and what the search reports of itself."""
+
+    ranking: Ranking
+    search: dict[str, float]  # empty if it is exact
 
 
 def find(run: Run) -> Images:
-    """The images of both folders. Raises InputError if they, or the output folder, cannot serve."""
+    """Find the images of both folders. Raises InputError if the folders or a setting cannot be used."""
     settings = run.settings
-    end_with_the_others()
+    set_up()
     check_tracker(settings.tracker)
     check_search(settings.search)
     images = Images(*find_query_and_gallery(settings.query_dir, settings.gallery_dir))
@@ -60,97 +74,101 @@ def find(run: Run) -> Images:
         require_labels(*images)
     elif settings.server_url == LOCAL:
         require_labels(*images, "--server_url local", "the URL of a server")
-    if is_first():
-        run.check_output_dir(*images)
+    run.check_output_dir(*images)
     run.done("find", f"found {len(images.queries)} query and {len(images.gallery)} gallery images")
     return images
 
 
 def embed_both(run: Run, images: Images, backbone: LazyBackbone) -> Vectors:
-    """The unit vectors of both. Of several processes the first gets them, and the others end here.
+    """Embed the queries and the gallery, or take their vectors from the cache.
 
-    What a run of several has left in this output folder is gone on from, also by one. Raises as embed and
-    embed_together, and InputError where ONNX Runtime is asked for and cannot be had.
+    Raises as embed_shard, and InputError if ONNX Runtime is asked for and cannot be used.
     """
     settings = run.settings
     count = len(images.queries) + len(images.gallery)
     cache = None if settings.no_cache else Cache(settings.cache_dir, settings.verify_cache)
     runtime = choose_runtime(backbone, settings.engine, count, settings.batch_size, settings.cache_dir)
-    sides = {"gallery images": images.gallery, "queries": images.queries}
-    together = several() or any(are_left(run, files, runtime, kind) for kind, files in sides.items())
-    if together:
-        take_a_share()
-        settle_together(runtime, images.queries)
-
-    def _vectors_of(kind: str) -> Embeddings:
-        if together:
-            return embed_together(run, sides[kind], runtime, kind, cache)
-        return embed(sides[kind], runtime, kind, settings.save_crops, cache)
-
-    # First the larger part: processes that look for faces have the more to do while the network loads.
-    gallery, queries = _vectors_of("gallery images"), _vectors_of("queries")
-    if not is_first():
-        raise SystemExit(0)
-    run.inside = runtime.seconds | {"cores": cores()}
+    claim_devices()
+    if several():
+        settle_everywhere(runtime, images.queries)
+    # The larger part first: face detectors run in their own processes while the network loads.
+    gallery = embed_shard(images.gallery, runtime, "gallery images", settings.save_crops, cache)
+    queries = gather_shards(embed_shard(images.queries, runtime, "queries", settings.save_crops, cache))
+    sample = None if settings.no_report else _sample(queries, gallery)
     dimension = queries.vectors.shape[1]
     run.done(
         "embed",
         f"embedded {count} images as {dimension}-d unit vectors ({runtime.description}, {backbone.device})",
+        runtime.seconds | {"cores": cores()},
     )
-    return Vectors(queries, gallery)
+    return Vectors(queries, gallery, sample)
 
 
-def rank_both(run: Run, vectors: Vectors, backbone: LazyBackbone) -> Ranking:
-    """Rank the gallery for each query on the backbone's device, as many images as are looked at."""
-    keep = max(run.settings.top_k, NAMES_PER_QUERY)
-    ranking, run.search = rank_by(run.settings.search, *vectors, keep, backbone.device)
-    queries, gallery = len(ranking.queries), len(ranking.gallery)
-    run.done("rank", f"ranked {gallery} gallery images for each of {queries} queries")
-    return ranking
+def _sample(queries: Embeddings, gallery: ShardedEmbeddings) -> Sample | None:
+    """Gather on rank 0 the vectors that the report draws."""
+    rows = sample_rows(queries, gallery)
+    of_queries = rows[rows < len(queries.names)]
+    own = rows[len(of_queries) :] - len(queries.names) - gallery.start
+    own = own[(own >= 0) & (own < len(gallery.own.names))]
+    shards = gather(gallery.own.vectors[own])
+    return shards and Sample(rows, np.concatenate([queries.vectors[of_queries], *shards]))
 
 
-def save(run: Run, images: Images, vectors: Vectors, ranking: Ranking, backbone: LazyBackbone) -> Results:
-    """Write submission.json and all else but the outcome; what was found, with its figures."""
+def rank_both(run: Run, vectors: Vectors, backbone: LazyBackbone) -> Ranked | None:
+    """Rank the gallery for each query, on the backbone's device; None on other ranks than 0."""
+    k = max(run.settings.top_k, NAMES_PER_QUERY)
+    queries, gallery, _ = vectors
+    own = rank_by(run.settings.search, queries, gallery.own, k, backbone.device)
+    merged = merge_shards(*own, gallery, k)
+    run.done("rank", f"ranked {len(gallery.names)} gallery images for each of {len(queries.names)} queries")
+    return merged and Ranked(*merged)
+
+
+@rank_zero_only
+def save(run: Run, images: Images, vectors: Vectors, ranked: Ranked, backbone: LazyBackbone) -> Results:
+    """Write submission.json and everything that can be known before it is sent; return what was found."""
+    ranking, (queries, gallery, sample) = ranked.ranking, vectors
     metrics = {"backbone": backbone.model_name, "tuned": backbone.trained is not None}
-    metrics |= {"names": run.write_names(vectors.queries.names, vectors.gallery.names)}
-    metrics |= measure(ranking, *vectors, run.settings.top_k) | run.search
+    metrics |= {"names": run.write_names(queries.names, gallery.names)}
+    metrics |= measure(ranking, queries, gallery, run.settings.top_k) | ranked.search
     path = write_submission(ranking, run.settings.group_name, run.folder)
     run.write_metrics(metrics)
-    run.write_without_face(*vectors)
-    remove_shards(run)
+    run.write_without_face(queries, gallery)
     run.done("save", f"saved {path}, and metrics.json beside it,")
-    return Results(*images, *vectors, ranking, metrics, backbone.trained)
+    return Results(*images, queries, gallery, ranking, metrics, backbone.trained, sample)
 
 
-def send(run: Run, found: Results) -> Outcome:
-    """Send what was saved, unless nothing is to be sent; say what became of it, and keep that."""
+@rank_zero_only
+def send(run: Run, results: Results) -> Outcome:
+    """Send the saved submission, unless nothing is to be sent; log and record its outcome."""
     settings = run.settings
     path, token = run.folder / SUBMISSION, settings.group_token.get_secret_value()
     if settings.custom_dataset:
         outcome = NOT_SENT
     elif settings.server_url == LOCAL:
         with TemporaryDirectory() as folder:
-            key = key_of_folders(found.queries, found.gallery)
+            key = key_of_folders(results.queries, results.gallery)
             with local_server(key, Path(folder) / "competition.sqlite") as url:
                 outcome = send_submission(path, url, token)
     else:
         outcome = send_submission(path, settings.server_url, token)
     run.done("send")
-    hits = {"first": found.first} if found.labelled else {}
-    run.conclude(found.metrics, outcome, **hits)
+    hits = {"first": results.first} if results.labelled else {}
+    run.conclude(results.metrics, outcome, **hits)
     return outcome
 
 
-def show(run: Run, found: Results, outcome: Outcome) -> None:
-    """Draw the page and its pictures, unless they are not wanted, tell a tracker, and end as the run went."""
+@rank_zero_only
+def show(run: Run, results: Results, outcome: Outcome) -> None:
+    """Draw the report, unless it is not wanted, tell the tracker, and end with the outcome's status."""
     if not run.settings.no_report and outcome.word != "interrupted":
         try:
-            run.done("report", f"drew {write_report(run, found, outcome)}")
-            run.write_metrics(found.metrics)
+            run.done("report", f"drew {write_report(run, results, outcome)}")
+            run.write_metrics(results.metrics)
         except OSError as error:  # a disk that is full now costs the pictures only
             log.warning("the page could not be drawn: %s", error)
     log.info("%s", run.where_the_seconds_went())
     seconds = run.rounded_seconds()
-    track_run(run.settings.tracker, run.folder, found.metrics["backbone"], run.settings,
-              found.metrics | {"seconds": seconds})  # fmt: skip
+    track_run(run.settings.tracker, run.folder, results.metrics["backbone"], run.settings,
+              results.metrics | {"seconds": seconds})  # fmt: skip
     stop_if_failed(outcome)

@@ -31,6 +31,20 @@ class Embeddings:
 
 
 @dataclass(frozen=True)
+class ShardedEmbeddings:
+    """Embeddings of which each process of a run holds a shard: `own` starts at row `start` of `names`.
+
+    `unreadable` and `without_face` are names in the shards of all processes, as Embeddings has them.
+    """
+
+    names: list[str]
+    own: Embeddings
+    start: int
+    unreadable: list[str]
+    without_face: list[str] | None
+
+
+@dataclass(frozen=True)
 class Ranking:
     """The k nearest gallery images of each query, best first.
 

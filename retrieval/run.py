@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from get_images import ImageFile
 from retrieval.console import program
+from retrieval.distributed import rank_zero_only
 from retrieval.errors import InputError, RunError, StopError
 from retrieval.files import LOCK, as_json, lock, write_through, write_whole
 from retrieval.records import Embeddings
@@ -56,8 +57,6 @@ class Run:
     settings: Form
     seconds: dict[str, float] = field(default_factory=dict)
     inside: dict[str, float] = field(default_factory=dict)  # seconds of the runtime, and its cores
-    search: dict[str, float] = field(default_factory=dict)  # the recall of the search, unless it is exact
-    parts: list[Path] = field(default_factory=list)  # the files of shards/ that hold its vectors
     started: float = field(default_factory=time.perf_counter)
     held: ExitStack = field(default_factory=ExitStack, init=False)
 
@@ -71,6 +70,7 @@ class Run:
     def folder(self) -> Path:
         return self.settings.output_dir
 
+    @rank_zero_only
     def check_output_dir(self, queries: list[ImageFile], gallery: list[ImageFile]) -> None:
         """Create the output folders, and write as many bytes into them as a submission of these images takes.
 
@@ -103,8 +103,9 @@ class Run:
                 _try_to_write(folder, needed, flag)
         self.held.enter_context(lock(self.folder, "output_dir"))
 
-    def done(self, step: str, what: str = "") -> None:
-        """End a step: record the seconds since the step before, and log `what` was done."""
+    def done(self, step: str, what: str = "", inside: dict[str, float] | None = None) -> None:
+        """End a step: record its seconds, and those `inside` it, and log `what` was done."""
+        self.inside |= inside or {}
         self.seconds[step] = time.perf_counter() - self.started - sum(self.seconds.values())
         if what:
             log.info("%s in %.1f s", what, self.seconds[step])

@@ -191,8 +191,7 @@ class RetrievalSettings(Form):
     no_cache: bool = False
     """compute every embedding and face crop again, and cache none
 
-    Exported networks are still cached, and so are the finished shards of an interrupted multi-process run in
-    the output folder.
+    Exported networks are still cached. An interrupted run starts anew.
     """
     verify_cache: bool = False
     """read every image, even if its size and time have not changed"""

@@ -1,4 +1,4 @@
-"""A labelled folder in; squares of its images in memory, and the batches that an epoch is made of, out."""
+"""A labelled folder in; its images in memory, as a network sees them, and the batches of an epoch out."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from get_images import HIDDEN, ImageFile, find_images, label_of
-from retrieval.distributed import count, is_first
+from retrieval.console import progress_bar
+from retrieval.distributed import world_size
 from retrieval.embedding.loader import read_batches
 from retrieval.errors import InputError
-from retrieval.machine import on_this_machine, zeros
+from retrieval.machine import local_world_size, zeros
 from retrieval.settings import Form
 from supcon.variants import VARIANTS
 
@@ -31,19 +31,19 @@ if TYPE_CHECKING:
 ENOUGH_IDENTITIES = 20
 ENOUGH_IMAGES = 50
 MOST_FOR_VALIDATION = 2000  # images: a standard error of half a point at 95 %
-WHAT_IS_NEW = {
+VALIDATION_KINDS = {
     "identity": "all of other classes",
     "image": "other images of the same classes",
     "view": "each to be found from a view of it",
 }
 
-Classes = dict[str | None, list[ImageFile]]  # the images of each
+ImagesByLabel = dict[str | None, list[ImageFile]]
 
 log = logging.getLogger("retrieval.batches")
 
 
 @dataclass(frozen=True)
-class Squares:
+class LoadedImages:
     """Images as a network sees them: row i of `pixels`, uint8 (images, 3, side, side), is names[i]."""
 
     names: list[str]
@@ -51,63 +51,63 @@ class Squares:
 
     @cached_property
     def classes(self) -> list[str]:
-        """The labels, each once, sorted."""
+        """The different labels, sorted."""
         return sorted({label_of(name) or "" for name in self.names})
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """(images,) the row of each image's label in `classes`."""
+        """The class of each image (images,), as a row of `classes`."""
         rows = {label: row for row, label in enumerate(self.classes)}
         return np.array([rows[label_of(name) or ""] for name in self.names])
 
 
 @dataclass(frozen=True)
 class Split:
-    """The images to learn from, and those to validate on."""
+    """The images to train on and those to validate on."""
 
     train: list[ImageFile]
     validation: list[ImageFile]
-    by: str  # identity (of classes that are not learned), image (of classes that are), view (of other images)
+    by: str  # a row of VALIDATION_KINDS
 
 
 # ---- find and split -------------------------------------------------------------------------------
 
 
 def find_and_split(settings: Form) -> Split:
-    """The images of the training folder, a part of them set aside for validation.
+    """Find the images of the training folder, and set some of them aside for validation.
 
-    Raises InputError for a folder that the loss cannot learn from, or a batch too small for all processes.
+    Raises InputError if the loss cannot learn from the folder, or a batch is too small for all processes.
     """
     labelled = VARIANTS[settings.loss].labels
     files = find_labelled(settings.train_dir) if labelled else find_images(settings.train_dir)
-    found = split(files, settings.val_share, settings.seed, labelled)
+    chosen = split(files, settings.val_share, settings.seed, labelled)
     classes = len({label_of(file.name) for file in files})
     of = f" of {classes} classes" if labelled else ""
-    if labelled and found.by == "view":
+    if labelled and chosen.by == "view":
         log.warning("there are not two classes with three images, nor twenty with two: there is little to "
                     "learn from, and validation looks for an image from a view of it")  # fmt: skip
     log.info("found %d images%s: %d to learn from, %d to validate on (%s)", len(files), of,
-             len(found.train), len(found.validation), WHAT_IS_NEW[found.by])  # fmt: skip
-    if len(found.train) < 2 or not found.validation:
+             len(chosen.train), len(chosen.validation), VALIDATION_KINDS[chosen.by])  # fmt: skip
+    if len(chosen.train) < 2 or not chosen.validation:
         raise InputError(
             f"{settings.train_dir} holds {len(files)} images: too few to learn from and to validate"
         )
-    check_shares(settings.batch_size, len(found.train))
-    return found
+    check_shares(settings.batch_size, len(chosen.train))
+    return chosen
 
 
 def check_shares(batch_size: int, images: int) -> None:
-    """Raise InputError where a batch of so many images has no share for each process of the run."""
-    least = min(batch_size, images)
-    if least < count():
+    """Raise InputError if a batch has fewer images than the run has processes."""
+    size = min(batch_size, images)
+    if size < world_size():
         raise InputError(
-            f"a batch of {least} images has no share for each of {count()} processes: give a larger "
+            f"a batch of {size} images has no share for each of {world_size()} processes: give a larger "
             "--batch_size, more images, or torchrun a smaller --nproc_per_node"
         )
 
 
 def find_labelled(folder: Path) -> list[ImageFile]:
-    """The images of a folder with a folder a class. Raises InputError where it is laid out otherwise."""
+    """Find the images of a folder that has one folder per class. Raises InputError for any other layout."""
     files = find_images(folder)
     bare = [file.path for file in files if label_of(file.name) is None]
     if bare:
@@ -137,28 +137,30 @@ def find_labelled(folder: Path) -> list[ImageFile]:
 
 
 def split(files: list[ImageFile], share: float, seed: int, labelled: bool = True) -> Split:
-    """Set a seeded share of the images aside for validation.
+    """Set a seeded share of the images aside for validation, about MOST_FOR_VALIDATION at most.
 
-    Of 20 classes or more that have several images, a share of these classes, so that validation is of people
-    never seen: more than the share, up to half, where it would be of fewer than 50 images. Else a share of
-    each class with three images or more, if there are two such. Else, or without labels, a share of the
-    images, each to be found from a view of it. About MOST_FOR_VALIDATION at most: of a class that is set
-    aside, what is beyond its part is not used at all. Two classes at least are left to learn from.
+    by identity     if 20 classes or more have several images: a share of these classes, so that validation
+                    sees new people; more than the share, up to half, if it has fewer than 50 images else.
+    by image        if two classes or more have three images: a share of each of these classes.
+    by view         otherwise, or without labels: a share of the images, each to be found from a view of it.
+
+    Images of a held-out class beyond its part of MOST_FOR_VALIDATION are not used at all. At least two
+    classes are left to train on.
     """
     random = np.random.default_rng(seed)
-    of_class: Classes = {}
+    by_label: ImagesByLabel = {}
     for file in files:
-        of_class.setdefault(label_of(file.name) if labelled else file.name, []).append(file)
-    for members in of_class.values():
+        by_label.setdefault(label_of(file.name) if labelled else file.name, []).append(file)
+    for members in by_label.values():
         members[:] = [members[row] for row in random.permutation(len(members))]
-    several = [label for label, members in of_class.items() if len(members) > 1]
-    rich = [label for label, members in of_class.items() if len(members) > 2]
+    several = [label for label, members in by_label.items() if len(members) > 1]
+    rich = [label for label, members in by_label.items() if len(members) > 2]
     if len(several) >= ENOUGH_IDENTITIES:
         order = [several[row] for row in random.permutation(len(several))]
-        chosen, unused = _of_whole_classes(of_class, order, share)
+        chosen, unused = _take_whole_classes(by_label, order, share)
         by = "identity"
     elif len(rich) > 1:
-        chosen, unused, by = _of_each_class(of_class, rich, share), [], "image"
+        chosen, unused, by = _take_of_each_class(by_label, rich, share), [], "image"
     else:
         count = min(max(1, round(share * len(files))), MOST_FOR_VALIDATION, len(files) - 2)
         order = random.permutation(len(files))
@@ -168,45 +170,45 @@ def split(files: list[ImageFile], share: float, seed: int, labelled: bool = True
     return Split(train, [file for file in files if file in validation], by)
 
 
-def _of_whole_classes(of_class: Classes, order: list[str | None], share: float) -> tuple[list, list]:
-    """Images of the first classes of `order`, a share of them, and the images of these that are too many."""
-    count = min(max(2, round(share * len(order))), len(of_class) - 2)
-    while count < len(order) // 2 and sum(len(of_class[label]) for label in order[:count]) < ENOUGH_IMAGES:
+def _take_whole_classes(by_label: ImagesByLabel, order: list[str | None], share: float) -> tuple[list, list]:
+    """Take a share of the classes, first in `order`: their images to validate on, and those left over."""
+    count = min(max(2, round(share * len(order))), len(by_label) - 2)
+    while count < len(order) // 2 and sum(len(by_label[label]) for label in order[:count]) < ENOUGH_IMAGES:
         count += 1
     each = max(2, MOST_FOR_VALIDATION // count)
-    chosen = [file for label in order[:count] for file in of_class[label][:each]]
-    return chosen, [file for label in order[:count] for file in of_class[label][each:]]
+    chosen = [file for label in order[:count] for file in by_label[label][:each]]
+    return chosen, [file for label in order[:count] for file in by_label[label][each:]]
 
 
-def _of_each_class(of_class: Classes, rich: list[str | None], share: float) -> list[ImageFile]:
-    """A share of each rich class: two images at least, and not all."""
+def _take_of_each_class(by_label: ImagesByLabel, rich: list[str | None], share: float) -> list[ImageFile]:
+    """Take a share of each class in `rich`: two images at least, and not all."""
     most = max(2, MOST_FOR_VALIDATION // len(rich))
     chosen = []
-    for members in (of_class[label] for label in rich):
+    for members in (by_label[label] for label in rich):
         chosen += members[: min(max(2, round(share * len(members))), most, len(members) - 1)]
     return chosen
 
 
-# ---- read -----------------------------------------------------------------------------------------
+# ---- load -----------------------------------------------------------------------------------------
 
 
-def read_squares(files: list[ImageFile], prepare: Transform | FaceCrop, kind: str) -> Squares:
-    """What `prepare` makes of each image, read once for all epochs. Shows a progress bar.
+def load_images(files: list[ImageFile], transform: Transform | FaceCrop, kind: str) -> LoadedImages:
+    """Load every image once for all epochs, as `transform` makes it. Shows a progress bar.
 
-    An unreadable image is left out, named and counted. Raises InputError if not one can be read, RunError
-    where there is no room for them, or a process that looks for faces was killed.
+    An unreadable image is left out, with a warning. Raises InputError if no image can be read, RunError if
+    the memory and the disk are too small, or a face detector's process was killed.
     """
-    shape = (len(files), 3, prepare.size, prepare.size)
-    pixels = torch.from_numpy(zeros(shape, np.uint8, "training images", on_this_machine()))
+    shape = (len(files), 3, transform.size, transform.size)
+    pixels = torch.from_numpy(zeros(shape, np.uint8, "training images", local_world_size()))
     names: list[str] = []
     unreadable: dict[str, str] = {}
     without_face = 0
-    with tqdm(total=len(files), desc=kind, unit="image", leave=False, disable=not is_first()) as bar:
-        for batch in read_batches(files, prepare, 64, processes=prepare.detects_faces):
-            for name, square in zip(batch.names, batch.images, strict=True):
-                pixels[len(names)] = torch.from_numpy(square.pixels)
+    with progress_bar(len(files), kind, leave=False) as bar:
+        for batch in read_batches(files, transform, 64, processes=transform.detects_faces):
+            for name, image in zip(batch.names, batch.images, strict=True):
+                pixels[len(names)] = torch.from_numpy(image.pixels)
                 names.append(name)
-                without_face += square.face is False
+                without_face += image.face is False
             unreadable |= batch.unreadable
             bar.update(len(batch.names) + len(batch.unreadable))
     for name, reason in unreadable.items():
@@ -218,14 +220,14 @@ def read_squares(files: list[ImageFile], prepare: Transform | FaceCrop, kind: st
     if without_face:
         log.warning("no face was found in %d of the %d %s: a square in the centre stands in",
                     without_face, len(names), kind)  # fmt: skip
-    return Squares(names, pixels[: len(names)])
+    return LoadedImages(names, pixels[: len(names)])
 
 
 # ---- batches --------------------------------------------------------------------------------------
 
 
 def shuffled(images: int, batch_size: int, random: np.random.Generator) -> list[np.ndarray]:
-    """The rows of an epoch's batches: each image once, in random order; a ragged end waits for another epoch.
+    """Return the rows of an epoch's batches: each image once, in random order, without a last partial batch.
 
     >>> [len(rows) for rows in shuffled(10, 4, np.random.default_rng(0))]
     [4, 4]
@@ -238,12 +240,12 @@ def shuffled(images: int, batch_size: int, random: np.random.Generator) -> list[
 def by_class(
     labels: np.ndarray, batch_size: int, images_per_class: int, random: np.random.Generator
 ) -> list[np.ndarray]:
-    """The rows of an epoch's batches of P classes × K images, where P is batch_size / images_per_class.
+    """Return the rows of an epoch's batches of P classes × K images, with P = batch_size / images_per_class.
 
-    The classes come in turn, in random order, each with the next K of its images, so that all count the same
-    however many images they have. A class with fewer gives those it has (its views stand in for others), and
-    the batch takes more classes; where there are fewer than P, they come again with other images. A batch
-    holds no image twice. There are as many batches as the images fill.
+    The classes take turns in random order, each with the next K of its images, so that all count the same
+    however many images they have. A class with fewer images gives all of them (their views stand in for
+    others), and the batch takes more classes. With fewer than P classes, they come again with other images.
+    A batch holds no image twice. There are as many batches as the images fill.
 
     >>> labels = np.array([0, 0, 0, 0, 1, 1, 2])
     >>> [sorted(labels[rows].tolist()) for rows in by_class(labels, 5, 2, np.random.default_rng(0))]
@@ -252,26 +254,26 @@ def by_class(
     size = min(batch_size, len(labels))
     rows, starts = np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1]
     members = [part for part in np.split(rows, starts) if len(part)]
-    decks = [_endless(part, random) for part in members]
+    decks = [_reshuffled(part, random) for part in members]
     waiting: deque[int] = deque()
     batches = []
     for _ in range(len(labels) // size):
         batch: dict[int, None] = {}  # its rows, in order
-        given: Counter = Counter()
+        given: Counter = Counter()  # images per class
         while len(batch) < size:
-            if not waiting:  # every class has had its turn: those of this batch come last in the next
+            if not waiting:  # every class has had its turn: the classes of this batch come last in the next
                 waiting.extend(sorted(random.permutation(len(members)).tolist(), key=given.__contains__))
             label = waiting.popleft()
             wanted = min(images_per_class, len(members[label]) - given[label], size - len(batch))
             given[label] += wanted
             full = len(batch) + wanted
             while len(batch) < full:
-                batch[next(decks[label])] = None  # one that is in it already changes nothing
+                batch[next(decks[label])] = None  # a row that is in the batch already changes nothing
         batches.append(np.array(list(batch)))
     return batches
 
 
-def _endless(rows: np.ndarray, random: np.random.Generator) -> Iterator[int]:
-    """The rows in random order, again and again."""
+def _reshuffled(rows: np.ndarray, random: np.random.Generator) -> Iterator[int]:
+    """Yield the rows in random order, again and again."""
     while True:
         yield from random.permutation(rows).tolist()

@@ -1,10 +1,10 @@
-"""A training in; the files that let it go on after any stop, and say how it went, out.
+"""A training in; the files from which it can be resumed, and which show how it went, out.
 
-fine_tuned_model.pth    the best so far, for model_fine_tuned.py
-last.pth                everything that the next step needs
-best.pth                the weights of the epoch that is kept
-history.jsonl           a line an epoch
-loss.png                the loss and the validation over the epochs
+fine_tuned_model.pth    the best network so far, for model_fine_tuned.py
+last.pth                the state that --resume needs
+best.pth                the weights of the best epoch
+history.jsonl           the metrics of each epoch
+loss.png                the loss and the validation scores over the epochs
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrieval.backbones.fine_tuned import write_checkpoint
 from retrieval.backbones.weights import unpickle
-from retrieval.distributed import is_first
+from retrieval.distributed import rank_zero_only
 from retrieval.errors import InputError, RunError
 from retrieval.files import as_json, lock, write_whole
 from retrieval.settings import Form
@@ -32,35 +32,33 @@ if TYPE_CHECKING:
 BEST, LAST, BEST_EPOCH = "fine_tuned_model.pth", "last.pth", "best.pth"
 HISTORY, CURVE = "history.jsonl", "loss.png"
 FILES = (BEST, LAST, BEST_EPOCH, HISTORY, CURVE)
-# What may differ when a training goes on: where and how long, not what is learned.
-FREE = {"resume", "overwrite", "device", "minutes", "save_dir", "train_dir", "micro_batch", "tracker"}
+# The settings that --resume may change: where and how long a training runs, not what it learns.
+MAY_CHANGE = {"resume", "overwrite", "device", "minutes", "save_dir", "train_dir", "micro_batch", "tracker"}
 
 
 @dataclass
 class Progress:
-    """How far a training is."""
+    """How far a training has come. last.pth holds these names."""
 
-    epoch: int = 0  # whole ones
-    step: int = 0  # in the epoch
+    epoch: int = 0  # completed
+    step: int = 0  # completed in this epoch
     seconds: float = 0.0
-    highest: dict[str, Any] | None = None  # of all epochs' scores, and what each query earned
-    kept: float = -1.0  # the score of the embedding that was chosen
-    chosen: int = 0  # after how many epochs its embedding was chosen
+    highest: dict[str, Any] | None = None  # the score and the points of each query of the best epoch
+    kept: float = -1.0  # the score of the chosen embedding
+    chosen: int = 0  # the number of epochs after which the embedding was chosen
     losses: list[float] = field(default_factory=list)  # of this epoch's steps; NaN: skipped
     spent: float = 0.0  # seconds in this epoch's steps
-    untuned: dict[str, Any] | None = None  # the figures before the first epoch
-    history: list[dict[str, Any]] = field(default_factory=list)
+    untuned: dict[str, Any] | None = None  # the metrics before the first epoch
+    history: list[dict[str, Any]] = field(default_factory=list)  # the lines of history.jsonl
 
 
 @contextmanager
 def open_folder(settings: Form, split: Split) -> Iterator[dict[str, Any] | None]:
-    """Make the folder of a training; what lies in it to go on from, if that is asked for.
+    """Make and lock the folder of a training; yield the content of last.pth if --resume is given.
 
-    `with` it, no other training writes into the folder meanwhile.
-
-    Raises InputError where another run writes into it now, where it holds another run and neither --resume
-    nor --overwrite is given, where --resume finds nothing to go on from, or other settings or images than it
-    had. What --overwrite replaces is moved to earlier/ when the new training begins.
+    Raises InputError if another run writes into the folder now, if it holds another run and neither --resume
+    nor --overwrite is given, or if --resume finds no last.pth, or one with other settings or images. The
+    files that --overwrite replaces move to earlier/ when the new training begins.
     """
     folder = settings.save_dir
     try:
@@ -68,15 +66,20 @@ def open_folder(settings: Form, split: Split) -> Iterator[dict[str, Any] | None]
     except (FileExistsError, NotADirectoryError):
         raise InputError(f"--save_dir {folder} is not a folder but a file: give another one") from None
     with ExitStack() as held:
-        if is_first():
-            held.enter_context(lock(folder, "save_dir"))
-            for name in FILES:
-                for unfinished in folder.glob(f".{name}.unfinished-*"):  # by a training that was killed
-                    unfinished.unlink(missing_ok=True)
-        yield _what_lies_there(settings, split)
+        _lock_and_clean(folder, held)
+        yield _checkpoint_to_resume(settings, split)
 
 
-def _what_lies_there(settings: Form, split: Split) -> dict[str, Any] | None:
+@rank_zero_only
+def _lock_and_clean(folder: Path, held: ExitStack) -> None:
+    """Lock the folder and remove the unfinished files of a training that was killed."""
+    held.enter_context(lock(folder, "save_dir"))
+    for name in FILES:
+        for unfinished in folder.glob(f".{name}.unfinished-*"):
+            unfinished.unlink(missing_ok=True)
+
+
+def _checkpoint_to_resume(settings: Form, split: Split) -> dict[str, Any] | None:
     folder = settings.save_dir
     there = [name for name in FILES if (folder / name).exists()]
     if settings.resume and settings.overwrite:
@@ -95,11 +98,11 @@ def _what_lies_there(settings: Form, split: Split) -> dict[str, Any] | None:
     return None
 
 
-def check_room(folder: Path, network: nn.Module) -> None:
-    """Raise RunError where what a training of this network writes does not fit on the disk of its folder.
+def check_disk_space(folder: Path, network: nn.Module) -> None:
+    """Raise RunError if the checkpoints of this network do not fit on the disk of the folder.
 
-    That is the weights once in best.pth, twice in fine_tuned_model.pth and four times in last.pth (with
-    AdamW's two averages and that of --ema), and what is being written stands beside what it replaces.
+    best.pth holds the weights once, fine_tuned_model.pth twice, and last.pth four times (with AdamW's two
+    averages and that of --ema). Each file is replaced only when its successor is written.
     """
     needed = 11 * sum(part.nbytes for part in network.state_dict().values())
     free = shutil.disk_usage(folder).free
@@ -108,16 +111,16 @@ def check_room(folder: Path, network: nn.Module) -> None:
             f"the checkpoints of this network take up to {needed / 1e6:.0f} MB, and the disk of {folder} has "
             f"{free / 1e6:.0f} left: make room, or give another --save_dir"
         )
-    with tempfile.TemporaryFile(dir=folder):  # a folder that cannot be written raises its OSError now
+    with tempfile.TemporaryFile(dir=folder):  # raises OSError now if the folder is read-only
         pass
 
 
 def _check_same(saved: dict[str, Any], settings: Form, split: Split) -> None:
-    """Raise InputError, with what differs, unless a training goes on with the settings and images it had."""
+    """Raise InputError, with what differs, if a training is resumed with other settings or images."""
     before, now = saved["settings"], settings.model_dump(mode="json")
-    differing = [name for name in now if name not in FREE and before.get(name) != now[name]]
+    differing = [name for name in now if name not in MAY_CHANGE and before.get(name) != now[name]]
     changed = [f"--{name} was {before.get(name)} and is {now[name]}" for name in differing]
-    if saved["images"] != digest(split):
+    if saved["images"] != digest_of_names(split):
         changed.append(f"the images in {settings.train_dir} are others")
     if changed:
         raise InputError(
@@ -126,17 +129,17 @@ def _check_same(saved: dict[str, Any], settings: Form, split: Split) -> None:
         )
 
 
-def digest(split: Split) -> str:
-    """One short word for the names of the images."""
+def digest_of_names(split: Split) -> str:
+    """Return a digest of the names of the images."""
     names = [file.name for file in [*split.train, *split.validation]]
     return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
 def write_history(folder: Path, progress: Progress) -> None:
-    """history.jsonl, whole: a training that goes on from an earlier step leaves no line of a later one."""
+    """Write history.jsonl anew: a resumed training leaves no line of a later epoch."""
     write_whole(folder / HISTORY, b"".join(as_json(line) + b"\n" for line in progress.history))
 
 
 def write_last(folder: Path, progress: Progress, **state: Any) -> None:
-    """last.pth, whole or not at all."""
+    """Write last.pth, whole or not at all."""
     write_checkpoint(folder / LAST, state | {"progress": asdict(progress)})

@@ -1,7 +1,8 @@
-"""What is trained on a backbone's features, and thrown away afterwards: each head gives its own loss.
+"""The features and labels of a batch in; the loss of each head out.
 
-A head is called with `features` (views, dimension) and `labels` (views,) and gives the loss of the batch;
-`chance(views)` is about what a network gives that tells nothing apart.
+A head is trained on a backbone's features and thrown away afterwards. It takes `features` (views, dimension)
+and `labels` (views,) and returns the loss of the batch. `chance(views)` is the approximate loss of a network
+that cannot tell any classes apart.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ class Classifier(nn.Module):
         return functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
     def chance(self, views: int) -> float:
-        """Each class as likely as the other."""
+        """Return the loss of equal probabilities for all classes."""
         return math.log(self.linear.out_features)
 
 
 class Projection(nn.Module):
-    """An MLP, whose output the supervised contrastive loss compares; the embedding is what goes into it.
+    """An MLP whose output the supervised contrastive loss compares; the embedding is the MLP's input.
 
-    The widths are Khosla et al.'s 2048 → 512 → 128, the first being the backbone's.
+    The hidden and the output width, 512 and 128, are those of Khosla et al. 2020.
     """
 
     def __init__(self, dimension: int, temperature: float, memory: int = 0) -> None:
@@ -55,27 +56,27 @@ class Projection(nn.Module):
         return supcon_loss(z, labels, self.temperature, *self.memory.entries())
 
     def chance(self, views: int) -> float:
-        """All views equally alike."""
+        """Return the loss of equal similarities between all views."""
         return math.log(views - 1 + (len(self.memory.labels) if self.memory else 0))
 
 
 class Memory(nn.Module):
-    """The last embeddings and labels that went by (cross-batch memory, Wang et al. 2020)."""
+    """The projections and labels of the latest batches (cross-batch memory, Wang et al. 2020)."""
 
     def __init__(self, entries: int, dimension: int) -> None:
         super().__init__()
         self.register_buffer("vectors", torch.zeros(entries, dimension))
         self.register_buffer("labels", torch.zeros(entries, dtype=torch.long))
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
-        self.coming: tuple[Tensor, Tensor] | None = None  # of a step that may still fail
+        self.coming: tuple[Tensor, Tensor] | None = None  # from a step that may still fail
 
     def entries(self) -> tuple[Tensor, Tensor]:
-        """What there is: (entries, dimension) and (entries,)."""
-        there = min(int(self.seen), len(self.labels))
-        return self.vectors[:there], self.labels[:there]
+        """Return the filled entries: (entries, dimension) and (entries,)."""
+        filled = min(int(self.seen), len(self.labels))
+        return self.vectors[:filled], self.labels[:filled]
 
     def add(self, vectors: Tensor, labels: Tensor) -> None:
-        """Put these in the place of the oldest."""
+        """Replace the oldest entries."""
         rows = (self.seen + torch.arange(len(labels), device=labels.device)) % len(self.labels)
         rows, vectors, labels = (part[-len(self.labels) :] for part in (rows, vectors.float(), labels))
         self.vectors[rows], self.labels[rows] = vectors, labels
@@ -83,7 +84,7 @@ class Memory(nn.Module):
 
 
 def remember(head: nn.Module) -> None:
-    """Let the memories of a head, if it has any, take in the batch of the step that was done."""
+    """Add the batch of a completed step to the memories of a head, if it has any."""
     for part in head.modules():
         if isinstance(part, Memory) and part.coming:
             part.add(*part.coming)
@@ -91,7 +92,7 @@ def remember(head: nn.Module) -> None:
 
 
 class MetricLearning(nn.Module):
-    """A loss of pytorch-metric-learning, with its own weights if it has any, straight on the features."""
+    """A loss of pytorch-metric-learning, with its own weights if it has any, applied to the features."""
 
     def __init__(self, loss: nn.Module, chance: Callable[[int], float], miner: Any = None) -> None:
         super().__init__()
@@ -104,7 +105,7 @@ class MetricLearning(nn.Module):
 
 
 class Sum(nn.Module):
-    """Several heads, and how much each one's loss counts."""
+    """A weighted sum of the losses of several heads."""
 
     def __init__(self, heads: list[nn.Module], weights: list[float]) -> None:
         super().__init__()
@@ -115,5 +116,5 @@ class Sum(nn.Module):
         return sum(weight * loss for weight, loss in zip(self.weights, losses, strict=True))
 
     def chance(self, views: int) -> float:
-        """The sum of theirs."""
+        """Return the weighted sum of the heads' chance levels."""
         return sum(w * head.chance(views) for w, head in zip(self.weights, self.heads, strict=True))

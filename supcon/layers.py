@@ -1,4 +1,4 @@
-"""A network in; its stages from the input to the output, what of them is trained, and how fast, out."""
+"""A network in; its stages from the input to the output, its trained weights and their rates out."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from retrieval.backbones.fine_tuned import Mapped
 from retrieval.errors import InputError
 from supcon.settings import Freeze
 
-STACKS = ("blocks", "stages", "layers", "levels", "features", "body")  # what libraries call a list of stages
+STACKS = ("blocks", "stages", "layers", "levels", "features", "body")  # libraries' names of a list of stages
 DEPTH = 8  # steps of the layer-wise decay from the output to the input, as EfficientNet has
-MOST_OF_A_WEIGHT = 0.05  # that a step may change: AdamW moves every weight by the rate, however small it is
+MAX_CHANGE = 0.05  # of a weight in a step: AdamW moves every weight by the rate, however small the weight is
 
 
 def stages(network: nn.Module) -> list[list[nn.Parameter]]:
-    """The parameters of each stage of a network, from the input to the output.
+    """Return the parameters of each stage of a network, from the input to the output.
 
-    A stage is a part of the network, or a part of its STACKS. What holds only vectors, such as a norm,
-    belongs to the stage before.
+    A stage is a child of the network, or a child of one of its STACKS. A child with vectors only, such as a
+    norm, belongs to the stage before.
     """
     if isinstance(network, Mapped):
         return [*stages(network.network), list(network.map.parameters())]
@@ -43,11 +43,11 @@ def _parts(network: nn.Module) -> Iterator[nn.Module]:
 
 
 def freeze(network: nn.Module, how: Freeze, word: str) -> list[list[nn.Parameter]]:
-    """Let only a part of the network learn: the stages that do, from the input to the output.
+    """Freeze a part of the network; return the trained weights of each stage, from the input to the output.
 
-    "bn" freezes nothing but the statistics of batch normalisations, which are always frozen; "stem" the first
-    two fifths of the stages; "all_but_last" all but the last; "backbone" all but the linear map on it.
-    Raises InputError for a network that has nothing to learn.
+    "bn" freezes only the statistics of batch normalisations, which are always frozen; "stem" the first two
+    fifths of the stages; "all_but_last" all stages but the last; "backbone" everything but the linear map on
+    it. Raises InputError for a network without weights to train.
     """
     every = stages(network)
     count = len(every)
@@ -55,27 +55,27 @@ def freeze(network: nn.Module, how: Freeze, word: str) -> list[list[nn.Parameter
     for number, stage in enumerate(every):
         for parameter in stage:
             parameter.requires_grad_(number >= frozen and parameter.is_floating_point())
-    learned = [[p for p in stage if p.requires_grad] for stage in every[frozen:]]
-    if not any(learned):
+    trained = [[p for p in stage if p.requires_grad] for stage in every[frozen:]]
+    if not any(trained):
         raise InputError(f"--model {word} has no weights to train: give another word, or another --freeze")
-    return learned
+    return trained
 
 
 def parameter_groups(
-    learned: list[list[nn.Parameter]], head: nn.Module, stages_in_all: int, settings: object
+    trained: list[list[nn.Parameter]], head: nn.Module, stages_in_all: int, settings: object
 ) -> list[dict]:
-    """What AdamW takes: each stage with its rate, the head with its own, and no decay of vectors.
+    """Return AdamW's parameter groups: a rate for each stage and the head, and no weight decay of vectors.
 
-    The rate falls by `layer_decay` eight times from the output to the input. No stage's is above a share
-    MOST_OF_A_WEIGHT of the root mean square of its smallest matrix (a trust region, as in You et al. 2020):
-    networks differ, and the weights of dlib's are a tenth of those of EfficientNet.
+    The rate falls by `layer_decay` eight times from the output to the input. No rate exceeds MAX_CHANGE times
+    the root mean square of its stage's smallest matrix (a trust region, as in You et al. 2020): networks
+    differ, and dlib's weights are a tenth of EfficientNet's.
     """
     groups = []
     step = DEPTH / max(1, stages_in_all - 1)
-    for from_the_end, stage in enumerate(reversed(learned)):
+    for from_the_end, stage in enumerate(reversed(trained)):
         sizes = [p.detach().square().mean().sqrt().item() for p in stage if p.ndim > 1]
         rate = settings.lr * settings.layer_decay ** (step * from_the_end)
-        rate = min([rate, *(MOST_OF_A_WEIGHT * size for size in sizes if size)])
+        rate = min([rate, *(MAX_CHANGE * size for size in sizes if size)])
         groups += _with_and_without_decay(stage, rate, settings.weight_decay)
     return groups + _with_and_without_decay(list(head.parameters()), settings.head_lr, settings.weight_decay)
 
@@ -91,7 +91,7 @@ def _with_and_without_decay(parameters: list[nn.Parameter], rate: float, decay: 
 
 
 def share_of_rate(progress: float, warmup: float) -> float:
-    """The share of the highest learning rate at a share `progress` of the training: warm-up, then cosine.
+    """Return the rate / the highest rate after a share `progress` of the training: warm-up, then cosine.
 
     >>> [round(share_of_rate(p, 0.1), 3) for p in (0.0, 0.05, 0.1, 0.55, 1.0)]
     [0.0, 0.5, 1.0, 0.5, 0.0]

@@ -1,4 +1,4 @@
-"""Embeddings and labels in; the loss that pulls equal labels together out."""
+"""Embeddings and labels in; the supervised contrastive loss out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-AT_ONCE = 2**22  # pairs of views that are compared at once
+PAIRS_AT_ONCE = 2**22  # pairs of views that are compared at a time
 
 
 def supcon_loss(
@@ -20,12 +20,12 @@ def supcon_loss(
 
         L = mean over i of  −1/|P(i)| Σ_{p ∈ P(i)} log( exp(z_i·z_p / τ) / Σ_{a ≠ i} exp(z_i·z_a / τ) )
 
-    `embeddings` (views, dimension) need not be of unit length: z are. `labels` (views,): P(i) are the other
-    views with the label of i. With each image's own number as its label this is SimCLR's NT-Xent (Chen et al.
-    2020). `memory` (entries, dimension) with `memory_labels` are more views to compare with, of earlier
-    batches, which are no anchors and get no gradient (cross-batch memory, Wang et al. 2020).
+    `embeddings` (views, dimension) need not be of unit length: z are the normalised embeddings. `labels`
+    (views,): P(i) are the other views with the label of i. If each image has a label of its own, this is
+    SimCLR's NT-Xent (Chen et al. 2020). `memory` (entries, dimension) with `memory_labels` are views of
+    earlier batches to compare with: no anchors, without a gradient (cross-batch memory, Wang et al. 2020).
 
-    An anchor without a positive is left out; without any, the loss is 0 and so is its gradient.
+    An anchor without a positive is left out; if no anchor has a positive, the loss and its gradient are 0.
 
     Three points on the circle, two of one label: each of the two sees the other at cosine 0 and the third at
     cosine −1 or 0, so that with τ = 1 the losses are log(1 + e⁻¹) and log(1 + 1), 0.5032 in the mean.
@@ -39,11 +39,11 @@ def supcon_loss(
     z = functional.normalize(embeddings)
     memory = z[:0].detach() if memory is None else functional.normalize(memory.detach().to(z.dtype))
     every = labels if memory_labels is None else torch.cat([labels, memory_labels])
-    # Σ_p z_i·z_p = z_i · (the sum of the class of i − z_i): only the denominator compares all pairs.
+    # Σ_p z_i·z_p = z_i · (the sum over the class of i − z_i): only the denominator compares all pairs.
     classes, of = torch.unique(every, return_inverse=True)
     own = of[: len(z)]  # (views,) the row of each anchor's class
     positives = torch.bincount(of, minlength=len(classes))[own] - 1  # |P(i)|
-    wide = z if z.device.type == "mps" else z.double()  # for a sum of thousands; MPS has no more digits
+    wide = z if z.device.type == "mps" else z.double()  # for sums of thousands; MPS has no float64
     sums = wide.new_zeros(len(classes), z.shape[1]).index_add(0, of, torch.cat([wide, memory.to(wide.dtype)]))
     mean = ((wide * (sums[own] - wide)).sum(1) / (positives.clamp(min=1) * temperature)).to(z.dtype)
     weights = (positives > 0).to(z.dtype)
@@ -54,9 +54,9 @@ def supcon_loss(
 class _LogSums(torch.autograd.Function):
     """Σ_i w_i log Σ_{a ≠ i} exp(z_i·z_a / τ), over the views z and the memory beside them.
 
-    The gradient is made on the way forward, some rows at a time: the matrix of all pairs never exists, and
-    each of its exponentials is computed once. At 8192 views of 128 numbers that takes half the time of
-    autograd's way, and parts of 16 MB instead of matrices of 268.
+    The forward pass also computes the gradient, some rows at a time: the matrix of all pairs never exists,
+    and each exponential is computed once. For 8192 views of dimension 128 this takes half the time of
+    autograd, and blocks of 16 MB instead of matrices of 268 MB.
     """
 
     @staticmethod
@@ -69,7 +69,7 @@ class _LogSums(torch.autograd.Function):
     ) -> Tensor:
         keys = torch.cat([z, memory])
         total, gradient = z.new_zeros(()), torch.zeros_like(z)
-        size = max(1, AT_ONCE // max(1, len(keys)))
+        size = max(1, PAIRS_AT_ONCE // max(1, len(keys)))
         for start in range(0, len(z), size):
             rows = slice(start, start + size)
             parts = (z[rows] / temperature) @ keys.T  # (rows, views + entries)
@@ -88,6 +88,6 @@ class _LogSums(torch.autograd.Function):
     def backward(
         context: torch.autograd.function.FunctionCtx, scale: Tensor
     ) -> tuple[Tensor, None, None, None]:
-        """The gradient in z alone."""
+        """Return the gradient in z, the only argument that has one."""
         (gradient,) = context.saved_tensors
         return gradient * scale, None, None, None

@@ -1,4 +1,4 @@
-"""Settings in; the network to start from, once as it is and once to be tuned, out."""
+"""Settings in; the network to fine-tune out, once as it is and once to be tuned."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from retrieval.backbones.backbone import Backbone, load_backbone, place
 from retrieval.backbones.batch_norm_folding import fold_batch_norms
 from retrieval.backbones.fine_tuned import Mapped, Recipe, load_tuned_alone
 from retrieval.backbones.weights import is_fine_tuned, unpickle
-from retrieval.distributed import take_a_share
+from retrieval.distributed import claim_devices
 from retrieval.errors import InputError
 from retrieval.settings import Form
 
-LEAST_SIDE = 96  # pixels: the networks were trained with 224
+SMALLEST_SIDE = 96  # pixels: the networks were trained with 224
 
 log = logging.getLogger("retrieval.start")
 
@@ -28,25 +28,25 @@ log = logging.getLogger("retrieval.start")
 class Start(NamedTuple):
     """The same network twice."""
 
-    untuned: Backbone  # sees squares of its own size
-    tuned: Backbone  # to be
-    folded: bool  # whether their batch normalisations are in their convolutions
+    untuned: Backbone  # frozen, with inputs of the network's own size
+    tuned: Backbone  # to be tuned
+    folded: bool  # whether the batch norms are folded into the convolutions
 
 
 def load_start(settings: Form, files: list[ImageFile]) -> Start:
-    """The network to fine-tune, with the linear map of --freeze backbone on it.
+    """Load the network to fine-tune; --freeze backbone puts a linear map on it.
 
-    It is that of the word, with --weights in the place of its own; those may be a fine-tuned checkpoint,
-    whose tuned network is then the start. `files` say how large the images are. Raises as load_backbone.
+    --weights replace the weights of the model. They may be a fine-tuned checkpoint: then its tuned network is
+    the start. The images `files` decide the size of the inputs. Raises as load_backbone.
     """
-    take_a_share()
+    claim_devices()
     if settings.weights and settings.weights.suffix != ".dat" and is_fine_tuned(unpickle(settings.weights)):
         given = [name for name in ("face_margin", "min_face_size") if getattr(settings, name) is not None]
         given += ["crop"] if settings.crop != "auto" else []
         if given:
             raise InputError(f"--{given[0]} changes nothing: the checkpoint {settings.weights} knows it")
         backbone, recipe = load_tuned_alone(settings.weights, settings.model, settings.device)
-        _warn_of_another_split(recipe, settings)
+        _warn_of_other_split(recipe, settings)
     else:
         backbone = load_backbone(settings.model, settings.device, settings.weights, settings.crop,
                                  None, settings.face_margin, settings.min_face_size)  # fmt: skip
@@ -68,8 +68,8 @@ def load_start(settings: Form, files: list[ImageFile]) -> Start:
     return Start(untuned, tuned, folded)
 
 
-def _warn_of_another_split(recipe: Recipe, settings: Form) -> None:
-    """Say where the checkpoint may have learned from the images that are validated on now."""
+def _warn_of_other_split(recipe: Recipe, settings: Form) -> None:
+    """Warn if the checkpoint may have learned from the images that validate it now."""
     before = recipe.settings or {}
     other = [name for name in ("seed", "val_share") if before.get(name) != getattr(settings, name)]
     if other:
@@ -79,7 +79,7 @@ def _warn_of_another_split(recipe: Recipe, settings: Form) -> None:
 
 
 def _to_be_tuned(untuned: Backbone, image_size: int | None, files: list[ImageFile]) -> Backbone:
-    """A copy of the backbone that sees squares of `image_size` pixels; None: as many as suit the images."""
+    """Copy the backbone with inputs of `image_size` pixels; None: of a size that suits the images."""
     size = image_size or size_for(files, untuned)
     backbone = replace(
         untuned, network=copy.deepcopy(untuned.network), transform=untuned.transform.of_size(size)
@@ -94,10 +94,10 @@ def _to_be_tuned(untuned: Backbone, image_size: int | None, files: list[ImageFil
 
 
 def size_for(files: list[ImageFile], backbone: Backbone) -> int:
-    """The side of a square that loses nothing of most images; at a network's own, small ones waste time.
+    """Return the side of inputs that lose no detail of most images: enlarging small images wastes time.
 
-    A fifth more than the median shorter side, in steps of 32 pixels, and no more than the network's own.
-    A face network keeps its own: its crops are enlarged to it.
+    It is a fifth more than the median shorter side, in steps of 32 pixels, and at most the network's own
+    size. A face network keeps its own size, to which its crops are enlarged.
     """
     own = backbone.transform.size
     if backbone.transform.detects_faces:
@@ -105,11 +105,11 @@ def size_for(files: list[ImageFile], backbone: Backbone) -> int:
     sides = [side for side in map(_shorter_side, files[:: max(1, len(files) // 200)]) if side]
     if not sides:
         return own
-    return min(own, max(LEAST_SIDE, 32 * round(1.2 * float(np.median(sides)) / 32 + 0.25)))
+    return min(own, max(SMALLEST_SIDE, 32 * round(1.2 * float(np.median(sides)) / 32 + 0.25)))
 
 
 def _shorter_side(file: ImageFile) -> int:
-    """In pixels; 0 where the file cannot be read, which its reader will say."""
+    """Return the shorter side in pixels; 0 for an unreadable file, which the loader will report."""
     try:
         with Image.open(file.path) as image:
             return min(image.size)

@@ -1,4 +1,4 @@
-"""Settings, images and a network in; all that a training step needs, to be saved and put back, out."""
+"""Settings, images and a network in; the state of a training, which can be saved and restored, out."""
 
 from __future__ import annotations
 
@@ -12,41 +12,40 @@ import torch
 from torch import nn
 
 from retrieval.backbones.backbone import Backbone
-from retrieval.distributed import is_first, number, wait
+from retrieval.distributed import from_rank_0, rank, rank_zero_only, wait_for_all
 from retrieval.errors import InputError, RunError
 from retrieval.run import set_aside
 from retrieval.settings import Form
 from retrieval.tracking import Tracking, start_tracking
-from supcon.batches import Split, Squares, check_shares, read_squares
-from supcon.checkpoints import FILES, Progress, check_room, digest, write_last
-from supcon.gather import from_the_first
+from supcon.batches import LoadedImages, Split, check_shares, load_images
+from supcon.checkpoints import FILES, Progress, check_disk_space, digest_of_names, write_last
 from supcon.layers import freeze, parameter_groups, stages
 from supcon.start import Start
-from supcon.validation import Validation, read_validation
+from supcon.validation import Validation, load_validation
 from supcon.variants import VARIANTS, Choices, Variant
 
-LENGTH = 16.0  # of the features that a head sees, about: EfficientNet-Lite0's own
-FUSED = ("cpu", "cuda")  # devices on which one kernel changes all weights: half of the time on a CPU
-ROOM = 1.25  # the side of the squares in memory, of that of a view: a crop is not blurred
+FEATURE_LENGTH = 16.0  # of the features that a head sees, about: EfficientNet-Lite0's own
+FUSED = ("cpu", "cuda")  # devices on which one kernel updates all weights: half of the time on a CPU
+CROP_ROOM = 1.25  # the side of an image in memory / the side of a view: so a crop is not blurred
 
 
 @dataclass
-class Training:
-    """All that a step needs."""
+class TrainingState:
+    """Everything that a training step needs."""
 
     settings: Form
     choices: Choices
     variant: Variant
     files: str  # a digest of the images' names
-    squares: Squares
-    validation: Validation | None  # None: of several processes, not the first
+    images: LoadedImages
+    validation: Validation | None  # on rank 0
     untuned: Backbone
-    folded: bool  # as a Recipe has it
+    folded: bool  # as in Recipe
     tuned: Backbone
     head: nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    average: nn.Module | None  # of the weights, if --ema
+    average: nn.Module | None  # of the weights, with --ema
     scale: float  # of the features that the head sees
     started: float
     progress: Progress = field(default_factory=Progress)
@@ -55,13 +54,19 @@ class Training:
     tracking: Tracking = field(default_factory=Tracking)
 
     @property
-    def judged(self) -> Backbone:
-        """The tuned network as it would be kept now."""
+    def current(self) -> Backbone:
+        """The tuned network as it would be kept now: with --ema, the average of its weights."""
         return replace(self.tuned, network=self.average.module) if self.average else self.tuned
 
     @property
     def device(self) -> str:
         return self.tuned.device
+
+    def parts(self) -> dict[str, Any]:
+        """The parts that a step changes, beside the progress; all else follows from the settings."""
+        parts = {"tuned": self.tuned.network, "head": self.head, "optimizer": self.optimizer,
+                 "scaler": self.scaler}  # fmt: skip
+        return parts | ({"average": self.average} if self.average else {})
 
 
 def begin(
@@ -71,115 +76,125 @@ def begin(
     start: Start,
     saved: dict[str, Any] | None = None,
     started: float | None = None,
-) -> Training:
-    """Read the images, build the head and the optimiser, and put back what was saved, if anything was.
+) -> TrainingState:
+    """Load the images, build the head and the optimiser, and restore what was `saved`, if anything was.
 
-    `started` is when the script did, by time.perf_counter: from then on its minutes count. Its tracking has
-    begun: `with training.tracking` ends it.
+    `started` is the time.perf_counter() from which --minutes count. The tracker runs from here on:
+    `with training.tracking` ends it.
     """
     started = time.perf_counter() if started is None else started
-    wait()  # none writes into the folder before all have looked at what it holds
+    wait_for_all()  # no process writes into the folder before all have looked into it
     variant, (untuned, tuned, folded) = VARIANTS[settings.loss], start
     if not saved:
-        check_room(settings.save_dir, tuned.network)
+        check_disk_space(settings.save_dir, tuned.network)
     if untuned.transform.detects_faces and settings.augmentation is None:
         choices = choices | {"augmentation": "gentle"}  # an aligned face is never seen turned or cut
-    side = math.ceil(ROOM * tuned.transform.size)
-    squares = read_squares(split.train, tuned.transform.of_size(side), "training images")
-    if len(squares.names) < 2 or (variant.labels and len(squares.classes) < 2):
+    images = _load_training_images(settings, split, tuned, variant)
+    validation = _load_validation(settings, split, start, choices)
+    scale = from_rank_0(_feature_scale(validation, untuned) if validation else 0.0)
+    torch.manual_seed(settings.seed)
+    head = variant.head(untuned.dimension, len(images.classes), choices).to(tuned.device)
+    optimizer, scaler, average = _optimisation(settings, tuned, head)
+    training = TrainingState(settings, choices, variant, digest_of_names(split), images, validation, untuned,
+                             folded, tuned, head, optimizer, scaler, average, scale, started)  # fmt: skip
+    training.micro_batch = settings.micro_batch or settings.batch_size * variant.views
+    if saved:
+        _restore(training, saved)
+    elif rank() == 0:
+        set_aside(settings.save_dir, FILES)  # only now that this training can begin
+    _check_same_weights(training)
+    if tracking := _track(training, saved or {}):
+        training.tracking = tracking
+    return training
+
+
+def _load_training_images(settings: Form, split: Split, tuned: Backbone, variant: Variant) -> LoadedImages:
+    """Load the images to train on, larger than the network sees them. Raises InputError if too few remain."""
+    side = math.ceil(CROP_ROOM * tuned.transform.size)
+    images = load_images(split.train, tuned.transform.of_size(side), "training images")
+    if len(images.names) < 2 or (variant.labels and len(images.classes) < 2):
         raise InputError(
-            f"of {settings.train_dir}, {len(squares.names)} images of {len(squares.classes)} classes are "
+            f"of {settings.train_dir}, {len(images.names)} images of {len(images.classes)} classes are "
             "left to learn from: give more that can be read, or a smaller --val_share"
         )
-    sizes = {untuned.transform.size, tuned.transform.size}
-    _check_shares(settings, squares)
-    seen = None
-    if is_first():  # which alone validates
-        seen = read_validation(split, untuned, sizes, choices["augmentation"], settings.seed)
-    scale = from_the_first(_scale(seen, untuned) if seen else 0.0)
-    every = len(stages(tuned.network))
-    torch.manual_seed(settings.seed)
-    head = variant.head(untuned.dimension, len(squares.classes), choices).to(tuned.device)
-    learned = freeze(tuned.network, settings.freeze, settings.model)
-    groups = parameter_groups(learned, head, every, settings)
+    _check_same_images(settings, images)
+    return images
+
+
+@rank_zero_only
+def _load_validation(settings: Form, split: Split, start: Start, choices: Choices) -> Validation:
+    sizes = {start.untuned.transform.size, start.tuned.transform.size}
+    return load_validation(split, start.untuned, sizes, choices["augmentation"], settings.seed)
+
+
+def _optimisation(
+    settings: Form, tuned: Backbone, head: nn.Module
+) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler, nn.Module | None]:
+    """Freeze a part of the network; return the optimiser of the rest, its scaler and the averaged weights."""
+    stage_count = len(stages(tuned.network))
+    trained = freeze(tuned.network, settings.freeze, settings.model)
+    groups = parameter_groups(trained, head, stage_count, settings)
     optimizer = torch.optim.AdamW(groups, fused=tuned.device in FUSED)
+    half = tuned.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    scaler = torch.amp.GradScaler(tuned.device, enabled=half)
     average = None
     if settings.ema:
         decay = torch.optim.swa_utils.get_ema_multi_avg_fn(settings.ema)
         average = torch.optim.swa_utils.AveragedModel(tuned.network, multi_avg_fn=decay)
-    half = tuned.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    scaler = torch.amp.GradScaler(tuned.device, enabled=half)
-    training = Training(settings, choices, variant, digest(split), squares, seen, untuned, folded, tuned,
-                        head, optimizer, scaler, average, scale, started)  # fmt: skip
-    training.micro_batch = settings.micro_batch or settings.batch_size * variant.views
-    if saved:
-        _put_back(training, saved)
-    elif is_first():
-        set_aside(settings.save_dir, FILES)  # only now that this training can begin
-    _check_weights(training)
-    if is_first():
-        training.tracking = _track(training, saved or {})
-    return training
+    return optimizer, scaler, average
 
 
-def _check_shares(settings: Form, squares: Squares) -> None:
-    """Raise InputError where a process has no share of a batch, RunError where it has read other images."""
-    check_shares(settings.batch_size, len(squares.names))
-    digest = zlib.crc32("\n".join(squares.names).encode("utf-8", "surrogateescape"))
-    if digest != from_the_first(digest):
+def _check_same_images(settings: Form, images: LoadedImages) -> None:
+    """Raise InputError if a batch has no share for a process, RunError if one has read other images."""
+    check_shares(settings.batch_size, len(images.names))
+    digest = zlib.crc32("\n".join(images.names).encode("utf-8", "surrogateescape"))
+    if digest != from_rank_0(digest):
         raise RunError(
-            f"process {number() + 1} could read other images of {settings.train_dir} than the first one: see "
+            f"process {rank() + 1} could read other images of {settings.train_dir} than the first one: see "
             "which are left out, and let all processes read the same"
         )
 
 
-def _check_weights(training: Training) -> None:
-    """Raise RunError where a process begins with other weights: they would stay others to the end."""
-    parts = [tensor for part in (training.tuned.network, training.head) for tensor in part.parameters()]
-    length = math.sqrt(sum(tensor.detach().double().square().sum().item() for tensor in parts))
-    if not math.isclose(length, from_the_first(length), rel_tol=1e-6):  # machines round differently
+def _check_same_weights(training: TrainingState) -> None:
+    """Raise RunError if a process begins with other weights: the difference would stay to the end."""
+    weights = [tensor for part in (training.tuned.network, training.head) for tensor in part.parameters()]
+    length = math.sqrt(sum(tensor.detach().double().square().sum().item() for tensor in weights))
+    if not math.isclose(length, from_rank_0(length), rel_tol=1e-6):  # machines round differently
         raise RunError(
-            f"process {number() + 1} has other weights of {training.settings.model} than the first one: let "
+            f"process {rank() + 1} has other weights of {training.settings.model} than the first one: let "
             "all processes read the same file, and the same --save_dir where they go on"
         )
 
 
-def _scale(seen: Validation, untuned: Backbone) -> float:
-    """What makes the untuned features of a length at which the heads' rates are right for any network."""
+def _feature_scale(validation: Validation, untuned: Backbone) -> float:
+    """Return the factor that makes features FEATURE_LENGTH long: there the heads' rates suit any network."""
     with torch.inference_mode():
-        lengths = untuned.embed(seen.images[untuned.transform.size].pixels[:64]).norm(dim=1)
-    return LENGTH / lengths.mean().item()
+        lengths = untuned.embed(validation.images[untuned.transform.size].pixels[:64]).norm(dim=1)
+    return FEATURE_LENGTH / lengths.mean().item()
 
 
-def _put_back(training: Training, saved: dict[str, Any]) -> None:
+def _restore(training: TrainingState, saved: dict[str, Any]) -> None:
     for group in saved["optimizer"]["param_groups"]:
         group["fused"] = training.optimizer.defaults["fused"]  # it may have been saved on another device
-    for name, part in _parts(training).items():
+    for name, part in training.parts().items():
         if saved[name]:  # a scaler has no state on another device
             part.load_state_dict(saved[name])
     training.progress = Progress(**saved["progress"])
 
 
-def _track(training: Training, saved: dict[str, Any]) -> Tracking:
-    """Begin to track this training, or go on at the step where what was saved ends."""
+@rank_zero_only
+def _track(training: TrainingState, saved: dict[str, Any]) -> Tracking:
+    """Start the tracker, or continue its run at the step at which the training was saved."""
     settings = training.settings
     config = settings.model_dump(mode="json") | training.choices
     name = f"{settings.model} {settings.loss}"
     return start_tracking(settings.tracker, settings.save_dir, name, config, saved.get("tracked"))
 
 
-def _parts(training: Training) -> dict[str, Any]:
-    """What changes from step to step, but for the progress; all else follows from that and the settings."""
-    parts = {"tuned": training.tuned.network, "head": training.head, "optimizer": training.optimizer,
-             "scaler": training.scaler}  # fmt: skip
-    return parts | ({"average": training.average} if training.average else {})
-
-
-def save(training: Training) -> None:
-    """last.pth, to go on from here; of several processes the first writes it."""
-    if not is_first():
-        return
-    state = {name: part.state_dict() for name, part in _parts(training).items()}
+@rank_zero_only
+def save(training: TrainingState) -> None:
+    """Write last.pth, from which --resume goes on."""
+    state = {name: part.state_dict() for name, part in training.parts().items()}
     settings = training.settings.model_dump(mode="json")
     folder = training.settings.save_dir
     write_last(folder, training.progress, settings=settings, images=training.files,

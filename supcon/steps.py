@@ -1,4 +1,4 @@
-"""A training and the rows of a batch in; the loss, and weights changed by its gradients, out."""
+"""The state of a training and the rows of a batch in; the loss, and weights updated by its gradients, out."""
 
 from __future__ import annotations
 
@@ -12,52 +12,59 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from retrieval.distributed import several
+from retrieval.distributed import several, shard
 from retrieval.errors import RunError
 from retrieval.machine import out_of_memory
-from supcon.gather import NoRoomError, add_up, gather, most_of_a_share, own_part, share, together
 from supcon.heads import remember
-from supcon.state import Training
+from supcon.joint_batch import (
+    NoRoomError,
+    agree_on_memory,
+    gather_features,
+    largest_shard,
+    own_rows,
+    sum_gradients,
+)
+from supcon.state import TrainingState
 from supcon.views import AUGMENTATIONS, augment, draw
 
 MOST_BAD_STEPS = 10
-# Where a thread makes the views of a batch while the step before is at work. On a CPU they are 3 % of its
-# work (48 or 96 views of 128 px, EfficientNet-Lite0), all cores have theirs, and a thread makes a step 4 %
-# slower (two cores, median of 7 pairs, −2 to 7 %).
-AHEAD = ("cuda",)
+# Devices on which a thread makes the views of the next batch during a step. On a CPU the views take 3 % of
+# the time (48 or 96 views of 128 px, EfficientNet-Lite0) and use all cores anyway: a thread makes a step 4 %
+# slower there (two cores, median of 7 pairs, −2 to 7 %).
+PREFETCHING = ("cuda",)
 
 log = logging.getLogger("retrieval.steps")
 
 
-def step(training: Training, rows: np.ndarray, seed: int, views: Views | None = None) -> float:
-    """One step on the images `rows` of the squares; the loss. All that is random follows from the seed.
+def step(training: TrainingState, rows: np.ndarray, seed: int, views: Views | None = None) -> float:
+    """Take one step on the images `rows` and return the loss; everything random follows from the seed.
 
-    `views` are those of these rows and this seed, where they are made already. Where the batch does not fit
-    into the device's memory, fewer views go through it at once.
+    `views` are the views of these rows with this seed, if they are made already. If the batch does not fit
+    into the device's memory, fewer views go through the network at a time.
     """
     training.head.train()
     while True:
         training.optimizer.zero_grad(set_to_none=True)
         try:
-            with together():
+            with agree_on_memory():
                 views = views or make_views(training, rows, seed)
-            torch.manual_seed(seed)  # what a head does at random
+            torch.manual_seed(seed)  # for a head's dropout
             return _update(training, _gradients(training, *views))
         except RuntimeError as error:
             if isinstance(error, RunError) or not out_of_memory(error):
                 raise
-            if several() and not isinstance(error, NoRoomError):  # the other processes have gone on
+            if several() and not isinstance(error, NoRoomError):  # the other processes are past it
                 raise RunError(
                     f"the weights and their gradients do not fit into the memory of {training.device}: "
                     "start fewer processes on it, or give --freeze all_but_last"
                 ) from None
-        at_once = min(training.micro_batch, most_of_a_share(len(rows)) * training.variant.views)
-        if at_once == 1:
+        tried = min(training.micro_batch, largest_shard(len(rows)) * training.variant.views)
+        if tried == 1:
             raise RunError(
                 f"not one image fits into the memory of {training.device}: give a smaller --image_size, "
                 "--freeze all_but_last, or --device cpu"
             )
-        training.micro_batch = at_once // 2
+        training.micro_batch = tried // 2
         log.warning("the batch does not fit into the memory of %s: %d views at once, with the same gradients",
                     training.device, training.micro_batch)  # fmt: skip
         torch.accelerator.empty_cache()
@@ -67,51 +74,51 @@ def step(training: Training, rows: np.ndarray, seed: int, views: Views | None = 
 
 
 class Views(NamedTuple):
-    """What the network sees of a batch."""
+    """The inputs of the network for a batch, on the device."""
 
-    pixels: Tensor  # float32 (views, 3, size, size), on the device: of this process's share of the rows
-    labels: Tensor  # (views,) there too: of all rows
+    pixels: Tensor  # float32 (views, 3, size, size), of this process's shard of the rows
+    labels: Tensor  # (views,) of all rows
 
 
-class Prepared(NamedTuple):
-    """A step to come."""
+class PlannedStep(NamedTuple):
+    """The arguments of a step to come."""
 
-    rows: np.ndarray  # of the squares
+    rows: np.ndarray  # of the loaded images
     seed: int
     views: Views | None  # None: the step makes them itself
 
 
-def prepared(training: Training, batches: list[np.ndarray]) -> Iterator[Prepared]:
-    """The steps that are left of this epoch's batches, each when it is asked for.
+def planned_steps(training: TrainingState, batches: list[np.ndarray]) -> Iterator[PlannedStep]:
+    """Yield the remaining steps of this epoch.
 
-    On the devices of AHEAD a thread makes the views of the next step while the caller does the one before;
-    it ends with this iterator, which is to be closed.
+    On the devices of PREFETCHING a thread makes the views of the next step while the caller takes the one
+    before. The thread ends with this iterator, which the caller has to close.
     """
     epoch, seed = training.progress.epoch, training.settings.seed
     steps = range(training.progress.step, len(batches))
     seeds = [int(np.random.SeedSequence((seed, epoch, step)).generate_state(1)[0]) for step in steps]
     plan = list(zip((batches[step] for step in steps), seeds, strict=True))
-    if training.device not in AHEAD:
-        yield from (Prepared(*this, None) for this in plan)
+    if training.device not in PREFETCHING:
+        yield from (PlannedStep(rows, seed, None) for rows, seed in plan)
         return
     device = torch.accelerator.current_device_index() if training.device == "cuda" else None
-    with ThreadPoolExecutor(1, "views", _work_on, [device]) as thread:
-        coming = [thread.submit(_views_or_none, training, *this) for this in plan[:1]]
-        for this, following in zip(plan, [*plan[1:], None], strict=True):
+    with ThreadPoolExecutor(1, "views", _use_device, [device]) as thread:
+        coming = [thread.submit(_views_if_they_fit, training, *arguments) for arguments in plan[:1]]
+        for arguments, following in zip(plan, [*plan[1:], None], strict=True):
             views = coming.pop().result()
             if following:
-                coming.append(thread.submit(_views_or_none, training, *following))
-            yield Prepared(*this, views)
+                coming.append(thread.submit(_views_if_they_fit, training, *following))
+            yield PlannedStep(*arguments, views)
 
 
-def _work_on(device: int | None) -> None:
-    """Let this thread use the device of the thread that began it: CUDA has one for each."""
+def _use_device(device: int | None) -> None:
+    """Let this thread use the device of its caller: CUDA keeps one per thread."""
     if device is not None:
         torch.accelerator.set_device_index(device)
 
 
-def _views_or_none(training: Training, rows: np.ndarray, seed: int) -> Views | None:
-    """The views; None where there is no room for them beside the step before."""
+def _views_if_they_fit(training: TrainingState, rows: np.ndarray, seed: int) -> Views | None:
+    """Make the views; return None if the memory has no room for them beside the step before."""
     try:
         return make_views(training, rows, seed)
     except RuntimeError as error:
@@ -120,17 +127,17 @@ def _views_or_none(training: Training, rows: np.ndarray, seed: int) -> Views | N
         return None
 
 
-def make_views(training: Training, rows: np.ndarray, seed: int) -> Views:
-    """The views of the images `rows`, and their labels; what is random in them follows from the seed.
+def make_views(training: TrainingState, rows: np.ndarray, seed: int) -> Views:
+    """Make the views of the images `rows`, and their labels; everything random follows from the seed.
 
-    Of several processes each makes those of its share, as one alone would make them.
+    Each process makes the views of its shard, as a single process would make them.
     """
-    random, part = torch.Generator().manual_seed(seed), share(len(rows))
-    squares = training.squares.pixels[torch.from_numpy(rows[part])].to(training.device)
+    random, part = torch.Generator().manual_seed(seed), shard(len(rows))
+    pixels = training.images.pixels[torch.from_numpy(rows[part])].to(training.device)
     kind, size = AUGMENTATIONS[training.choices["augmentation"]], training.tuned.transform.size
     drawn = [draw(kind, len(rows), random).of(part) for _ in range(training.variant.views)]
-    views = [augment(squares, size, numbers) for numbers in drawn]
-    labels = training.squares.labels[rows] if training.variant.labels else rows
+    views = [augment(pixels, size, numbers) for numbers in drawn]
+    labels = training.images.labels[rows] if training.variant.labels else rows
     labels = torch.from_numpy(labels).repeat(training.variant.views).to(training.device)
     return Views(torch.cat(views), labels)
 
@@ -138,35 +145,36 @@ def make_views(training: Training, rows: np.ndarray, seed: int) -> Views:
 # ---- the gradients --------------------------------------------------------------------------------
 
 
-def _gradients(training: Training, pixels: Tensor, labels: Tensor) -> Tensor:
-    """The loss of a batch, and its gradients in every weight, a micro-batch at a time if need be.
+def _gradients(training: TrainingState, pixels: Tensor, labels: Tensor) -> Tensor:
+    """Compute the loss of a batch, and its gradients in every weight, a micro-batch at a time if need be.
 
-    With several: cached gradients (GradCache, Gao et al. 2021). The features of all are computed without a
-    graph, the loss gives the gradient in them, and each micro-batch is then sent through again with its part
-    of that. Nothing in the network depends on the other images, so the gradients are those of one batch. With
-    several processes each does so with its share (supcon/gather.py).
+    Several micro-batches: cached gradients (GradCache, Gao et al. 2021). The features of all images are
+    computed without a graph; the loss gives its gradient in the features; and each micro-batch goes through
+    the network again, to propagate its rows of that gradient. The result is the gradient of the whole batch,
+    as no image's features depend on another image. Several processes do the same, each with its shard
+    (supcon/joint_batch.py).
     """
     parts = pixels.split(training.micro_batch)
     if len(parts) == 1 and not several():
         loss = training.head(_features(training, pixels), labels)
         training.scaler.scale(loss).backward()
         return loss.detach()
-    views, rows = training.variant.views, len(labels) // training.variant.views
-    whole = len(parts) == 1  # then its graph is kept
-    with together(), torch.set_grad_enabled(whole):
+    views = training.variant.views
+    whole = len(parts) == 1  # then the graph is kept
+    with agree_on_memory(), torch.set_grad_enabled(whole):
         own = torch.cat([_features(training, part) for part in parts])
-    features = own.detach() if not several() else gather(own.detach(), views, rows)
-    with together():
+    features = gather_features(own, views) if several() else own.detach()
+    with agree_on_memory():
         loss = training.head(features.requires_grad_(), labels)
         training.scaler.scale(loss).backward()
-        gradient = own_part(features.grad, views, rows)
+        gradient = own_rows(features.grad, views)
         if whole:
             own.backward(gradient)
         else:
             for part, of_part in zip(parts, gradient.split(training.micro_batch), strict=True):
                 _features(training, part).backward(of_part)
     if several():
-        add_up(*(_gradients_of(part) for part in (training.tuned.network, training.head)))
+        sum_gradients(*(_gradients_of(part) for part in (training.tuned.network, training.head)))
     return loss.detach()
 
 
@@ -174,22 +182,22 @@ def _gradients_of(module: nn.Module) -> list[Tensor]:
     return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
 
 
-def _features(training: Training, pixels: Tensor) -> Tensor:
-    """float32 (views, dimension); on a GPU in half precision inside."""
+def _features(training: TrainingState, pixels: Tensor) -> Tensor:
+    """Compute the features (views, dimension), float32; on a GPU the network runs in half precision."""
     half = torch.float16 if training.scaler.is_enabled() else torch.bfloat16
     with torch.autocast(training.device, dtype=half, enabled=training.device == "cuda"):
         return training.tuned.features(pixels) * training.scale
 
 
-def _update(training: Training, loss: Tensor) -> float:
-    """Change the weights by their gradients, clipped, unless those are not finite; the loss as a number."""
+def _update(training: TrainingState, loss: Tensor) -> float:
+    """Update the weights by their clipped gradients, unless these are not finite; return the loss."""
     training.scaler.unscale_(training.optimizer)
-    learned = [p for group in training.optimizer.param_groups for p in group["params"] if p.grad is not None]
-    length = nn.utils.get_total_norm([p.grad for p in learned])
+    trained = [p for group in training.optimizer.param_groups for p in group["params"] if p.grad is not None]
+    length = nn.utils.get_total_norm([p.grad for p in trained])
     loss, length = torch.stack([loss.float(), length.float()]).tolist()  # the only wait for a GPU
     clip = training.settings.clip or math.inf
     if clip < length < math.inf:
-        nn.utils.clip_grads_with_norm_(learned, clip, torch.tensor(length))
+        nn.utils.clip_grads_with_norm_(trained, clip, torch.tensor(length))
     if math.isfinite(length):
         training.bad_steps = 0
         training.scaler.step(training.optimizer)

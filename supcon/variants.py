@@ -1,6 +1,6 @@
-"""The table of what a network can be fine-tuned with: a variant is views + sampler + head + loss.
+"""A --loss in; its variant of fine-tuning out: how many views, which sampler, which head with its loss.
 
-To add one: write its head in supcon/heads.py, and give it a row in VARIANTS.
+To add a variant, write its head in supcon/heads.py and give it a row in VARIANTS.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Variant:
     """A row of the table."""
 
     head: Callable[[int, int, Choices], nn.Module]  # (the features' dimension, classes, choices) → the head
-    views: int  # of each image in a batch
+    views: int  # per image of a batch
     by_class: bool  # batches of P classes × K images; else shuffled
-    choices: Choices  # the settings that concern it, with its own defaults
+    choices: Choices  # the settings that apply to this variant, with its defaults
     labels: bool = True  # False: each image is a class of its own
 
 
@@ -63,7 +63,7 @@ def _arcface(dimension: int, classes: int, choices: Choices) -> nn.Module:
 
 
 def _cosface(dimension: int, classes: int, choices: Choices) -> nn.Module:
-    """Wang et al. 2018: the margin is taken from the cosine."""
+    """Wang et al. 2018: the margin is subtracted from the cosine."""
     from pytorch_metric_learning.losses import CosFaceLoss
 
     from supcon.heads import MetricLearning
@@ -74,7 +74,7 @@ def _cosface(dimension: int, classes: int, choices: Choices) -> nn.Module:
 
 
 def _chance_of_margin(lead: float, classes: int) -> float:
-    """Cross-entropy where every other class leads the right one by so much.
+    """Return the cross-entropy if every other class leads the right one by `lead`.
 
     >>> round(_chance_of_margin(0, 6) - math.log(6), 6)
     0.0
@@ -91,7 +91,7 @@ def _proxy_anchor(dimension: int, classes: int, choices: Choices) -> nn.Module:
     margin, scale = choices["margin"], choices["scale"]
 
     def chance(views: int) -> float:
-        """Each class with as many of the views, all at right angles to every proxy."""
+        """Return the loss of equally many views per class, all orthogonal to every proxy."""
         own, far = views / classes, math.exp(scale * margin)
         return math.log1p(own * far) + math.log1p((views - own) * far)
 
@@ -133,9 +133,9 @@ CHOICES = sorted({name for variant in VARIANTS.values() for name in variant.choi
 
 
 def choices_of(settings: Form) -> Choices:
-    """The variant's own settings: its defaults, and what the user set instead.
+    """Return the settings of the variant: its defaults, or the values that the user set instead.
 
-    Raises InputError for one that changes nothing for this variant, and for batches of one class.
+    Raises InputError for a setting that does not apply to this variant, and for batches of one class.
     """
     variant = VARIANTS[settings.loss]
     given = {name: getattr(settings, name) for name in CHOICES if getattr(settings, name) is not None}

@@ -1,7 +1,7 @@
-"""Squares of images in; randomly cropped, flipped and coloured views of them, as a network wants them, out.
+"""A batch of images in; randomly cropped, flipped and coloured views of them, as inputs of a network, out.
 
-A whole batch at a time and on the device, each image by its own random numbers: on a CPU that is five times
-as fast as one image after the other, and on a GPU the readers need not keep up.
+The views of a batch are made at once and on its device, each with its own random numbers. On a CPU that is
+five times as fast as one image after the other, and on a GPU no loader has to keep up.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-GREY = (0.2989, 0.587, 0.114)  # of R, G, B in the brightness: ITU-R BT.601, as torchvision has it
+GREY = (0.2989, 0.587, 0.114)  # weights of R, G, B in the brightness: ITU-R BT.601, as in torchvision
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ SINE = ((-0.213, -0.715, 0.928), (0.143, 0.140, -0.283), (-0.787, 0.715, 0.072))
 AUGMENTATIONS = {
     "gentle": Augmentation((0.8, 1.0), (0.95, 1.05), 1.0, 0.2, 0.2, 0.1, 0.0, 0.05),
     "plain": Augmentation((0.5, 1.0), (3 / 4, 4 / 3), 1.0, 0.2, 0.2, 0.0, 0.0, 0.0),
-    # Khosla et al. 2020, as their code has it
+    # Khosla et al. 2020, from their code
     "strong": Augmentation((0.2, 1.0), (3 / 4, 4 / 3), 0.8, 0.4, 0.4, 0.4, 0.1, 0.2),
 }
 
@@ -48,21 +48,21 @@ AUGMENTATIONS = {
 class Draw:
     """The random numbers of a batch of views, one row a view."""
 
-    boxes: Tensor  # (views, 4) left, top, width, height, as shares of the square
+    boxes: Tensor  # (views, 4) left, top, width, height, as shares of the side
     flipped: Tensor  # (views,) bool
-    brightness: Tensor  # (views,) each: factors, 1 leaves the image as it is
+    brightness: Tensor  # (views,) like contrast and saturation: factors, 1 leaves the image as it is
     contrast: Tensor
     saturation: Tensor
     hue: Tensor  # (views,) turns
     grey: Tensor  # (views,) bool
 
     def of(self, rows: slice) -> Draw:
-        """The numbers of some of the views."""
+        """Return the random numbers of some of the views."""
         return Draw(**{name: value[rows] for name, value in vars(self).items()})
 
 
 def draw(kind: Augmentation, views: int, random: torch.Generator) -> Draw:
-    """The random numbers for so many views, from a generator on the CPU: the same ones for every device."""
+    """Draw the random numbers of `views` views from a generator on the CPU: the same for every device."""
 
     def uniform(low: float, high: float) -> Tensor:
         return torch.rand(views, generator=random) * (high - low) + low
@@ -80,12 +80,12 @@ def draw(kind: Augmentation, views: int, random: torch.Generator) -> Draw:
     return Draw(torch.cat([corners, sides], 1), flipped, *factors, hue, grey)
 
 
-def augment(squares: Tensor, size: int, drawn: Draw) -> Tensor:
-    """uint8 (views, 3, side, side) → float32 (views, 3, size, size), 0 to 1: the views that were drawn."""
-    device = squares.device
+def augment(images: Tensor, size: int, drawn: Draw) -> Tensor:
+    """Make the drawn views: uint8 (views, 3, side, side) → float32 (views, 3, size, size), 0 to 1."""
+    device = images.device
     grid = _places(drawn.boxes.to(device), drawn.flipped.to(device), size)
-    pixels = functional.grid_sample(squares.float(), grid, padding_mode="border", align_corners=False)
-    grey = pixels.mean((2, 3)) @ torch.tensor(GREY, device=device)  # (views,) its mean
+    pixels = functional.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    grey = pixels.mean((2, 3)) @ torch.tensor(GREY, device=device)  # (views,) the mean brightness
     colours, shift = _colours(drawn) / 255, (1 - drawn.contrast) * drawn.brightness / 255
     shift, colours = (shift.to(device) * grey).view(-1, 1, 1), colours.to(device)
     changed = torch.baddbmm(shift, colours, pixels.flatten(2)).clamp_(0, 1)
@@ -93,9 +93,9 @@ def augment(squares: Tensor, size: int, drawn: Draw) -> Tensor:
 
 
 def _places(boxes: Tensor, flipped: Tensor, size: int) -> Tensor:
-    """(views, size, size, 2) where each pixel of a view lies in its square, from -1 to 1: grid_sample's grid.
+    """Return where each pixel of a view lies in its image, -1 to 1: grid_sample's (views, size, size, 2).
 
-    A box stands upright, so that x is the same in each row and y in each column.
+    The boxes are not turned, so that x is the same in each row and y in each column.
     """
     left, top, width, height = boxes.T[:, :, None]
     steps = (torch.arange(size, device=boxes.device) + 0.5) / size
@@ -106,10 +106,10 @@ def _places(boxes: Tensor, flipped: Tensor, size: int) -> Tensor:
 
 
 def _colours(drawn: Draw) -> Tensor:
-    """(views, 3, 3): brightness, contrast, saturation and hue as one map of the colours.
+    """Return brightness, contrast, saturation and hue as one linear map of the colours (views, 3, 3).
 
-    Each of them is affine, as torchvision has them, but for the hue: turned here in the plane that keeps the
-    brightness (hueRotate of the W3C's Filter Effects), there in HSV, which takes ten times as long.
+    All but the hue are torchvision's. The hue is turned in the plane of constant brightness (hueRotate of the
+    W3C's Filter Effects); torchvision turns it in HSV, which takes ten times as long.
     """
     grey = torch.tensor(GREY).expand(3, 3)  # every channel becomes the brightness
     saturation = drawn.saturation.view(-1, 1, 1)

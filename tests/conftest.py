@@ -94,8 +94,8 @@ def backbone():
 
 
 # Files of tests that start a script, train or open a browser; elsewhere a slow test has the mark itself.
-SLOW = ("test_scripts", "test_fine_tuning_scripts", "test_face_scripts", "test_benchmarks", "test_shards",
-        "test_training", "test_start", "test_steps", "test_state", "test_checkpoints", "test_gather",
+SLOW = ("test_scripts", "test_fine_tuning_scripts", "test_face_scripts", "test_benchmarks",
+        "test_distributed", "test_training", "test_start", "test_steps", "test_state", "test_checkpoints",
         "test_joint_batch", "test_report_page", "test_leaderboard_page")  # fmt: skip
 FAST_SECONDS = 10  # of the processor; the first test of a network also imports timm
 
@@ -352,7 +352,17 @@ def found_of(folder, queries_of_each=None, gallery_of_each=None):
         }
         vectors.append(vectors_of({name: values - values.mean() for name, values in pixels.items()}))
     ranking = rank(*vectors, k=10)
-    return Results(*sides, *vectors, ranking, {"backbone": "pixels"} | measure(ranking, *vectors, 3))
+    metrics = {"backbone": "pixels"} | measure(ranking, *vectors, 3)
+    return Results(*sides, *vectors, ranking, metrics, sample=sample_of(*vectors))
+
+
+def sample_of(queries, gallery):
+    """The vectors that the report's map draws."""
+    from retrieval.report.embedding_map import sample_rows
+    from retrieval.report.results import Sample
+
+    rows = sample_rows(queries, gallery)
+    return Sample(rows, np.concatenate([queries.vectors, gallery.vectors])[rows])
 
 
 @pytest.fixture(scope="session")

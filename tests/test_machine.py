@@ -7,7 +7,7 @@ from retrieval.errors import RunError
 
 def test_memory_is_that_of_the_container_and_what_does_not_fit_lies_in_a_file(tmp_path, monkeypatch, caplog):
     whole = machine.memory()
-    monkeypatch.setattr(machine, "LIMIT", tmp_path / "memory.max")
+    monkeypatch.setattr(machine, "MEMORY_LIMIT", tmp_path / "memory.max")
     assert machine.memory() >= whole
     (tmp_path / "memory.max").write_text("max\n")
     assert machine.memory() >= whole
@@ -21,9 +21,9 @@ def test_memory_is_that_of_the_container_and_what_does_not_fit_lies_in_a_file(tm
     for word in ("TMPDIR", "TEMP", "TMP"):
         monkeypatch.delenv(word, raising=False)
     monkeypatch.setattr(machine, "ON_DISK", str(tmp_path))
-    assert machine._folder() == str(tmp_path)  # not /tmp, which may lie in memory
+    assert machine._folder_on_disk() == str(tmp_path)  # not /tmp, which may lie in memory
     monkeypatch.setenv("TMP", "/elsewhere")
-    assert machine._folder() != str(tmp_path)
+    assert machine._folder_on_disk() != str(tmp_path)
     assert not isinstance(machine.zeros((100, 100), np.float32, "vectors"), np.memmap)
     assert isinstance(machine.zeros((100, 100), np.float32, "vectors", 8), np.memmap)  # each has an eighth
     large[999] = 1

@@ -18,11 +18,12 @@ from tqdm import tqdm
 from get_images import ImageFile, find_images
 from retrieval.backbones.backbone import Backbone, LazyBackbone, place
 from retrieval.backbones.transform import ModelInput
+from retrieval.console import progress_bar
 from retrieval.embedding.cache import Cache, CachedVector, CacheKey
 from retrieval.embedding.loader import Batch, Read, in_batches, read_ahead
 from retrieval.embedding.runtime import ONNX_BATCH, TORCH, Runtime, choose_runtime
 from retrieval.errors import InputError
-from retrieval.machine import zeros
+from retrieval.machine import local_world_size, zeros
 from retrieval.records import Embeddings
 
 PART = 2**14  # images processed at a time; of earlier ones only the vectors stay in memory
@@ -120,12 +121,12 @@ def embed_with_notes(
     folder = save_crops / kind.replace(" ", "_") if save_crops else None
     rows = {file.name: row for row, file in enumerate(files)}
     vectors, notes = None, Notes()
-    with tqdm(total=len(files), desc=kind, unit="image") as bar:
+    with progress_bar(len(files), kind) as bar:
         for start in range(0, len(files), PART):
             results = embed_part(files[start : start + PART], runtime, folder, cache, bar)
             if vectors is None and results.vectors:
                 dimension = len(next(iter(results.vectors.values())))
-                vectors = zeros((len(files), dimension), np.float32, "vectors")
+                vectors = zeros((len(files), dimension), np.float32, "vectors", local_world_size())
             for name, vector in results.vectors.items():
                 vectors[rows[name]] = vector
             without_face = [name for name, face in results.faces.items() if not face]

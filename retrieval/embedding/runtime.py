@@ -97,7 +97,7 @@ class Runtime:
         start = time.perf_counter()
         session = self.loaded if isinstance(self.loaded, OnnxNetwork) else None
         good = session is not None and check_onnx(session, self.backbone, self.files, pixels)
-        if distributed.all_say(good):  # asks every process, whatever it found on its own disk
+        if distributed.all_agree(good):  # asks every process, whatever it found on its own disk
             self.run = session.run
         else:
             self.name = TORCH

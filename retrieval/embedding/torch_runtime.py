@@ -111,7 +111,7 @@ def choose_precision(backbone: Backbone, kept: str, pixels: np.ndarray) -> str:
     good = False
     if backbone.device == "cuda":
         good = kept == str(half_type()) or (kept != FULL and half_is_enough(backbone, pixels))
-    half = distributed.all_say(good)
+    half = distributed.all_agree(good)
     if backbone.device != "cuda":
         return ""
     return str(half_type()) if half else FULL

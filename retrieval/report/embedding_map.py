@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from get_images import label_of
+from retrieval.records import Embeddings, ShardedEmbeddings
 from retrieval.report import charts
 from retrieval.report.charts import Chart, Points
 from retrieval.report.results import Results
@@ -12,33 +13,31 @@ from retrieval.report.results import Results
 MOST_POINTS, FEWEST_POINTS = 1000, 5
 
 
-def sample(results: Results, seed: int = 0) -> np.ndarray:
+def sample_rows(queries: Embeddings, gallery: Embeddings | ShardedEmbeddings, seed: int = 0) -> np.ndarray:
     """Return up to MOST_POINTS rows of the queries and gallery images together, the classes in turn.
 
     Images that could not be embedded are left out.
     """
-    sides = results.query_vectors, results.gallery_vectors
-    embedded = np.concatenate([side.vectors.any(axis=1) for side in sides])
+    names, embedded = queries.names + gallery.names, []
+    for side in (queries, gallery):
+        unreadable = set(side.unreadable)
+        embedded += [name not in unreadable for name in side.names]
     of_class: dict[str | None, list[int]] = {}
     for row in np.random.default_rng(seed).permutation(np.flatnonzero(embedded)).tolist():
-        of_class.setdefault(label_of(results.names[row]), []).append(row)
+        of_class.setdefault(label_of(names[row]), []).append(row)
     turns = [(turn, row) for rows in of_class.values() for turn, row in enumerate(rows)]
     in_turn = sorted(turns, key=lambda turn_and_row: turn_and_row[0])
     return np.array(sorted(row for _, row in in_turn[:MOST_POINTS]), dtype=int)
 
 
-def draw_map(results: Results, rows: np.ndarray) -> tuple[list[Chart], list[list[int]]]:
-    """Draw the map of these rows, ascending; and return which rows each group of its marks shows.
+def draw_map(results: Results) -> tuple[list[Chart], list[list[int]]]:
+    """Draw the map of the sampled images; and return which rows each group of its marks shows.
 
     Fine-tuned embeddings that hold the untuned ones get a second panel. A handful of images gets no map.
     """
+    rows, vectors = results.sample.rows, results.sample.vectors
     if len(rows) < FEWEST_POINTS:
         return [], []
-    queries = rows[rows < len(results.queries)]
-    gallery = rows[len(queries) :] - len(results.queries)
-    vectors = np.concatenate(
-        [results.query_vectors.vectors[queries], results.gallery_vectors.vectors[gallery]]
-    )
     panels = [("after fine-tuning" if results.trained else "embeddings", vectors)]
     if results.trained and results.trained.joined:
         untuned = vectors[:, : vectors.shape[1] // 2]  # both halves have the same dimension

@@ -6,10 +6,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from get_images import ImageFile
 from retrieval.backbones.backbone import Trained
 from retrieval.metrics import are_labelled, first_hits
-from retrieval.records import Embeddings, Ranking
+from retrieval.records import Embeddings, Ranking, ShardedEmbeddings
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The images of the map: their rows, of queries first and then of gallery images, and their vectors."""
+
+    rows: np.ndarray  # (images,), ascending
+    vectors: np.ndarray  # (images, dimension)
 
 
 @dataclass(frozen=True)
@@ -19,10 +29,11 @@ class Results:
     queries: list[ImageFile]
     gallery: list[ImageFile]
     query_vectors: Embeddings
-    gallery_vectors: Embeddings
+    gallery_vectors: Embeddings | ShardedEmbeddings
     ranking: Ranking
     metrics: dict[str, Any]
     trained: Trained | None = None  # None: the network is not fine-tuned
+    sample: Sample | None = None  # None: no report is wanted
 
     @cached_property
     def labelled(self) -> bool:

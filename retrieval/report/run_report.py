@@ -18,7 +18,7 @@ from retrieval.machine import version_of
 from retrieval.metrics import CUTS
 from retrieval.report import charts
 from retrieval.report.charts import Chart
-from retrieval.report.embedding_map import draw_map, sample
+from retrieval.report.embedding_map import draw_map
 from retrieval.report.results import Results
 from retrieval.report.thumbnails import draw_matches
 from retrieval.report.viewer import Matches, page_data
@@ -32,8 +32,7 @@ def write_report(run: Run, results: Results, outcome: Outcome) -> Path:
     """Write report.html, similar_images.png and the charts into the run's folder; return the page's path."""
     matches = Matches(results)
     draw_matches(results.ranking, results.queries, results.gallery, run.settings.top_k, run.folder / SHEET)
-    mapped = sample(results)
-    maps, points = draw_map(results, mapped)
+    maps, points = draw_map(results)
     drawn = {chart.name: chart for chart in [*maps, *_charts(results, matches)]}
     for chart in drawn.values():
         write_whole(run.folder / f"{chart.name}.png", chart.png)
@@ -50,7 +49,7 @@ def write_report(run: Run, results: Results, outcome: Outcome) -> Path:
         charts=drawn,
         data=data,
         query_classes=[(number, data["classes"][number]) for number in sorted(classes)],
-        mapped=len(mapped),
+        mapped=len(results.sample.rows),
         images=queries + images,
         command=_command(run),
         time=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),

@@ -178,7 +178,7 @@ def test_a_want_of_memory_is_tried_again_by_the_next_run(tmp_path, caplog, monke
 
 def test_of_several_processes_one_that_cannot_makes_all_use_torch(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(runtime.distributed, "all_say", lambda yes: asked.append(yes))
+    monkeypatch.setattr(runtime.distributed, "all_agree", lambda yes: asked.append(yes))
     assert settled(lazy(Small()), tmp_path).name == TORCH
     assert asked == [True, False]  # ONNX Runtime, and half precision
     assert settled(lazy(Small()), tmp_path, "torch").name == TORCH

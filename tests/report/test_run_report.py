@@ -191,12 +191,12 @@ def test_the_map_shows_each_class_as_often_and_leaves_out_empty_vectors(digits, 
     vectors = digits.query_vectors.vectors.copy()
     vectors[0] = 0
     digits = replace(digits, query_vectors=replace(digits.query_vectors, vectors=vectors))
-    rows = embedding_map.sample(digits)
+    rows = embedding_map.sample_rows(digits.query_vectors, digits.gallery_vectors)
     names = digits.query_vectors.names + digits.gallery_vectors.names
     labels = [names[row][0] for row in rows]
     assert 0 not in rows
     assert {labels.count(label) for label in "0123456789"} == {3}
-    assert np.array_equal(rows, embedding_map.sample(digits))
+    assert np.array_equal(rows, embedding_map.sample_rows(digits.query_vectors, digits.gallery_vectors))
 
 
 def test_a_tuned_network_that_holds_the_untuned_one_is_mapped_before_and_after(few, tmp_path):
@@ -214,7 +214,7 @@ def test_a_tuned_network_that_holds_the_untuned_one_is_mapped_before_and_after(f
 
 def test_of_many_classes_the_map_shows_which_queries_are_right(digits, monkeypatch):
     monkeypatch.setattr(charts, "COLOURS", charts.COLOURS[:9])  # fewer than the ten classes
-    (chart,), groups = embedding_map.draw_map(digits, embedding_map.sample(digits))
+    (chart,), groups = embedding_map.draw_map(digits)
     wrong = [row for row, first in enumerate(digits.first) if first != 1]
     assert wrong
     assert wrong in groups

@@ -13,7 +13,7 @@ from retrieval import machine
 from retrieval.backbones.transform import Transform
 from retrieval.errors import InputError
 from supcon import batches
-from supcon.batches import by_class, find_labelled, read_squares, shuffled, split
+from supcon.batches import by_class, find_labelled, load_images, shuffled, split
 
 
 def folder_of(**classes):
@@ -106,7 +106,7 @@ def test_squares_are_what_the_transform_gives_and_unreadable_images_are_named_an
     files = find_images(tmp_path / "train")
     prepare = Transform(20, "bilinear")
     with caplog.at_level(logging.WARNING):
-        found = read_squares(files, prepare, "training images")
+        found = load_images(files, prepare, "training images")
     assert "1/broken.png is left out of the training images: not an image" in caplog.text
     assert f"1 of the {len(files)} training images are left out" in caplog.text
     assert found.names == [file.name for file in files if "broken" not in file.name]
@@ -121,9 +121,9 @@ def test_more_squares_than_memory_is_meant_for_lie_in_a_file(few, monkeypatch):
     from get_images import find_images
 
     files, prepare = find_images(few / "gallery"), Transform(20, "bilinear")
-    in_memory = read_squares(files, prepare, "images")
+    in_memory = load_images(files, prepare, "images")
     monkeypatch.setattr(machine, "memory", lambda: 1000)
-    in_a_file = read_squares(files, prepare, "images")
+    in_a_file = load_images(files, prepare, "images")
     assert torch.equal(in_memory.pixels, in_a_file.pixels)
 
 

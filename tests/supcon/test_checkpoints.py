@@ -45,7 +45,7 @@ def test_a_disk_that_cannot_hold_the_checkpoints_is_known_before_the_images_are_
 ):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(2e9, 1.99e9, 10**7))
-    monkeypatch.setattr("supcon.state.read_squares", None)
+    monkeypatch.setattr("supcon.state.load_images", None)
     with pytest.raises(RunError, match=r"take up to 1\d\d MB, and the disk of .* has 10 left: make room"):
         begun(settings_of(tiny, tmp_path, model="efficientnet_lite0"))
 

@@ -105,8 +105,8 @@ def test_the_gradient_is_that_of_the_differences_with_and_without_a_memory_and_i
     z = torch.randn(9, 4, generator=random, dtype=torch.float64, requires_grad=True)
     memory = torch.randn(5, 4, generator=random, dtype=torch.float64)
     labels, more = torch.tensor([7, 7, -3, 0, 0, 0, 10**12, -3, 5]), torch.tensor([5, 7, 1, 1, 0])
-    for at_once in (losses.AT_ONCE, 30, 1):  # all rows, two or three, one at a time
-        monkeypatch.setattr(losses, "AT_ONCE", at_once)
+    for at_once in (losses.PAIRS_AT_ONCE, 30, 1):  # all rows, two or three, one at a time
+        monkeypatch.setattr(losses, "PAIRS_AT_ONCE", at_once)
         torch.autograd.gradcheck(lambda z: supcon_loss(z, labels, 0.2), z)
         torch.autograd.gradcheck(lambda z: supcon_loss(z, labels, 0.2, memory, more), z)
 

@@ -29,11 +29,11 @@ def test_a_process_that_begins_with_others_than_the_first_is_refused(
 ):
     values = []
 
-    def from_the_first(value):
+    def from_rank_0(value):
         values.append(value)
         return value * 1.001 if len(values) - 1 == asked else value
 
-    monkeypatch.setattr(state, "from_the_first", from_the_first)
+    monkeypatch.setattr(state, "from_rank_0", from_rank_0)
     with pytest.raises(RunError, match=f"process 1 {told}"):
         begun(settings_of(tiny, tmp_path))
 

@@ -86,7 +86,7 @@ def test_going_on_after_any_step_gives_bitwise_the_weights_of_the_undisturbed_ru
 def test_views_made_ahead_change_nothing_and_leave_no_thread(tiny, tmp_path, monkeypatch):
     plain, ahead = (settings_of(tiny, tmp_path / word, loss="supcon") for word in ("plain", "ahead"))
     training.fit(begun(plain))
-    monkeypatch.setattr(steps, "AHEAD", ("cpu",))
+    monkeypatch.setattr(steps, "PREFETCHING", ("cpu",))
     run, real = begun(ahead), steps.step
 
     def step(*arguments):
@@ -149,7 +149,7 @@ def test_whatever_embedding_is_chosen_the_checkpoint_has_the_score_of_the_choice
     assert recipe.embedding == embedding
     figures = validate(run.validation, load_fine_tuned(settings.save_dir / "fine_tuned_model.pth", "cpu"))
     figures["mean_cosine"] = pytest.approx(figures["mean_cosine"], abs=1e-5)
-    assert recipe.metrics["tuned"] == training.told(figures)
+    assert recipe.metrics["tuned"] == training.without_points(figures)
 
 
 def test_the_usual_way_to_embed_gives_way_to_what_is_shown_to_be_better():

@@ -1,4 +1,4 @@
-"""supcon/gather.py: several real processes take the steps, and write the files, of one."""
+"""supcon/joint_batch.py: several real processes take the steps, and write the files, of one."""
 
 import json
 import os
@@ -11,12 +11,13 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, assert_same, begun, run, settings_of
+from conftest import ROOT, SMALL, assert_same, begun, run, settings_of, small_weights
 
 import fine_tuning
+from retrieval import distributed
 from retrieval.errors import InputError
-from supcon import gather, state, steps
-from supcon.batches import Squares
+from supcon import joint_batch, state, steps
+from supcon.batches import LoadedImages
 from supcon.training import fit
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
@@ -31,8 +32,7 @@ import torch
 sys.path[:0] = {paths!r}
 from conftest import begun, settings_of
 from supcon import training
-from supcon.gather import NoRoomError
-from retrieval import processes
+from retrieval import distributed
 from supcon import steps
 
 torch.set_num_threads(1)
@@ -44,7 +44,7 @@ real, failed = steps._features, []
 
 
 def features(run, pixels):
-    if str(processes.number()) == fails and len(failed) < 2:
+    if str(distributed.rank()) == fails and len(failed) < 2:
         failed.append(len(pixels))
         if len(failed) == 2 or len(pixels) > 4:
             raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
@@ -62,7 +62,7 @@ gradients = {{f"{{word}}.{{name}}": p.grad.clone() for word, part in parts.items
 losses += [steps.step(run, batches[number % 2], number) for number in (1, 2)]
 weights = {{f"{{word}}.{{name}}": tensor for word, part in parts.items()
            for name, tensor in part.state_dict().items()}}
-torch.save([losses, gradients, weights, run.micro_batch], out / f"{{processes.number()}}.pt")
+torch.save([losses, gradients, weights, run.micro_batch], out / f"{{distributed.rank()}}.pt")
 """
 
 
@@ -132,27 +132,40 @@ def test_shares_are_as_large_as_each_other_but_for_one(monkeypatch):
     shares = []
     for number in range(3):
         monkeypatch.setenv("RANK", str(number))
-        shares.append(gather.share(8))
+        shares.append(distributed.shard(8))
     assert shares == [slice(0, 3), slice(3, 6), slice(6, 8)]
-    assert gather.most_of_a_share(8) == 3
+    assert joint_batch.largest_shard(8) == 3
     assert torch.equal(
-        gather.own_part(torch.arange(16).view(16, 1), 2, 8).flatten(), torch.tensor([6, 7, 14, 15])
+        joint_batch.own_rows(torch.arange(16).view(16, 1), 2).flatten(), torch.tensor([6, 7, 14, 15])
     )
 
 
 def test_of_the_images_that_could_be_read_each_process_has_a_share(tiny, tmp_path, monkeypatch):
     """Whoever has read fewer than there are processes knows it before the first step."""
     monkeypatch.setenv("WORLD_SIZE", "3")
-    two = Squares(["0/a.png", "1/b.png"], torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    two = LoadedImages(["0/a.png", "1/b.png"], torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(InputError, match="a batch of 2 images has no share for each of 3 processes"):
-        state._check_shares(settings_of(tiny, tmp_path), two)
+        state._check_same_images(settings_of(tiny, tmp_path), two)
 
 
 # ---- the script
 
 
 def flags(folder, out, *more):
-    return ("fine_tuning.py", "--train_dir", folder, "--save_dir", out, "--batch_size", 8, *FLAGS, *more)
+    """Return the arguments of a training like that of settings_of, in the folder above `out`."""
+    network = ("--model", SMALL, "--weights", small_weights(out.parent))
+    return (
+        "fine_tuning.py",
+        "--train_dir",
+        folder,
+        "--save_dir",
+        out,
+        "--batch_size",
+        8,
+        *network,
+        *FLAGS,
+        *more,
+    )
 
 
 def test_the_script_trains_in_two_processes_and_the_first_alone_speaks_and_writes(tiny, tmp_path):
