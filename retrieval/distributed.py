@@ -57,10 +57,10 @@ def rank_zero_only(function: Callable[..., Any]) -> Callable[..., Any]:
     return _on_rank_zero
 
 
-def share(count: int) -> slice:
-    """Return this process's slice of `count` rows: the slices are contiguous and differ by one row at most.
+def shard(count: int) -> slice:
+    """Return this process's shard of `count` rows: shards are contiguous and differ by one row at most.
 
-    >>> share(8)
+    >>> shard(8)
     slice(0, 8, None)
     """
     size, larger = divmod(count, world_size())

@@ -3,7 +3,7 @@
     find → embed_both → rank_both → save → send → show
 
 Each step takes what it needs, returns what it made, and logs a line with the seconds it took. If torchrun
-started several processes, each embeds and ranks its slice of the gallery, and rank 0 does the rest.
+started several processes, each embeds and ranks its shard of the gallery, and rank 0 does the rest.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from retrieval.backbones.backbone import LazyBackbone
 from retrieval.distributed import claim_devices, gather, rank_zero_only, set_up, several
 from retrieval.embedding.cache import Cache
 from retrieval.embedding.runtime import choose_runtime
-from retrieval.embedding.shares import embed_share, settle_everywhere, share_with_all
+from retrieval.embedding.shards import embed_shard, gather_shards, settle_everywhere
 from retrieval.machine import cores
 from retrieval.metrics import measure, require_labels
 from retrieval.ranking.approximate import check_search, rank_by
-from retrieval.ranking.shares import merge_shares
-from retrieval.records import Embeddings, Ranking, SharedEmbeddings
+from retrieval.ranking.shards import merge_shards
+from retrieval.records import Embeddings, Ranking, ShardedEmbeddings
 from retrieval.report.embedding_map import sample_rows
 from retrieval.report.results import Results, Sample
 from retrieval.report.run_report import write_report
@@ -52,7 +52,7 @@ class Vectors(NamedTuple):
     """The embeddings of both folders."""
 
     queries: Embeddings  # all of them, in every process
-    gallery: SharedEmbeddings  # a slice in each process
+    gallery: ShardedEmbeddings  # a shard in each process
     sample: Sample | None  # on rank 0, for the report's map
 
 
@@ -82,7 +82,7 @@ def find(run: Run) -> Images:
 def embed_both(run: Run, images: Images, backbone: LazyBackbone) -> Vectors:
     """Embed the queries and the gallery, or take their vectors from the cache.
 
-    Raises as embed_share, and InputError if ONNX Runtime is asked for and cannot be used.
+    Raises as embed_shard, and InputError if ONNX Runtime is asked for and cannot be used.
     """
     settings = run.settings
     count = len(images.queries) + len(images.gallery)
@@ -92,8 +92,8 @@ def embed_both(run: Run, images: Images, backbone: LazyBackbone) -> Vectors:
     if several():
         settle_everywhere(runtime, images.queries)
     # The larger part first: face detectors run in their own processes while the network loads.
-    gallery = embed_share(images.gallery, runtime, "gallery images", settings.save_crops, cache)
-    queries = share_with_all(embed_share(images.queries, runtime, "queries", settings.save_crops, cache))
+    gallery = embed_shard(images.gallery, runtime, "gallery images", settings.save_crops, cache)
+    queries = gather_shards(embed_shard(images.queries, runtime, "queries", settings.save_crops, cache))
     sample = None if settings.no_report else _sample(queries, gallery)
     dimension = queries.vectors.shape[1]
     run.done(
@@ -104,14 +104,14 @@ def embed_both(run: Run, images: Images, backbone: LazyBackbone) -> Vectors:
     return Vectors(queries, gallery, sample)
 
 
-def _sample(queries: Embeddings, gallery: SharedEmbeddings) -> Sample | None:
+def _sample(queries: Embeddings, gallery: ShardedEmbeddings) -> Sample | None:
     """Gather on rank 0 the vectors that the report draws."""
     rows = sample_rows(queries, gallery)
     of_queries = rows[rows < len(queries.names)]
     own = rows[len(of_queries) :] - len(queries.names) - gallery.start
     own = own[(own >= 0) & (own < len(gallery.own.names))]
-    slices = gather(gallery.own.vectors[own])
-    return slices and Sample(rows, np.concatenate([queries.vectors[of_queries], *slices]))
+    shards = gather(gallery.own.vectors[own])
+    return shards and Sample(rows, np.concatenate([queries.vectors[of_queries], *shards]))
 
 
 def rank_both(run: Run, vectors: Vectors, backbone: LazyBackbone) -> Ranked | None:
@@ -119,7 +119,7 @@ def rank_both(run: Run, vectors: Vectors, backbone: LazyBackbone) -> Ranked | No
     k = max(run.settings.top_k, NAMES_PER_QUERY)
     queries, gallery, _ = vectors
     own = rank_by(run.settings.search, queries, gallery.own, k, backbone.device)
-    merged = merge_shares(*own, gallery, k)
+    merged = merge_shards(*own, gallery, k)
     run.done("rank", f"ranked {len(gallery.names)} gallery images for each of {len(queries.names)} queries")
     return merged and Ranked(*merged)
 

@@ -31,10 +31,10 @@ class Embeddings:
 
 
 @dataclass(frozen=True)
-class SharedEmbeddings:
-    """Embeddings of which each process of a run holds a slice: `own` starts at row `start` of `names`.
+class ShardedEmbeddings:
+    """Embeddings of which each process of a run holds a shard: `own` starts at row `start` of `names`.
 
-    `unreadable` and `without_face` are names in the slices of all processes, as Embeddings has them.
+    `unreadable` and `without_face` are names in the shards of all processes, as Embeddings has them.
     """
 
     names: list[str]

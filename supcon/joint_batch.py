@@ -1,7 +1,7 @@
-"""Each process's share of a joint batch in; the loss and the gradients of the joint batch, everywhere, out.
+"""Each process's shard of a joint batch in; the loss and the gradients of the joint batch, everywhere, out.
 
-All processes have the same network, head and images, and draw the same random numbers. Each sends its share
-of a batch through the network. The features of all shares are gathered, so that each process computes the
+All processes have the same network, head and images, and draw the same random numbers. Each sends its shard
+of a batch through the network. The features of all shards are gathered, so that each process computes the
 loss of the joint batch, and its gradient in every feature, and propagates its own rows of that gradient. The
 sum of these gradients is that of one process with the joint batch, as no image's features depend on another
 image. (DistributedDataParallel would average gradients of separate losses, and a contrastive loss compares
@@ -46,8 +46,8 @@ def agree_on_memory() -> Iterator[None]:
         raise NoRoomError("out of memory in one of the processes")
 
 
-def largest_share(rows: int) -> int:
-    """Return the number of rows of the largest share of a joint batch."""
+def largest_shard(rows: int) -> int:
+    """Return the number of rows of the largest shard of a joint batch."""
     return -(-rows // distributed.world_size())
 
 
@@ -56,23 +56,23 @@ def gather_features(own: Tensor, views: int) -> Tensor:
 
     They carry no gradient. The order is that of one process: the first view of all rows, then the second.
     """
-    shares = distributed.all_gather(own.detach().cpu().unflatten(0, (views, -1)))
-    return torch.cat(shares, 1).flatten(0, 1).to(own.device)
+    shards = distributed.all_gather(own.detach().cpu().unflatten(0, (views, -1)))
+    return torch.cat(shards, 1).flatten(0, 1).to(own.device)
 
 
 def own_rows(joint: Tensor, views: int) -> Tensor:
     """Take this process's (views × own rows, dimension) of a joint (views × rows, dimension)."""
     joint = joint.unflatten(0, (views, -1))
-    return joint[:, distributed.share(joint.shape[1])].flatten(0, 1)
+    return joint[:, distributed.shard(joint.shape[1])].flatten(0, 1)
 
 
-def sum_gradients(of_share: list[Tensor], of_batch: list[Tensor]) -> None:
+def sum_gradients(of_shard: list[Tensor], of_batch: list[Tensor]) -> None:
     """Replace the gradients of each process by those of the joint batch, in place.
 
-    Gradients `of_share` are summed. Gradients `of_batch` are already those of the joint batch, but for the
+    Gradients `of_shard` are summed. Gradients `of_batch` are already those of the joint batch, but for the
     order of additions: they are averaged, so that the weights of no two processes drift apart.
     """
-    gradients = of_share + of_batch
+    gradients = of_shard + of_batch
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     group = _nccl_group() if flat.device.type == "cuda" else None
     travelling = flat if group else flat.cpu()
@@ -80,7 +80,7 @@ def sum_gradients(of_share: list[Tensor], of_batch: list[Tensor]) -> None:
         distributed.process_group().all_reduce(travelling, group=group)
     summed = travelling.to(flat.device).split([gradient.numel() for gradient in gradients])
     for row, (gradient, total) in enumerate(zip(gradients, summed, strict=True)):
-        gradient.copy_(total.view_as(gradient) / (1 if row < len(of_share) else distributed.world_size()))
+        gradient.copy_(total.view_as(gradient) / (1 if row < len(of_shard) else distributed.world_size()))
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from retrieval.distributed import several, share
+from retrieval.distributed import several, shard
 from retrieval.errors import RunError
 from retrieval.machine import out_of_memory
 from supcon.heads import remember
@@ -20,7 +20,7 @@ from supcon.joint_batch import (
     NoRoomError,
     agree_on_memory,
     gather_features,
-    largest_share,
+    largest_shard,
     own_rows,
     sum_gradients,
 )
@@ -58,7 +58,7 @@ def step(training: TrainingState, rows: np.ndarray, seed: int, views: Views | No
                     f"the weights and their gradients do not fit into the memory of {training.device}: "
                     "start fewer processes on it, or give --freeze all_but_last"
                 ) from None
-        tried = min(training.micro_batch, largest_share(len(rows)) * training.variant.views)
+        tried = min(training.micro_batch, largest_shard(len(rows)) * training.variant.views)
         if tried == 1:
             raise RunError(
                 f"not one image fits into the memory of {training.device}: give a smaller --image_size, "
@@ -76,7 +76,7 @@ def step(training: TrainingState, rows: np.ndarray, seed: int, views: Views | No
 class Views(NamedTuple):
     """The inputs of the network for a batch, on the device."""
 
-    pixels: Tensor  # float32 (views, 3, size, size), of this process's share of the rows
+    pixels: Tensor  # float32 (views, 3, size, size), of this process's shard of the rows
     labels: Tensor  # (views,) of all rows
 
 
@@ -130,9 +130,9 @@ def _views_if_they_fit(training: TrainingState, rows: np.ndarray, seed: int) -> 
 def make_views(training: TrainingState, rows: np.ndarray, seed: int) -> Views:
     """Make the views of the images `rows`, and their labels; everything random follows from the seed.
 
-    Each process makes the views of its share, as a single process would make them.
+    Each process makes the views of its shard, as a single process would make them.
     """
-    random, part = torch.Generator().manual_seed(seed), share(len(rows))
+    random, part = torch.Generator().manual_seed(seed), shard(len(rows))
     pixels = training.images.pixels[torch.from_numpy(rows[part])].to(training.device)
     kind, size = AUGMENTATIONS[training.choices["augmentation"]], training.tuned.transform.size
     drawn = [draw(kind, len(rows), random).of(part) for _ in range(training.variant.views)]
@@ -151,7 +151,7 @@ def _gradients(training: TrainingState, pixels: Tensor, labels: Tensor) -> Tenso
     Several micro-batches: cached gradients (GradCache, Gao et al. 2021). The features of all images are
     computed without a graph; the loss gives its gradient in the features; and each micro-batch goes through
     the network again, to propagate its rows of that gradient. The result is the gradient of the whole batch,
-    as no image's features depend on another image. Several processes do the same, each with its share
+    as no image's features depend on another image. Several processes do the same, each with its shard
     (supcon/joint_batch.py).
     """
     parts = pixels.split(training.micro_batch)

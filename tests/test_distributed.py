@@ -196,7 +196,7 @@ def test_shares_are_contiguous_and_as_large_as_each_other_but_for_one(count, siz
     shares = []
     for rank in range(3):
         monkeypatch.setenv("RANK", str(rank))
-        shares.append(list(range(count))[distributed.share(count)])
+        shares.append(list(range(count))[distributed.shard(count)])
     assert [len(share) for share in shares] == sizes
     assert [row for share in shares for row in share] == list(range(count))
 

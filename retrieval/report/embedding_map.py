@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from get_images import label_of
-from retrieval.records import Embeddings, SharedEmbeddings
+from retrieval.records import Embeddings, ShardedEmbeddings
 from retrieval.report import charts
 from retrieval.report.charts import Chart, Points
 from retrieval.report.results import Results
@@ -13,7 +13,7 @@ from retrieval.report.results import Results
 MOST_POINTS, FEWEST_POINTS = 1000, 5
 
 
-def sample_rows(queries: Embeddings, gallery: Embeddings | SharedEmbeddings, seed: int = 0) -> np.ndarray:
+def sample_rows(queries: Embeddings, gallery: Embeddings | ShardedEmbeddings, seed: int = 0) -> np.ndarray:
     """Return up to MOST_POINTS rows of the queries and gallery images together, the classes in turn.
 
     Images that could not be embedded are left out.

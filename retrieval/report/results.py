@@ -11,7 +11,7 @@ import numpy as np
 from get_images import ImageFile
 from retrieval.backbones.backbone import Trained
 from retrieval.metrics import are_labelled, first_hits
-from retrieval.records import Embeddings, Ranking, SharedEmbeddings
+from retrieval.records import Embeddings, Ranking, ShardedEmbeddings
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Results:
     queries: list[ImageFile]
     gallery: list[ImageFile]
     query_vectors: Embeddings
-    gallery_vectors: Embeddings | SharedEmbeddings
+    gallery_vectors: Embeddings | ShardedEmbeddings
     ranking: Ranking
     metrics: dict[str, Any]
     trained: Trained | None = None  # None: the network is not fine-tuned

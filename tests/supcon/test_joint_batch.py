@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, assert_same, begun, run, settings_of
+from conftest import ROOT, SMALL, assert_same, begun, run, settings_of, small_weights
 
 import fine_tuning
 from retrieval import distributed
@@ -132,9 +132,9 @@ def test_shares_are_as_large_as_each_other_but_for_one(monkeypatch):
     shares = []
     for number in range(3):
         monkeypatch.setenv("RANK", str(number))
-        shares.append(distributed.share(8))
+        shares.append(distributed.shard(8))
     assert shares == [slice(0, 3), slice(3, 6), slice(6, 8)]
-    assert joint_batch.largest_share(8) == 3
+    assert joint_batch.largest_shard(8) == 3
     assert torch.equal(
         joint_batch.own_rows(torch.arange(16).view(16, 1), 2).flatten(), torch.tensor([6, 7, 14, 15])
     )
@@ -152,7 +152,20 @@ def test_of_the_images_that_could_be_read_each_process_has_a_share(tiny, tmp_pat
 
 
 def flags(folder, out, *more):
-    return ("fine_tuning.py", "--train_dir", folder, "--save_dir", out, "--batch_size", 8, *FLAGS, *more)
+    """Return the arguments of a training like that of settings_of, in the folder above `out`."""
+    network = ("--model", SMALL, "--weights", small_weights(out.parent))
+    return (
+        "fine_tuning.py",
+        "--train_dir",
+        folder,
+        "--save_dir",
+        out,
+        "--batch_size",
+        8,
+        *network,
+        *FLAGS,
+        *more,
+    )
 
 
 def test_the_script_trains_in_two_processes_and_the_first_alone_speaks_and_writes(tiny, tmp_path):

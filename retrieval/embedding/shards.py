@@ -1,4 +1,4 @@
-"""Images and a runtime in; the embeddings of this process's slice of them out, with what all have to report.
+"""Images and a runtime in; the embeddings of this process's shard of them out, with what all have to report.
 
 The cache makes a run resumable: vectors that a killed process had written there are not made again.
 """
@@ -11,30 +11,30 @@ from pathlib import Path
 import numpy as np
 
 from get_images import ImageFile, UnreadableImageError, read_image
-from retrieval.distributed import all_gather, share
+from retrieval.distributed import all_gather, shard
 from retrieval.embedding.cache import Cache
 from retrieval.embedding.embed import Notes, embed_with_notes, report_notes
 from retrieval.embedding.runtime import ONNX_BATCH, Runtime
-from retrieval.records import Embeddings, SharedEmbeddings
+from retrieval.records import Embeddings, ShardedEmbeddings
 
 
-def embed_share(
+def embed_shard(
     files: list[ImageFile], runtime: Runtime, kind: str, save_crops: Path | None, cache: Cache | None
-) -> SharedEmbeddings:
-    """Embed this process's slice of the files, and report what went wrong in the slices of all.
+) -> ShardedEmbeddings:
+    """Embed this process's shard of the files, and report what went wrong in the shards of all.
 
     Raises as embed, and RunError if another process has ended.
     """
-    rows = share(len(files))
+    rows = shard(len(files))
     vectors, own_notes = embed_with_notes(files[rows], runtime, kind, save_crops, cache)
     dimensions, notes = zip(*all_gather((0 if vectors is None else vectors.shape[1], own_notes)), strict=True)
     notes = sum(notes, Notes())
     report_notes(notes, len(files), kind)
-    if vectors is None:  # an empty slice, or one without a readable image
+    if vectors is None:  # an empty shard, or one without a readable image
         vectors = np.zeros((len(files[rows]), max(dimensions)), np.float32)
     faces = runtime.backbone.transform.detects_faces
     names = [file.name for file in files]
-    return SharedEmbeddings(
+    return ShardedEmbeddings(
         names=names,
         own=Embeddings(names[rows], vectors, own_notes.without_face if faces else None),
         start=rows.start,
@@ -43,16 +43,16 @@ def embed_share(
     )
 
 
-def share_with_all(shared: SharedEmbeddings) -> Embeddings:
-    """Return the embeddings of the slices of all processes, in every process."""
-    slices = all_gather(shared.own.vectors)
+def gather_shards(embeddings: ShardedEmbeddings) -> Embeddings:
+    """Return the embeddings of the shards of all processes, in every process."""
+    shards = all_gather(embeddings.own.vectors)
     return Embeddings(
-        shared.names, slices[0] if len(slices) == 1 else np.concatenate(slices), shared.without_face
+        embeddings.names, shards[0] if len(shards) == 1 else np.concatenate(shards), embeddings.without_face
     )
 
 
 def settle_everywhere(runtime: Runtime, files: list[ImageFile]) -> None:
-    """Load the network in every process, also in one whose share is cached, so that all choose one runtime.
+    """Load the network in every process, also in one whose shard is cached, so that all choose one runtime.
 
     Raises as Runtime.settle, and RunError if another process has ended.
     """
