@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from retrieval.backbones.backbone import package_versions
 from retrieval.backbones.fine_tuned import (
     ALONE,
     JOINED,
@@ -33,7 +34,6 @@ from retrieval.backbones.weights import unpickle
 from retrieval.console import progress_bar
 from retrieval.distributed import all_agree, from_rank_0, rank, rank_zero_only
 from retrieval.errors import RunError
-from retrieval.machine import version_of
 from retrieval.metrics import compare
 from retrieval.report.charts import draw_curves
 from supcon.batches import by_class, shuffled
@@ -43,7 +43,6 @@ from supcon.state import TrainingState, save
 from supcon.steps import PlannedStep, planned_steps, step
 from supcon.validation import COLLAPSED, Candidate, best_of, candidates, is_better, mixed, validate
 
-PACKAGES = ("torch", "torchvision", "timm")  # a checkpoint names their versions
 SAVE_EVERY = 300  # seconds
 FIRST_STEPS = 3
 TRACKED = ("top_1", "top_3", "score", "mean_cosine")  # metrics that a tracker gets
@@ -351,7 +350,7 @@ def recipe_of(
     tuned, untuned, settings = training.tuned, training.untuned, training.settings
     prepare = untuned.transform if embedding == JOINED else tuned.transform
     # From the installed packages' metadata: importing timm and torchvision would take seconds.
-    versions = {"python": platform.python_version()} | {name: version_of(name) for name in PACKAGES}
+    versions = {"python": platform.python_version()} | package_versions()
     return Recipe(
         word=settings.model,
         prepare=asdict(prepare),

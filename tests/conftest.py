@@ -255,11 +255,10 @@ def tiny(few):
 def by_torch(backbone, batch_size, key=b""):
     """The runtime by torch of a loaded backbone."""
     from retrieval.backbones.backbone import LazyBackbone
-    from retrieval.embedding.network_files import NetworkFiles
-    from retrieval.embedding.runtime import TORCH, Runtime
+    from retrieval.embedding.runtime import choose_runtime
 
     lazy = LazyBackbone(backbone.model_name, backbone.transform, backbone.device, key, lambda: backbone)
-    return Runtime(lazy, TORCH, batch_size, NetworkFiles(None, key))
+    return choose_runtime(lazy, "torch", batch_size, batch_size, None)
 
 
 SMALL = "timm:test_efficientnet.r160_in1k"  # a tenth of a million weights: it takes a tenth of Lite0's time
