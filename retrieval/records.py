@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CHUNK_BYTES = 2**25  # of vectors: 32 MiB
+CHUNK_BYTES = 2**26  # of vectors: 64 MiB
 UNREADABLE = -2.0  # in place of the cosine of an unreadable gallery image: below every cosine
 
 

@@ -12,7 +12,8 @@ from retrieval.ranking.libraries import Library, choose_library, cosines_of
 from retrieval.records import UNREADABLE, Embeddings, Ranking, chunks, rows_of_chunk, zero_rows, zero_rows_of
 
 IMAGES = 8192  # gallery images in a chunk; more where k is large
-TILE = 2**21  # float32 products of a query and an image in memory: 8 MiB
+TILE = 2**22  # float32 products of a query and an image in memory: 16 MiB
+CANDIDATES = 2**18  # candidates of several queries in memory
 UNIT = 1e-5  # a squared length within this of 1 differs from 1 by float32 rounding only
 
 log = logging.getLogger("retrieval.ranking")
@@ -132,11 +133,14 @@ def _update(
             floor[asked] = np.maximum(floor[asked], np.partition(highest, -k)[:, -k] - 2 * gamma)
         near = (highest >= floor[asked, None]) & (highest > -np.inf)
         crowded = near.all(axis=1) & (width < images)
-        settled, columns, near = asked[~crowded], columns[~crowded], near[~crowded]
-        found = np.full(near.shape, -np.inf)
-        found[near] = cosines_of(queries, settled[np.nonzero(near)[0]], chunk.exact, columns[near], library)
-        both = np.hstack([cosines[settled], found]), np.hstack([rows[settled], chunk.start + columns])
-        cosines[settled], rows[settled] = merge(*both, k)
+        for some in (part for _, part in chunks(np.flatnonzero(~crowded), max(1, CANDIDATES // width))):
+            owners, images_of, candidates = asked[some], columns[some], near[some]
+            found = np.full(candidates.shape, -np.inf)
+            found[candidates] = cosines_of(
+                queries, owners[np.nonzero(candidates)[0]], chunk.exact, images_of[candidates], library
+            )
+            both = np.hstack([cosines[owners], found]), np.hstack([rows[owners], chunk.start + images_of])
+            cosines[owners], rows[owners] = merge(*both, k)
         asked, width = asked[crowded], min(4 * width, images)
         if 2 * len(asked) > len(rows):  # most likely, images have many copies
             products[:, library.put(_surplus(chunk.vectors, k))] = -np.inf

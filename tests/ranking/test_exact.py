@@ -206,8 +206,9 @@ def peak_of(queries, gallery, keep):
 def small(monkeypatch):
     """A fiftieth of what rank() holds at a time."""
     monkeypatch.setattr(exact, "IMAGES", 512)
-    monkeypatch.setattr(exact, "TILE", 2**21 // 50)
-    monkeypatch.setattr(records, "CHUNK_BYTES", 2**25 // 50)
+    monkeypatch.setattr(exact, "TILE", 2**22 // 50)
+    monkeypatch.setattr(exact, "CANDIDATES", 2**18 // 50)
+    monkeypatch.setattr(records, "CHUNK_BYTES", 2**26 // 50)
     monkeypatch.setattr(libraries, "NUMPY", NUMPY._replace(piece=2**15 // 50))
 
 
