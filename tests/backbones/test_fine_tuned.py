@@ -71,7 +71,7 @@ def test_it_prepares_and_embeds_as_its_recipe_says_and_not_as_the_table_of_words
 
 
 def test_joined_with_the_untuned_network_each_sees_its_own_size(networks, tmp_path):
-    recipe = replace(RECIPE, transform=asdict(Transform(96, "bilinear")), embedding=JOINED, weight=2.0)
+    recipe = replace(RECIPE, prepare=asdict(Transform(96, "bilinear")), embedding=JOINED, weight=2.0)
     write_fine_tuned(tmp_path / "a.pth", recipe, networks[1].state_dict(), networks[0].state_dict())
     backbone = load_fine_tuned(tmp_path / "a.pth", "cpu")
     assert (backbone.dimension, backbone.transform.size) == (2560, 96)
@@ -90,7 +90,7 @@ def test_a_linear_map_and_a_face_crop_are_part_of_it(networks, tmp_path):
         pixels = normalised(images(64))
         torch.testing.assert_close(mapped(pixels), networks[0](pixels))  # the identity
         mapped.map.weight.copy_(torch.eye(1280).flip(0))
-    recipe = replace(RECIPE, mapped=True, transform=asdict(FaceCrop("dlib", 64, 0.2, 0.08)))
+    recipe = replace(RECIPE, mapped=True, prepare=asdict(FaceCrop("dlib", 64, 0.2, 0.08)))
     write_fine_tuned(tmp_path / "a.pth", recipe, mapped.state_dict())
     backbone = load_fine_tuned(tmp_path / "a.pth", "cpu")
     assert backbone.transform == FaceCrop("dlib", 64, 0.2, 0.08)
@@ -102,7 +102,7 @@ def test_a_linear_map_and_a_face_crop_are_part_of_it(networks, tmp_path):
 
 
 def test_the_tuned_network_alone_goes_on_at_its_own_size(networks, tmp_path):
-    recipe = replace(RECIPE, transform=asdict(Transform(96, "bilinear")), embedding=JOINED)
+    recipe = replace(RECIPE, prepare=asdict(Transform(96, "bilinear")), embedding=JOINED)
     write_fine_tuned(tmp_path / "a.pth", recipe, networks[1].state_dict(), networks[0].state_dict())
     alone, recipe = load_tuned_alone(tmp_path / "a.pth", "efficientnet_lite0", "cpu")
     assert (alone.transform.size, alone.dimension, recipe.embedding) == (64, 1280, JOINED)

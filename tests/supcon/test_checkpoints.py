@@ -18,7 +18,7 @@ def test_a_folder_that_holds_a_run_is_refused_unless_it_is_resumed_or_replaced(t
     ):
         begun(settings)
     changed = settings.model_copy(update={"resume": True, "lr": 0.5, "seed": 3})
-    with pytest.raises(InputError, match=r"but --seed was 0 and is 3; --lr was 0.001 and is 0.5"):
+    with pytest.raises(InputError, match=r"but --lr was 0.001 and is 0.5; --seed was 0 and is 3"):
         begun(changed)
     with pytest.raises(InputError, match="give one of them"):
         begun(settings.model_copy(update={"resume": True, "overwrite": True}))
