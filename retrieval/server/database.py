@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import queue
+import hashlib
 import sqlite3
 import threading
 import zlib
-from concurrent.futures import Future
 from contextlib import closing
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from retrieval.errors import InputError
@@ -38,28 +37,12 @@ COMMIT;
 """
 STORE = """
 INSERT INTO submissions (team, received, digest, body, accuracy, public_accuracy, ranks)
-VALUES (?, ?, ?, packed(?), ?, ?, ?)
-ON CONFLICT (team, digest) DO UPDATE SET repeats = repeats + 1 RETURNING received, ranks, repeats
+VALUES (?, ?, ?, ?, ?, ?, ?)
+ON CONFLICT (team, digest) DO UPDATE SET repeats = repeats + 1 RETURNING received, repeats
 """
 COMPETITION = "INSERT INTO competition SELECT ? WHERE NOT EXISTS (SELECT 1 FROM competition)"
 REFUSE = "INSERT INTO refused (team, received, status, reason) VALUES (?, ?, ?, ?)"
 MOST_SHOWN = 200  # latest lines of a group's history
-MOST_IN_A_COMMIT = 16  # statements
-
-Stored = tuple[str, bytes, int]  # when it was first received, its ranks, and how often it was sent again
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A scored submission: the columns of its row."""
-
-    team: str
-    received: str
-    digest: str
-    body: bytes
-    accuracy: float
-    public_accuracy: float
-    ranks: bytes
 
 
 @dataclass(frozen=True)
@@ -74,7 +57,7 @@ class Standing:
 
 
 class Database:
-    """A SQLite file. A single thread writes it, and commits whatever is waiting at once."""
+    """A SQLite file. What `store` and `refuse` have returned from is on the disk."""
 
     def __init__(self, path: Path, competition: str) -> None:
         """Open the file, or create it. `competition` is the digest of the answer key.
@@ -82,17 +65,13 @@ class Database:
         Raises InputError if it is no database of ours, or holds another competition.
         """
         self.path = path
+        self._lock = threading.Lock()
         try:
-            self._reader = self._open(competition)
-            writer = self._connect()
+            self._connection = self._open(competition)
         except sqlite3.Error as error:
             raise InputError(
                 f"{path} cannot be used as a database ({error}): give another --database"
             ) from None
-        self._reading = threading.Lock()
-        self._waiting: queue.SimpleQueue = queue.SimpleQueue()
-        self._writer = threading.Thread(target=self._write, args=[writer], name="database", daemon=True)
-        self._writer.start()
 
     def _open(self, competition: str) -> sqlite3.Connection:
         """Return a connection to the file, after creating the tables and checking the competition."""
@@ -118,58 +97,24 @@ class Database:
         connection = sqlite3.connect(self.path, timeout=30, check_same_thread=False)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")  # a commit that returned is on the disk
-        # SQL calls it, so that the writing thread compresses while the scoring thread goes on
-        connection.create_function("packed", 1, _packed)
         return connection
 
     # ---- write
 
-    def store(self, scored: Scored) -> Future[Stored]:
-        """Store a submission. When it is on the disk, the future holds the first of equal submissions."""
-        return self._ask(STORE, astuple(scored))
+    def store(self, team: str, received: str, body: bytes, accuracy: float, public_accuracy: float,
+              ranks: bytes) -> tuple[str, int]:  # fmt: skip
+        """Store a submission; return when its body first came from this group, and how often again since."""
+        digest, packed = hashlib.sha256(body).hexdigest(), _packed(body)
+        return self._run(STORE, team, received, digest, packed, accuracy, public_accuracy, ranks)[0]
 
-    def refuse(self, team: str | None, received: str, status: int, reason: str) -> Future[None]:
+    def refuse(self, team: str | None, received: str, status: int, reason: str) -> None:
         """Store a refused submission."""
-        return self._ask(REFUSE, (team, received, status, reason[:1000]))
+        self._run(REFUSE, team, received, status, reason[:1000])
 
     def close(self) -> None:
-        """Write what is waiting, and close the file."""
-        self._waiting.put(None)
-        self._writer.join()
-        self._reader.close()
-
-    def _ask(self, statement: str, values: tuple) -> Future:
-        answer: Future = Future()
-        self._waiting.put((statement, values, answer))
-        return answer
-
-    def _write(self, connection: sqlite3.Connection) -> None:
-        ending = False
-        while not ending:
-            asked = [self._waiting.get()]
-            while not self._waiting.empty() and len(asked) < MOST_IN_A_COMMIT:
-                asked.append(self._waiting.get())
-            ending = None in asked
-            # a request that was cancelled gets no row; from here on none can be cancelled
-            wanted = [one for one in asked if one is not None and one[2].set_running_or_notify_cancel()]
-            if wanted:
-                self._commit(connection, wanted)
-        connection.close()
-
-    def _commit(self, connection: sqlite3.Connection, asked: list[tuple[str, tuple, Future]]) -> None:
-        """Commit all and answer each. If that fails, commit each alone, or answer with the error."""
-        try:
-            with connection:
-                rows = [connection.execute(statement, values).fetchone() for statement, values, _ in asked]
-        except Exception as error:  # of any kind: a request waits for it, and the others need this thread
-            if len(asked) == 1:
-                asked[0][2].set_exception(error)
-            else:
-                for one in asked:
-                    self._commit(connection, [one])
-            return
-        for (*_, answer), row in zip(asked, rows, strict=True):
-            answer.set_result(row)
+        """Close the file."""
+        with self._lock:
+            self._connection.close()
 
     # ---- read
 
@@ -177,7 +122,7 @@ class Database:
         """Return the leaderboard: the best score first, and among equal scores the earliest."""
         teams: dict[str, list[tuple[float, str]]] = {}
         statement = f"SELECT team, {_column(public)}, received FROM submissions ORDER BY id"
-        for team, accuracy, received in self._read(statement):
+        for team, accuracy, received in self._run(statement):
             teams.setdefault(team, []).append((accuracy, received))
         standings = []
         for team, submissions in teams.items():
@@ -189,24 +134,25 @@ class Database:
     def submissions_of(self, team: str, public: bool) -> list[tuple[str, float, int]]:
         """Return (received, score, repeats) of the group's MOST_SHOWN latest submissions, the last first."""
         statement = f"SELECT received, {_column(public)}, repeats FROM submissions WHERE team = ?"
-        return self._read(f"{statement} ORDER BY id DESC LIMIT {MOST_SHOWN}", team)
+        return self._run(f"{statement} ORDER BY id DESC LIMIT {MOST_SHOWN}", team)
 
     def refused_of(self, team: str) -> list[tuple[str, int, str]]:
         """Return (received, status, reason) of its MOST_SHOWN latest refused submissions, the last first."""
         statement = "SELECT received, status, reason FROM refused WHERE team = ?"
-        return self._read(f"{statement} ORDER BY id DESC LIMIT {MOST_SHOWN}", team)
+        return self._run(f"{statement} ORDER BY id DESC LIMIT {MOST_SHOWN}", team)
 
     def count(self) -> int:
         """Count the scored submissions."""
-        return self._read("SELECT COUNT(*) FROM submissions")[0][0]
+        return self._run("SELECT COUNT(*) FROM submissions")[0][0]
 
     def version(self) -> int:
         """Return a number that changes with every write."""
-        return self._read("PRAGMA data_version")[0][0]
+        return self._connection.total_changes
 
-    def _read(self, statement: str, *values: str) -> list[tuple]:
-        with self._reading:
-            return self._reader.execute(statement, values).fetchall()
+    def _run(self, statement: str, *values: object) -> list[tuple]:
+        """Run a statement in a transaction of its own, and return its rows."""
+        with self._lock, self._connection:
+            return self._connection.execute(statement, values).fetchall()
 
 
 def _column(public: bool) -> str:

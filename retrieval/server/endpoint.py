@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 import json
 import logging
@@ -18,10 +17,10 @@ from fastapi import Request, Response
 from starlette.requests import ClientDisconnect
 
 from retrieval.server.answer_key import AnswerKey
-from retrieval.server.database import Database, Scored, Stored
+from retrieval.server.database import Database
 from retrieval.server.leaderboard import moment
 from retrieval.server.rules import Rules
-from retrieval.server.scoring import RefusedError, Score, judge, parse, score
+from retrieval.server.scoring import RefusedError, judge, parse, score
 from retrieval.submission.protocol import TOKEN
 
 MOST_BYTES = 16 * 2**20  # of a body: a submission of 1455 queries has 0.6 MB
@@ -52,11 +51,7 @@ class SubmissionEndpoint:
             body = await _read(request)
             self._require_open()  # a body may take its time
             received, token = self._now(), request.headers.get(TOKEN, "")
-            reply, row = await self._in_thread(self._score, body, received, token)
-            stored = await asyncio.wrap_future(self.database.store(row))
-            if stored[-1]:
-                reply = await self._in_thread(self._reply_again, row.team, stored)
-            return json_answer(reply)
+            return json_answer(await self._in_thread(self._score, body, received, token))
         except RefusedError as refused:
             return await self._refuse(refused)
         except asyncio.CancelledError:  # it may be on the disk already, and is then answered as a repeat
@@ -76,8 +71,8 @@ class SubmissionEndpoint:
         if self.rules.closed:
             raise RefusedError(f"the competition closed at {moment(self.rules.closes_at)}", 403)
 
-    def _score(self, body: bytes, received: str, token: str) -> tuple[dict[str, Any], Scored]:
-        """Return the reply to a submission, and its row. Raises RefusedError."""
+    def _score(self, body: bytes, received: str, token: str) -> dict[str, Any]:
+        """Store a submission, and return the reply to it. Raises RefusedError."""
         submission = parse(body)
         team = submission.group
         self._admit(team, token)
@@ -88,9 +83,15 @@ class SubmissionEndpoint:
             raise
         whole = score(first, self.key)
         public = score(first, self.key, self.rules.public) if self.rules.public else whole
-        row = Scored(team, received, hashlib.sha256(body).hexdigest(), body,
-                     whole.accuracy, public.accuracy, bytes(first.values()))  # fmt: skip
-        return self._reply(team, received, public), row
+        first_received, repeats = self.database.store(
+            team, received, body, whole.accuracy, public.accuracy, bytes(first.values())
+        )
+        reply = {"groupname": team, "accuracy": public.accuracy, "date": moment(first_received)}
+        if not self.rules.hide_scores:  # as the competition's server replies
+            scores: dict[str, Any] = {f"right{cut}": identities for cut, identities in public.right.items()}
+            scores |= {f"wrong{cut}": identities for cut, identities in public.wrong.items()}
+            reply["scores"] = scores | {"results": public.results}
+        return reply | ({"repeat": True} if repeats else {})
 
     def _admit(self, team: str, token: str) -> None:
         """Raise RefusedError unless the group has sent its token, and may submit now."""
@@ -100,28 +101,13 @@ class SubmissionEndpoint:
                 raise RefusedError(f"the header {TOKEN} does not hold this group's token", 403)
         self.groups.count(team)
 
-    def _reply_again(self, team: str, stored: Stored) -> dict[str, Any]:
-        """Return the reply to a submission that was sent before."""
-        received, ranks, _ = stored
-        first = dict(zip(self.key.queries, ranks, strict=True))
-        return self._reply(team, received, score(first, self.key, self.rules.public)) | {"repeat": True}
-
-    def _reply(self, team: str, received: str, found: Score) -> dict[str, Any]:
-        """Return a reply like that of the competition's server."""
-        reply = {"groupname": team, "accuracy": found.accuracy, "date": moment(received)}
-        if self.rules.hide_scores:
-            return reply
-        scores: dict[str, Any] = {f"right{cut}": identities for cut, identities in found.right.items()}
-        scores |= {f"wrong{cut}": identities for cut, identities in found.wrong.items()}
-        return reply | {"scores": scores | {"results": found.results}}
-
     async def _refuse(self, refused: RefusedError) -> Response:
         """Answer why, and add that to the group's history, unless it comes too fast or the disk fails."""
         log.info("refused with %d: %s", refused.status, refused)
         if refused.status not in (429, 503):
             try:
-                stored = self.database.refuse(refused.team, self._now(), refused.status, str(refused))
-                await asyncio.wrap_future(stored)
+                kept = (refused.team, self._now(), refused.status, str(refused))
+                await self._in_thread(self.database.refuse, *kept)
             except sqlite3.Error as error:
                 log.error("that could not be kept: %s", error)
         return json_answer({"detail": str(refused)}, refused.status, refused.headers)

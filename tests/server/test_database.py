@@ -9,11 +9,15 @@ from contextlib import closing
 import pytest
 
 from retrieval.errors import InputError
-from retrieval.server.database import Database, Scored
+from retrieval.server.database import Database
+
+WHEN = "2026-06-01T12:00:00.000+00:00"
 
 
-def scored(team="a", accuracy=500.0, when="2026-06-01T12:00:00.000+00:00", digest=None, body=b"{}"):
-    return Scored(team, when, digest or f"{team}{accuracy}{when}", body, accuracy, accuracy / 2, b"\x01\x00")
+def store(database, team="a", accuracy=500.0, when=WHEN, body=None):
+    return database.store(
+        team, when, body or f"{accuracy}{when}".encode(), accuracy, accuracy / 2, b"\x01\x00"
+    )
 
 
 @pytest.fixture
@@ -25,13 +29,13 @@ def database(tmp_path):
 
 def test_what_is_kept_is_there_after_it_is_opened_again(tmp_path):
     first = Database(tmp_path / "c.sqlite", "key")
-    assert first.store(scored(body=b"the body")).result(10) == (scored().received, b"\x01\x00", 0)
-    first.refuse("a", "2026-06-01T12:01:00.000+00:00", 422, "no").result(10)
+    assert store(first, body=b"the body") == (WHEN, 0)
+    first.refuse("a", "2026-06-01T12:01:00.000+00:00", 422, "no")
     first.close()
     again = Database(tmp_path / "c.sqlite", "key")
     assert again.count() == 1
-    assert again.submissions_of("a", public=False) == [(scored().received, 500.0, 0)]
-    assert again.submissions_of("a", public=True) == [(scored().received, 250.0, 0)]
+    assert again.submissions_of("a", public=False) == [(WHEN, 500.0, 0)]
+    assert again.submissions_of("a", public=True) == [(WHEN, 250.0, 0)]
     assert again.refused_of("a") == [("2026-06-01T12:01:00.000+00:00", 422, "no")]
     again.close()
     assert not (tmp_path / "c.sqlite-wal").exists()  # all of it is in the one file
@@ -41,19 +45,16 @@ def test_what_is_kept_is_there_after_it_is_opened_again(tmp_path):
 
 
 def test_it_is_written_ahead_and_waits_for_the_disk(database):
-    connection = database._connect()
-    assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    assert connection.execute("PRAGMA synchronous").fetchone() == (2,)  # FULL
-    connection.close()
+    assert database._run("PRAGMA journal_mode") == [("wal",)]
+    assert database._run("PRAGMA synchronous") == [(2,)]  # FULL
 
 
 def test_the_same_body_of_the_same_group_is_one_submission(database):
-    first, again = scored(digest="x"), scored(digest="x", when="2026-06-01T13:00:00.000+00:00")
     with ThreadPoolExecutor(8) as pool:
-        kept = [future.result(10) for future in list(pool.map(database.store, [first] * 8))]
-    assert sorted(repeats for *_, repeats in kept) == list(range(8))
-    assert database.store(again).result(10) == (first.received, first.ranks, 8)
-    assert database.store(scored(team="b", digest="x")).result(10)[-1] == 0
+        kept = list(pool.map(lambda _: store(database, body=b"x"), range(8)))
+    assert sorted(kept) == [(WHEN, repeats) for repeats in range(8)]
+    assert store(database, when="2026-06-01T13:00:00.000+00:00", body=b"x") == (WHEN, 8)
+    assert store(database, team="b", body=b"x") == (WHEN, 0)
     assert database.count() == 2
 
 
@@ -66,7 +67,7 @@ def test_the_best_of_each_group_ranks_and_of_equal_ones_the_earlier(database):
         ("low", 1.5, 1),
     ]
     for team, accuracy, minute in rows:
-        database.store(scored(team, accuracy, f"2026-06-01T12:0{minute}:00.000+00:00")).result(10)
+        store(database, team, accuracy, f"2026-06-01T12:0{minute}:00.000+00:00")
     found = [(s.team, s.best, s.when[11:16], s.count, s.history) for s in database.standings(public=False)]
     assert found == [
         ("early", 700.0, "12:02", 3, [700.0, 300.0, 700.0]),
@@ -74,44 +75,6 @@ def test_the_best_of_each_group_ranks_and_of_equal_ones_the_earlier(database):
         ("low", 1.5, "12:01", 1, [1.5]),
     ]
     assert [s.best for s in database.standings(public=True)] == [350.0, 350.0, 0.75]
-
-
-def test_what_waits_at_a_moment_shares_a_commit(database, monkeypatch):
-    sizes, commit = [], database._commit
-    monkeypatch.setattr(database, "_commit", lambda c, asked: (sizes.append(len(asked)), commit(c, asked)))
-    blocker = sqlite3.connect(database.path)
-    blocker.execute("BEGIN IMMEDIATE")  # the writer waits for this one, and the others gather
-    futures = [database.store(scored(when=str(n))) for n in range(10)]
-    blocker.rollback()
-    blocker.close()
-    assert [future.result(10)[-1] for future in futures] == [0] * 10
-    assert sum(sizes) == 10
-    assert max(sizes) > 1
-
-
-def test_one_that_cannot_be_kept_takes_no_other_with_it(database):
-    blocker = sqlite3.connect(database.path)
-    blocker.execute("BEGIN IMMEDIATE")
-    futures = [database.store(scored(when=str(n), team=team)) for n, team in enumerate(["a", "\ud800", "b"])]
-    blocker.rollback()
-    blocker.close()
-    assert futures[0].result(10)[-1] == 0
-    assert futures[2].result(10)[-1] == 0
-    with pytest.raises(UnicodeEncodeError):
-        futures[1].result(10)
-    assert database.count() == 2
-
-
-def test_whoever_no_longer_waits_does_not_end_the_writer(database):
-    blocker = sqlite3.connect(database.path)
-    blocker.execute("BEGIN IMMEDIATE")
-    first, gone = database.store(scored(when="1")), database.store(scored(when="2"))
-    gone.cancel()
-    blocker.rollback()
-    blocker.close()
-    assert first.result(10)[-1] == 0
-    assert database.store(scored(when="3")).result(10)[-1] == 0
-    assert database.count() in (2, 3)  # the second was taken before it was gone, or not
 
 
 def limit(monkeypatch, pages):
@@ -129,15 +92,10 @@ def limit(monkeypatch, pages):
 def test_a_full_disk_is_said_and_keeps_what_there_is_room_for(tmp_path, monkeypatch):
     limit(monkeypatch, 20)
     database = Database(tmp_path / "c.sqlite", "key")
-    blocker = sqlite3.connect(database.path)
-    blocker.execute("BEGIN IMMEDIATE")  # so that some share a commit
-    bodies = [b"small", os.urandom(10**6), b"small too"]
-    futures = [database.store(scored(when=str(n), body=body)) for n, body in enumerate(bodies)]
-    blocker.rollback()
-    blocker.close()
+    assert store(database, body=b"small") == (WHEN, 0)
     with pytest.raises(sqlite3.Error, match="full"):
-        futures[1].result(10)
-    assert [futures[n].result(10)[-1] for n in (0, 2)] == [0, 0]
+        store(database, body=os.urandom(10**6))
+    assert store(database, body=b"small too") == (WHEN, 0)
     assert database.count() == 2
     database.close()
 
@@ -145,14 +103,14 @@ def test_a_full_disk_is_said_and_keeps_what_there_is_room_for(tmp_path, monkeypa
 def test_the_version_changes_with_each_write(database):
     before = database.version()
     assert database.version() == before
-    database.refuse(None, "2026", 422, "no").result(10)
+    database.refuse(None, "2026", 422, "no")
     assert database.version() != before
 
 
 def test_a_history_is_the_last_lines_of_it(database, monkeypatch):
     monkeypatch.setattr("retrieval.server.database.MOST_SHOWN", 3)
     for n in range(5):
-        database.refuse("a", str(n), 422, "no").result(10)
+        database.refuse("a", str(n), 422, "no")
     assert [when for when, *_ in database.refused_of("a")] == ["4", "3", "2"]
 
 
