@@ -9,7 +9,7 @@ import logging
 import math
 import sqlite3
 import time
-from collections import deque
+from collections import Counter
 from typing import Any
 
 import anyio
@@ -26,7 +26,6 @@ from retrieval.submission.protocol import TOKEN
 MOST_BYTES = 16 * 2**20  # of a body: a submission of 1455 queries has 0.6 MB
 SECONDS_FOR_A_BODY = 30
 MINUTE = 60  # seconds
-MOST_REMEMBERED = 10_000  # groups or addresses
 SAFE = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
 
 log = logging.getLogger("retrieval.server")
@@ -40,13 +39,12 @@ class SubmissionEndpoint:
         # A single thread scores: several would only wait for the one interpreter.
         self.thread = anyio.CapacityLimiter(1)
         self.groups = RateLimit("group", rules.per_minute)
-        self.addresses = RateLimit("address", rules.per_address) if rules.per_address else None
+        self.addresses = RateLimit("address", rules.per_address or math.inf)
 
     async def answer(self, request: Request) -> Response:
         """Score a submission and store it, or say why not and log that."""
         try:
-            if self.addresses:
-                self.addresses.count(request.client.host if request.client else "")
+            self.addresses.count(request.client.host if request.client else "")
             self._require_open()
             body = await _read(request)
             self._require_open()  # a body may take its time
@@ -114,23 +112,23 @@ class SubmissionEndpoint:
 
 
 class RateLimit:
-    """At most so many submissions a minute by each group, or from each address."""
+    """At most so many submissions of each group, or from each address; every minute the count starts anew."""
 
-    def __init__(self, kind: str, most: int) -> None:
+    def __init__(self, kind: str, most: float) -> None:
         self.kind, self.most = kind, most
-        self.times: dict[str, deque[float]] = {}  # of the last submissions of each
+        self.counts: Counter[str] = Counter()
+        self.ends = 0.0  # of this minute, by the monotonic clock
 
     def count(self, who: str) -> None:
-        """Count a submission. Raises RefusedError if there were too many in the last minute."""
+        """Count a submission. Raises RefusedError if there were too many in this minute."""
         now = time.monotonic()
-        if len(self.times) > MOST_REMEMBERED:
-            self.times = {one: last for one, last in self.times.items() if last[-1] > now - MINUTE}
-        last = self.times.setdefault(who, deque(maxlen=self.most))
-        if len(last) == self.most and last[0] > now - MINUTE:
-            seconds = math.ceil(last[0] + MINUTE - now)
+        if now >= self.ends:
+            self.counts, self.ends = Counter(), now + MINUTE
+        if self.counts[who] >= self.most:
+            seconds = math.ceil(self.ends - now)
             sentence = f"more than {self.most} submissions a minute by this {self.kind}: wait {seconds} s"
             raise RefusedError(sentence, 429, {"Retry-After": str(seconds)})
-        last.append(now)
+        self.counts[who] += 1
 
 
 async def _read(request: Request) -> bytes:
