@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -27,6 +29,13 @@ MOST_CLASSES = 25  # in a chart; of more classes the worst are shown
 # For letters that matplotlib's own font lacks: those of these fonts that are installed.
 MORE_FONTS = ("Noto Sans CJK SC", "Noto Sans CJK JP", "PingFang SC", "Hiragino Sans", "Microsoft YaHei",
               "SimHei", "WenQuanYi Zen Hei", "Arial Unicode MS")  # fmt: skip
+STYLE = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+STYLE |= {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+}
 
 
 @dataclass(frozen=True)
@@ -44,8 +53,7 @@ def chart_of(figure: Figure, name: str, description: str) -> Chart:
     """Render a figure in both forms. The ids in its SVG begin with its name, since a page holds several."""
     import matplotlib as mpl
 
-    _set_fonts(figure)
-    with warnings.catch_warnings(), mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
+    with warnings.catch_warnings(), mpl.rc_context({"svg.hashsalt": name}):
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for it in the PNG
         figure.savefig(png := io.BytesIO(), format="png", dpi=110)
         figure.savefig(text := io.StringIO(), format="svg", transparent=True, metadata={"Date": None})
@@ -62,37 +70,30 @@ def chart_of(figure: Figure, name: str, description: str) -> Chart:
     )
 
 
-def _set_fonts(figure: Figure) -> None:
-    """Let installed fonts stand in for the letters that matplotlib's own font lacks."""
+@contextmanager
+def style() -> Iterator[None]:
+    """Draw in INK, and in installed fonts where matplotlib's own font lacks a letter."""
+    import matplotlib as mpl
     from matplotlib.font_manager import get_font_names
-    from matplotlib.text import Text
 
     installed = set(get_font_names())
     fonts = ["DejaVu Sans", *(font for font in MORE_FONTS if font in installed)]
-    for text in figure.findobj(Text):
-        text.set_fontfamily(fonts)
+    with mpl.rc_context(STYLE | {"font.family": fonts}):
+        yield
 
 
 def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """Return a figure of this size in inches, with `columns` axes beside each other, drawn in INK."""
+    """Return a figure of this size in inches, with `columns` axes beside each other."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    panels = figure.subplots(1, columns, squeeze=False)[0]
-    for axes in panels:
-        axes.tick_params(colors=INK, labelcolor=INK)
-        for part in (axes.title, axes.xaxis.label, axes.yaxis.label):
-            part.set_color(INK)
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        for spine in axes.spines.values():
-            spine.set_edgecolor(INK)
-    return figure, list(panels)
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
 # ---- charts of a run ------------------------------------------------------------------------------
 
 
+@style()
 def per_class(metrics: dict[str, dict[str, Any]]) -> Chart:
     """Draw the top-1 accuracy of each class with its interval, the worst first; of many classes the worst."""
     worst = sorted(metrics, key=lambda label: (metrics[label]["top_1"], label))
@@ -112,6 +113,7 @@ def per_class(metrics: dict[str, dict[str, Any]]) -> Chart:
     return chart_of(figure, "per_class", f"Top-1 of each class: the worst is {shown[0]}, {shares[0]:.2f}")
 
 
+@style()
 def confusion(queries: list[str], matches: list[str]) -> Chart:
     """Draw which class the first matches of each class have; of many classes the most confused."""
     pairs = list(zip(queries, matches, strict=True))
@@ -133,7 +135,7 @@ def confusion(queries: list[str], matches: list[str]) -> Chart:
     axes.pcolormesh(colours, edgecolors="none")
     for (y, x), count in np.ndenumerate(counts):
         if count:
-            axes.text(x + 0.5, y + 0.5, count, ha="center", va="center", color=INK, fontsize=8)
+            axes.text(x + 0.5, y + 0.5, count, ha="center", va="center", fontsize=8)
     ticks, labels = np.arange(len(classes)) + 0.5, [_short(label) for label in classes]
     axes.set_xticks(ticks, labels, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_yticks(ticks, labels)
@@ -148,6 +150,7 @@ def confusion(queries: list[str], matches: list[str]) -> Chart:
     )
 
 
+@style()
 def similarities(first: np.ndarray, right: np.ndarray | None) -> Chart:
     """Draw histograms of the first match's cosine (queries,), one for right and one for wrong matches."""
     figure, (axes,) = new_figure(7, 3)
@@ -163,23 +166,16 @@ def similarities(first: np.ndarray, right: np.ndarray | None) -> Chart:
     axes.set_ylabel("queries")
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set_title("similarity of the first matches")
-    axes.legend(loc="upper left", frameon=False, labelcolor=INK)
+    axes.legend(loc="upper left")
     medians = ", ".join(f"{name} {np.median(values):.2f}" for name, values, _ in parts if len(values))
     return chart_of(figure, "similarities", f"Similarity of the first match, in the median: {medians}")
 
 
-@dataclass(frozen=True)
-class Points:
-    """A panel of the map: the position of each point."""
-
-    title: str
-    positions: np.ndarray  # (points, 2)
-
-
+@style()
 def embedding_map(
-    panels: list[Points], labels: list[str | None], is_query: np.ndarray, colours: dict[str, str]
+    panels: dict[str, np.ndarray], labels: list[str | None], is_query: np.ndarray, colours: dict[str, str]
 ) -> tuple[Chart, list[list[int]]]:
-    """Draw t-SNE panels: a colour for each label, ○ for the gallery, ▲ for the queries.
+    """Draw panels {title: positions (points, 2)}: a colour per label, ○ for the gallery, ▲ for the queries.
 
     `labels` and `is_query` belong to the points of every panel. A label without a colour is grey. Also return
     which points each group of marks in the SVG shows, in order: the groups are called tsne-points-0,
@@ -188,20 +184,20 @@ def embedding_map(
     figure, all_axes = new_figure(6.2 * len(panels) + 1.3, 5.6, len(panels))
     behind: list[list[int]] = []
     array = np.array([label if label in colours else None for label in labels], dtype=object)
-    for axes, panel in zip(all_axes, panels, strict=True):
+    for axes, (title, positions) in zip(all_axes, panels.items(), strict=True):
         for label in [None, *colours]:
             for side, marker in ((False, "o"), (True, "^")):
                 rows = np.flatnonzero((array == label) & (is_query == side))
                 if len(rows):
                     looks = {"color": colours.get(label, UNKNOWN), "marker": marker, "s": 24 if side else 16}
-                    marks = axes.scatter(*panel.positions[rows].T, linewidths=0, alpha=0.85, **looks)
+                    marks = axes.scatter(*positions[rows].T, linewidths=0, alpha=0.85, **looks)
                     marks.set_gid(f"points-{len(behind)}")
                     behind.append(rows.tolist())
-        axes.set_title(panel.title)
+        axes.set_title(title)
         axes.set_xticks([])
         axes.set_yticks([])
     _legend(figure, colours, others=None in array)
-    description = f"t-SNE of {len(labels)} embeddings: {' and '.join(panel.title for panel in panels)}"
+    description = f"t-SNE of {len(labels)} embeddings: {' and '.join(panels)}"
     return chart_of(figure, "tsne", description), behind
 
 
@@ -212,7 +208,7 @@ def _legend(figure: Figure, colours: dict[str, str], others: bool) -> None:
     marks += [("s", UNKNOWN, "others" if colours else "all")] if others else []
     marks += [("^", INK, "query"), ("o", INK, "gallery")]
     handles = [Line2D([], [], linestyle="", marker=m, color=colour, label=text) for m, colour, text in marks]
-    figure.legend(handles=handles, loc="outside right upper", frameon=False, labelcolor=INK, fontsize=9)
+    figure.legend(handles=handles, loc="outside right upper", fontsize=9)
 
 
 def _short(label: str) -> str:
@@ -224,6 +220,7 @@ def _short(label: str) -> str:
 # ---- the chart of a training ----------------------------------------------------------------------
 
 
+@style()
 def curves(history: list[dict[str, Any]], untuned: dict[str, Any]) -> Chart:
     """Draw the training loss by epoch, and top-1 and top-3 on validation; epoch 0 is the untuned network."""
     from matplotlib.ticker import MaxNLocator
@@ -242,7 +239,7 @@ def curves(history: list[dict[str, Any]], untuned: dict[str, Any]) -> Chart:
         shares.fill_between([0, *epochs], low, high, color=colour, alpha=0.15, linewidth=0)
         shares.axhline(values[0], color=colour, linestyle=":", linewidth=1)
     shares.set_title("validation (0: untuned; shaded: 95 %)")
-    shares.legend(loc="best", frameon=False, labelcolor=INK)
+    shares.legend(loc="best")
     for axes in (losses, shares):
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)

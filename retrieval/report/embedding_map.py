@@ -7,7 +7,7 @@ import numpy as np
 from get_images import label_of
 from retrieval.records import Embeddings, ShardedEmbeddings
 from retrieval.report import charts
-from retrieval.report.charts import Chart, Points
+from retrieval.report.charts import Chart
 from retrieval.report.results import Results
 
 MOST_POINTS, FEWEST_POINTS = 1000, 5
@@ -38,12 +38,12 @@ def draw_map(results: Results) -> tuple[list[Chart], list[list[int]]]:
     rows, vectors = results.sample.rows, results.sample.vectors
     if len(rows) < FEWEST_POINTS:
         return [], []
-    panels = [("after fine-tuning" if results.trained else "embeddings", vectors)]
+    panels = {"after fine-tuning" if results.trained else "embeddings": vectors}
     if results.trained and results.trained.joined:
         untuned = vectors[:, : vectors.shape[1] // 2]  # both halves have the same dimension
         lengths = np.linalg.norm(untuned, axis=1, keepdims=True)
-        panels.insert(0, ("before fine-tuning", untuned / np.maximum(lengths, 1e-12)))
-    points = [Points(title, tsne(vectors)) for title, vectors in panels]
+        panels = {"before fine-tuning": untuned / np.maximum(lengths, 1e-12)} | panels
+    points = {title: tsne(vectors) for title, vectors in panels.items()}
     labels, colours = _colours(results, rows)
     chart, behind = charts.embedding_map(points, labels, rows < len(results.queries), colours)
     return [chart], [rows[marks].tolist() for marks in behind]
