@@ -6,8 +6,8 @@ import hashlib
 import logging
 import re
 import sqlite3
-import threading
 from base64 import b64encode
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,10 @@ def make_app(key: AnswerKey, database: Database, rules: Rules) -> FastAPI:
     app = FastAPI(title="Image retrieval: evaluation server", description=DESCRIPTION, version="1",
                   docs_url=None, redoc_url=None, redirect_slashes=False)  # fmt: skip
     endpoint = SubmissionEndpoint(key, database, rules)
-    front = _Leaderboard(key, database, rules)
+
+    @lru_cache(maxsize=1)  # a hall full of browsers asks for the page, which seldom changes
+    def leaderboard_page(*_: object) -> bytes:
+        return render(TEMPLATES, "leaderboard.html", **board(database, key, rules))
 
     @app.post("/retrieval/", summary="Score a submission", openapi_extra=_described_body())
     async def retrieval(request: Request) -> Response:
@@ -49,7 +52,12 @@ def make_app(key: AnswerKey, database: Database, rules: Rules) -> FastAPI:
     @app.head("/", include_in_schema=False)
     @app.get("/", response_class=HTMLResponse, summary="The leaderboard")
     def leaderboard(request: Request) -> Response:
-        return front.answer(request)
+        """Answer with the page, or with 304 if the browser has it already."""
+        answer = _page(leaderboard_page(database.version(), rules.partly, rules.closed))
+        etag = answer.headers["ETag"]
+        if request.headers.get("If-None-Match") == etag:
+            return Response(status_code=304, headers=SAFE | {"ETag": etag})
+        return answer
 
     @app.head("/leaderboard.csv", include_in_schema=False)
     @app.get("/leaderboard.csv", response_class=PlainTextResponse, summary="The leaderboard as a table")
@@ -122,25 +130,3 @@ async def _answer_http_error(_: Request, error: HTTPException) -> Response:
 async def _answer_database_error(_: Request, error: sqlite3.Error) -> Response:
     log.error("the database cannot be read: %s", error)
     return json_answer({"detail": "the database cannot be read now: ask again"}, 503)
-
-
-class _Leaderboard:
-    """The leaderboard's page, rendered anew only if it has changed: a hall full of browsers asks for it."""
-
-    def __init__(self, key: AnswerKey, database: Database, rules: Rules) -> None:
-        self.key, self.database, self.rules = key, database, rules
-        self.lock = threading.Lock()
-        self.state: tuple | None = None
-        self.page = b""
-
-    def answer(self, request: Request) -> Response:
-        """Answer with the page, or with 304 if the browser has it already."""
-        with self.lock:
-            state = (self.database.version(), self.rules.partly, self.rules.closed)
-            if self.state != state:
-                values = board(self.database, self.key, self.rules)
-                self.page, self.state = render(TEMPLATES, "leaderboard.html", **values), state
-            answer = _page(self.page)
-        if request.headers.get("If-None-Match") == answer.headers["ETag"]:
-            return Response(status_code=304, headers=SAFE | {"ETag": answer.headers["ETag"]})
-        return answer
