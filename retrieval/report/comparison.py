@@ -144,7 +144,7 @@ def holm(p_values: list[float]) -> list[float]:
 def _title(rows: list[Row]) -> str:
     newest = max((row.run for row in rows), key=lambda run: run.time)
     queries, gallery = newest.size
-    return f"{newest.settings.query_dir or 'unknown images'}: {queries} queries × {gallery} images"
+    return f"{newest.query_dir or 'unknown images'}: {queries} queries × {gallery} images"
 
 
 def _row_names(rows: list[Row]) -> list[str]:
@@ -159,7 +159,7 @@ def _cells(rows: list[Row]) -> list[list[str]]:
     """Return the cells of the table: the heads, then a list for each run."""
     shares = [f"top-{cut}" for cut in CUTS]
     heads = ["network", "tuned", *shares, "score", "to the best", "told apart by", "s"]
-    if any(row.run.outcome.accuracy is not None for row in rows):
+    if any(row.run.accuracy is not None for row in rows):
         heads.insert(-3, "server")
     named = zip(_row_names(rows), rows, strict=True)
     return [heads, *(_cells_of(name, row, "server" in heads) for name, row in named)]
@@ -173,7 +173,7 @@ def _cells_of(name: str, row: Row, with_server: bool) -> list[str]:
     if row.difference:
         by, (low, high) = row.difference
         difference = f"{by:+.0f} [{low:+.0f}, {high:+.0f}]"
-    server, seconds = run.outcome.accuracy, run.seconds.total
+    server, seconds = run.accuracy, run.seconds
     return [name + again, "yes" if run.tuned else "no", *shares,
             _estimate(run, "score", lambda score: f"{score:.0f}"),
             *(["–" if server is None else f"{server:g}"] if with_server else []), difference, row.significant,
@@ -182,9 +182,9 @@ def _cells_of(name: str, row: Row, with_server: bool) -> list[str]:
 
 def _estimate(run: RunLine, metric: str, as_text: Callable[[float], str]) -> str:
     """Show a metric with its interval."""
-    if metric not in run.metrics.estimates:
+    if metric not in run.estimates:
         return "–"
-    value, (low, high) = run.metrics.estimates[metric]
+    value, (low, high) = run.estimates[metric]
     return f"{as_text(value)} [{as_text(low)}, {as_text(high)}]"
 
 
@@ -209,8 +209,8 @@ def _bars(rows: list[Row]) -> list[dict[str, Any]]:
     """Return where each run's score and its interval lie, in percent of the way from 0 to 1000."""
     bars = []
     for name, row in zip(_row_names(rows), rows, strict=True):
-        if "score" in row.run.metrics.estimates:
-            score, (low, high) = row.run.metrics.estimates["score"]
+        if "score" in row.run.estimates:
+            score, (low, high) = row.run.estimates["score"]
             bars.append({"name": name, "score": f"{score:.1f}", "at": score / 10, "low": low / 10,
                          "width": (high - low) / 10})  # fmt: skip
     return bars

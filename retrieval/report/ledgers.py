@@ -8,14 +8,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self
 
-from pydantic import AfterValidator, BaseModel, model_validator
+from pydantic import AfterValidator, AliasPath, BaseModel, Field, field_validator, model_validator
 
 from retrieval.errors import InputError
 from retrieval.metrics import CUTS
 from retrieval.run import EARLIER, LEDGER
-
-# The settings that tell two runs of a network on the same images apart.
-DISTINGUISHING = ("image_size", "crop", "face_margin", "min_face_size", "weights")
 
 log = logging.getLogger("retrieval.comparison")
 
@@ -28,11 +25,8 @@ class Estimate(NamedTuple):
 
 
 class Settings(BaseModel):
-    """The settings of a run that the comparison shows."""
+    """The settings that tell two runs of a network on the same images apart."""
 
-    query_dir: str | None = None
-    gallery_dir: str | None = None
-    model_type: str | None = None
     image_size: int | str | None = None
     crop: str | None = None
     face_margin: float | str | None = None
@@ -40,37 +34,9 @@ class Settings(BaseModel):
     weights: str | None = None
 
 
-class Metrics(BaseModel):
-    """The metrics of a run that the comparison shows."""
-
-    queries: int
-    gallery_images: int
-    backbone: str | None = None
-    tuned: bool | None = None
-    names: str | None = None  # the digest in names-DIGEST.json
-    estimates: dict[str, Estimate] = {}  # of the score and the top-k accuracies; empty without labels
-
-    @model_validator(mode="before")
-    @classmethod
-    def _with_estimates(cls, metrics: Any) -> Any:
-        if not isinstance(metrics, dict):
-            return metrics
-        shown = [name for name in ("score", *(f"top_{cut}" for cut in CUTS)) if name in metrics]
-        return metrics | {
-            "estimates": {name: (metrics[name], metrics.get(f"{name}_interval")) for name in shown}
-        }
-
-
-class Outcome(BaseModel):
-    """What the server answered."""
-
-    accuracy: float | None
-
-
-class Seconds(BaseModel):
-    """How long the run took."""
-
-    total: float | None = None
+def _within(part: str, name: str, **default: Any) -> Any:
+    """Return a field that stands within a part of the line."""
+    return Field(validation_alias=AliasPath(part, name), **default)
 
 
 class RunLine(BaseModel):
@@ -78,33 +44,45 @@ class RunLine(BaseModel):
 
     time: Annotated[datetime, AfterValidator(datetime.astimezone)]
     settings: Settings
-    metrics: Metrics
-    outcome: Outcome
-    seconds: Seconds = Seconds()
+    query_dir: str | None = _within("settings", "query_dir", default=None)
+    gallery_dir: str | None = _within("settings", "gallery_dir", default=None)
+    model_type: str | None = _within("settings", "model_type", default=None)
+    queries: int = _within("metrics", "queries")
+    gallery_images: int = _within("metrics", "gallery_images")
+    backbone: str | None = _within("metrics", "backbone", default=None)
+    fine_tuned: bool | None = _within("metrics", "tuned", default=None)
+    names: str | None = _within("metrics", "names", default=None)  # the digest in names-DIGEST.json
+    estimates: dict[str, Estimate] = Field(validation_alias="metrics")  # empty without labels
+    accuracy: float | None = _within("outcome", "accuracy")  # the server's score
+    seconds: float | None = _within("seconds", "total", default=None)
     first: tuple[int, ...] | None = None  # the rank of each query's first right image, 0: none; None: unknown
     ledger: Path = Path()
     count: int = 1  # of runs that gave the same
 
+    @field_validator("estimates", mode="before")
+    @classmethod
+    def _with_intervals(cls, metrics: Any) -> dict[str, Any]:
+        """Return the score and the top-k accuracies with their intervals."""
+        if not isinstance(metrics, dict):
+            raise ValueError("metrics is not an object")
+        shown = [name for name in ("score", *(f"top_{cut}" for cut in CUTS)) if name in metrics]
+        return {name: (metrics[name], metrics.get(f"{name}_interval")) for name in shown}
+
     @model_validator(mode="after")
     def _a_rank_for_each_query(self) -> Self:
-        if self.first is not None and len(self.first) != self.metrics.queries:
+        if self.first is not None and len(self.first) != self.queries:
             raise ValueError("first holds another number of queries than metrics")
         return self
 
     @property
     def network(self) -> str:
         """The model name, as far as it is known."""
-        return self.metrics.backbone or self.settings.model_type or "a fine-tuned network"
-
-    @property
-    def distinguishing(self) -> dict[str, Any]:
-        """The values of the DISTINGUISHING settings."""
-        return {name: getattr(self.settings, name) for name in DISTINGUISHING}
+        return self.backbone or self.model_type or "a fine-tuned network"
 
     @property
     def name(self) -> str:
         """The model name and the settings that were given; a weights file is named by the end of its path."""
-        given = self.distinguishing
+        given = self.settings.model_dump()
         if given["weights"]:
             given["weights"] = "/".join(Path(given["weights"]).parts[-2:])
         given = {name: value for name, value in given.items() if value not in (None, "", "auto")}
@@ -113,43 +91,41 @@ class RunLine(BaseModel):
     @property
     def tuned(self) -> bool:
         """Whether the network is fine-tuned: only model_not_tuned.py has the setting model_type."""
-        return self.settings.model_type is None if self.metrics.tuned is None else self.metrics.tuned
+        return self.model_type is None if self.fine_tuned is None else self.fine_tuned
 
     @property
     def size(self) -> tuple[int, int]:
         """The numbers of queries and gallery images."""
-        return self.metrics.queries, self.metrics.gallery_images
+        return self.queries, self.gallery_images
 
     @property
     def images(self) -> tuple:
         """What runs must have in common to be compared: the names of the images, or else the folders."""
-        folders = self.settings.query_dir, self.settings.gallery_dir
-        return self.metrics.names or folders, self.size
+        return self.names or (self.query_dir, self.gallery_dir), self.size
 
     @property
     def identity(self) -> tuple:
         """What a repeated run has in common with the first: network, settings, and results."""
-        server = self.outcome.accuracy if self.first is None else None  # sending changes no ranking
-        score = self.metrics.estimates.get("score")
-        return self.network, json.dumps(self.distinguishing), self.first, score and score.value, server
+        server = self.accuracy if self.first is None else None  # sending changes no ranking
+        score = self.estimates.get("score")
+        return self.network, self.settings.model_dump_json(), self.first, score and score.value, server
 
     @property
     def sort_score(self) -> float:
         """The score by the labels, or else the server's score, or else -1."""
-        if "score" in self.metrics.estimates:
-            return self.metrics.estimates["score"].value
-        return -1.0 if self.outcome.accuracy is None else self.outcome.accuracy
+        if "score" in self.estimates:
+            return self.estimates["score"].value
+        return -1.0 if self.accuracy is None else self.accuracy
 
     def query_names(self) -> list[str]:
         """Read the names of the queries; return their numbers if the file of names is lost."""
-        count = self.metrics.queries
         try:
-            names = json.loads(self.ledger.with_name(f"names-{self.metrics.names}.json").read_bytes())
-            if len(names["queries"]) == count:
+            names = json.loads(self.ledger.with_name(f"names-{self.names}.json").read_bytes())
+            if len(names["queries"]) == self.queries:
                 return names["queries"]
         except (OSError, ValueError, KeyError, TypeError):
             pass
-        return [f"query {number}" for number in range(1, count + 1)]
+        return [f"query {number}" for number in range(1, self.queries + 1)]
 
 
 def read_ledgers(folders: list[Path]) -> list[RunLine]:

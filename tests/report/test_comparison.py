@@ -17,7 +17,7 @@ OTHERS = [f"b/{number}.jpg" for number in range(10)]
 
 
 class Settings(Form):
-    query_dir: NewFolder
+    query_dir: str  # of any letters
     output_dir: NewFolder
     model_type: str = "word"
 
@@ -314,6 +314,7 @@ def test_a_ledger_itself_is_compared_beside_its_folder(tmp_path):
     [
         {"time": None},
         {"time": "yesterday"},
+        {"metrics": 3},
         {"metrics": {"names": ["x"]}},
         {"metrics": {"top_1_interval": None}},
         {"metrics": {"score_interval": 3}},
