@@ -56,13 +56,11 @@ def compare_ledgers(folders: list[Path]) -> Path:
     there is no ledger, or no run in any.
     """
     groups = [_beside_the_best(runs) for runs in _grouped(read_ledgers(folders))]
-    for rows in groups:
-        log.info("%s", _title(rows))
-        log.info("%s", _aligned(_cells(rows)))
-    log.info("%s", NOTE)
+    tables = [f"**{_escaped(_title(rows))}**\n\n{_markdown(_cells(rows))}" for rows in groups]
+    text = "\n\n".join([*tables, NOTE])
+    log.info("%s", text)
     out = folders[0].parent if folders[0].is_file() else folders[0]
-    markdown = [f"**{_escaped(_title(rows))}**\n\n{_markdown(_cells(rows))}" for rows in groups]
-    write_whole(out / TABLE, ("\n\n".join([*markdown, NOTE]) + "\n").encode("utf-8", "replace"))
+    write_whole(out / TABLE, f"{text}\n".encode("utf-8", "replace"))
     shown = [{"title": _title(rows), "cells": _cells(rows), "bars": _bars(rows),
               "rows": list(zip(_row_names(rows), rows, strict=True)),
               "runs": sum(row.run.count for row in rows)} for rows in groups]  # fmt: skip
@@ -188,16 +186,13 @@ def _estimate(run: RunLine, metric: str, as_text: Callable[[float], str]) -> str
     return f"{as_text(value)} [{as_text(low)}, {as_text(high)}]"
 
 
-def _aligned(cells: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
-    return "\n".join(line.rstrip() for line in lines)
-
-
 def _markdown(cells: list[list[str]]) -> str:
+    """Return the table in Markdown, with its columns aligned for the console."""
     escaped = [[_escaped(cell).replace("|", r"\|") for cell in line] for line in cells]
-    heads, *lines = [f"| {' | '.join(line)} |" for line in escaped]
-    return "\n".join([heads, "|---" * len(cells[0]) + "|", *lines])
+    widths = [max(map(len, column)) for column in zip(*escaped, strict=True)]
+    escaped.insert(1, ["-" * width for width in widths])
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in escaped]
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
 def _escaped(text: str) -> str:
