@@ -9,17 +9,16 @@ import logging
 import math
 import os
 import re
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
 from retrieval.errors import InputError
+from retrieval.machine import version_of
 from retrieval.settings import Form, Tracker
 
 PROJECT = "image-retrieval"  # at Weights & Biases, unless WANDB_PROJECT names another
@@ -32,8 +31,7 @@ def check_tracker(tracker: Tracker) -> None:
     """Raise InputError, before any image is read, if this tracker cannot be used: it says what to do."""
     if tracker == "none":
         return
-    found = find_spec(tracker)
-    if not found or not found.origin:  # a folder of that name is not the package
+    if not version_of(tracker):
         raise InputError(f"--tracker {tracker} needs the package {tracker}: run pip install {tracker}")
     if tracker == "wandb" and (problem := _log_in_to_wandb()):
         raise InputError(
@@ -95,8 +93,6 @@ class Tracking:
             self.tracker = None
             why = str(error).partition("\n")[0] or type(error).__name__
             log.warning("tracking has failed (%s): this run goes on without it", why)
-            with suppress(Exception):  # a wandb process that has died would print a traceback at exit
-                sys.modules["wandb"].teardown()
 
 
 def start_tracking(
@@ -116,10 +112,9 @@ def start_tracking(
 
         PartialState(cpu=True)  # the trackers ask it whether this is the main process; it touches no device
         start = _start_tensorboard if tracker == "tensorboard" else _start_wandb
-        tracking.tracker, where = start(tracking, folder, name)
+        tracking.tracker = start(tracking, folder, name)
         plain = {key: value for key, value in config.items() if isinstance(value, str | int | float)}
         tracking.tracker.store_init_configuration(plain)
-        log.info("tracking: %s", where)
     return tracking
 
 
@@ -129,15 +124,16 @@ def track_run(tracker: Tracker, folder: Path, name: str, settings: Form, metrics
         tracking.log(metrics)
 
 
-def _start_tensorboard(tracking: Tracking, folder: Path, _: str) -> tuple[Any, str]:
+def _start_tensorboard(tracking: Tracking, folder: Path, _: str) -> Any:
     from accelerate.tracking import TensorBoardTracker
 
     started = TensorBoardTracker(tracking.run, folder / "tensorboard", purge_step=tracking.step + 1)
     started.start()
-    return started, f"tensorboard --logdir {folder / 'tensorboard'} shows this run"
+    log.info("tracking: tensorboard --logdir %s shows this run", folder / "tensorboard")
+    return started
 
 
-def _start_wandb(tracking: Tracking, folder: Path, name: str) -> tuple[Any, str]:
+def _start_wandb(tracking: Tracking, folder: Path, name: str) -> Any:
     from accelerate.tracking import WandBTracker
 
     folder.mkdir(parents=True, exist_ok=True)  # or wandb takes another folder
@@ -145,11 +141,9 @@ def _start_wandb(tracking: Tracking, folder: Path, name: str) -> tuple[Any, str]
     started = WandBTracker(project, dir=str(folder), id=tracking.run, name=name, resume="allow")
     started.start()
     run = started.tracker
-    if run.disabled:
-        return started, "WANDB_MODE=disabled keeps nothing of this run"
-    if run.offline:
-        return started, f"wandb sync {Path(run.dir).parent} uploads this run"
-    return started, f"this run is at {run.url}"
+    where = f"wandb sync {Path(run.dir).parent} uploads this run" if run.offline else run.url
+    log.info("tracking: %s", where)
+    return started
 
 
 def numbers(values: dict[str, Any], group: str = "") -> dict[str, float]:
