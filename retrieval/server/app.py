@@ -19,7 +19,7 @@ from retrieval.html import render
 from retrieval.server.answer_key import AnswerKey
 from retrieval.server.database import Database
 from retrieval.server.endpoint import SAFE, SubmissionEndpoint, json_answer
-from retrieval.server.leaderboard import as_csv, board, history
+from retrieval.server.leaderboard import as_csv, line, moment
 from retrieval.server.rules import Rules
 from retrieval.submission.protocol import NAMES_PER_QUERY, SHAPE, TOKEN
 
@@ -41,9 +41,13 @@ def make_app(key: AnswerKey, database: Database, rules: Rules) -> FastAPI:
                   docs_url=None, redoc_url=None, redirect_slashes=False)  # fmt: skip
     endpoint = SubmissionEndpoint(key, database, rules)
 
+    def show(template: str, **values: Any) -> bytes:
+        return render(TEMPLATES, template, rules=rules, line=line, moment=moment, **values)
+
     @lru_cache(maxsize=1)  # a hall full of browsers asks for the page, which seldom changes
     def leaderboard_page(*_: object) -> bytes:
-        return render(TEMPLATES, "leaderboard.html", **board(database, key, rules))
+        standings, queries = database.standings(rules.partly), rules.public if rules.partly else key.queries
+        return show("leaderboard.html", standings=standings, queries=len(queries), gallery=len(key.gallery))
 
     @app.post("/retrieval/", summary="Score a submission", openapi_extra=_described_body())
     async def retrieval(request: Request) -> Response:
@@ -68,17 +72,17 @@ def make_app(key: AnswerKey, database: Database, rules: Rules) -> FastAPI:
     @app.get("/submissions/{group:path}", response_class=HTMLResponse, summary="A group's own history")
     def submissions(request: Request, group: str) -> Response:
         """Show the group's scores, and its refused submissions with the reasons."""
-        shown = history(database, rules, group or request.query_params.get("group", ""))
-        return _page(render(TEMPLATES, "submissions.html", **shown), 200 if shown["any"] else 404)
+        team = group or request.query_params.get("group", "")
+        scored, refused = database.submissions_of(team, rules.partly), database.refused_of(team)
+        page = show("submissions.html", team=team, scored=scored, refused=refused)
+        return _page(page, 200 if scored or refused else 404)
 
     @app.head("/docs", include_in_schema=False)
     @app.get("/docs", response_class=HTMLResponse, summary="How to submit")
     def docs(request: Request) -> Response:
         """Describe the protocol and the rules in words."""
         url = f"{request.base_url}retrieval/"
-        return _page(
-            render(TEMPLATES, "docs.html", url=url, api=app.openapi(), rules=rules, token=TOKEN, shape=SHAPE)
-        )
+        return _page(show("docs.html", url=url, api=app.openapi(), token=TOKEN, shape=SHAPE))
 
     @app.head("/healthz", include_in_schema=False)
     @app.get("/healthz", summary="Whether the server runs")
