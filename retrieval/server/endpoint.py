@@ -79,16 +79,14 @@ class SubmissionEndpoint:
         except RefusedError as error:
             error.team = team  # only after _admit: anybody can send under this name
             raise
-        whole = score(first, self.key)
-        public = score(first, self.key, self.rules.public) if self.rules.public else whole
+        accuracy, _ = score(first, self.key)
+        public_accuracy, scores = score(first, self.key, self.rules.public)
         first_received, repeats = self.database.store(
-            team, received, body, whole.accuracy, public.accuracy, bytes(first.values())
+            team, received, body, accuracy, public_accuracy, bytes(first.values())
         )
-        reply = {"groupname": team, "accuracy": public.accuracy, "date": moment(first_received)}
+        reply = {"groupname": team, "accuracy": public_accuracy, "date": moment(first_received)}
         if not self.rules.hide_scores:  # as the competition's server replies
-            scores: dict[str, Any] = {f"right{cut}": identities for cut, identities in public.right.items()}
-            scores |= {f"wrong{cut}": identities for cut, identities in public.wrong.items()}
-            reply["scores"] = scores | {"results": public.results}
+            reply["scores"] = scores
         return reply | ({"repeat": True} if repeats else {})
 
     def _admit(self, team: str, token: str) -> None:

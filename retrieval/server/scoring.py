@@ -33,16 +33,6 @@ class Submission:
     images: dict[str, list[str]]
 
 
-@dataclass(frozen=True)
-class Score:
-    """The score of a submission, as the server reports it."""
-
-    accuracy: float  # 0 to 1000, not rounded
-    results: list[float]  # top-1, top-5, top-10
-    right: dict[int, list[str]]  # the identities of the queries with a right image among the first 1, 5, 10
-    wrong: dict[int, list[str]]
-
-
 # ---- parse ----------------------------------------------------------------------------------------
 
 
@@ -154,13 +144,19 @@ def _repeated_by_an_alias(names: Iterable[str], aliases: dict[str, str]) -> list
 # ---- score ----------------------------------------------------------------------------------------
 
 
-def score(first: dict[str, int], key: AnswerKey, queries: Iterable[str] | None = None) -> Score:
-    """Score the first hits that judge returns: 600 · top-1 + 300 · top-5 + 100 · top-10.
+def score(
+    first: dict[str, int], key: AnswerKey, queries: Iterable[str] | None = None
+) -> tuple[float, dict[str, list]]:
+    """Score the first hits that judge returns, over these queries or over all of the key.
 
-    Over these queries, or over all of the key.
+    Return 600 · top-1 + 300 · top-5 + 100 · top-10, not rounded, and what stands beside it in the reply: the
+    identities of the queries with a right image among the first 1, 5 and 10 (right1 …) and of the others
+    (wrong1 …), and the three accuracies (results).
     """
     asked = list(key.queries if queries is None else queries)
-    right = {cut: [key.queries[query] for query in asked if 0 < first[query] <= cut] for cut in POINTS}
-    wrong = {cut: [key.queries[query] for query in asked if not 0 < first[query] <= cut] for cut in POINTS}
-    counts = [len(right[cut]) for cut in POINTS]
-    return Score(competition_score(*counts, len(asked)), [n / len(asked) for n in counts], right, wrong)
+    told: dict[str, list] = {}
+    for cut in POINTS:
+        told[f"right{cut}"] = [key.queries[query] for query in asked if 0 < first[query] <= cut]
+        told[f"wrong{cut}"] = [key.queries[query] for query in asked if not 0 < first[query] <= cut]
+    counts = [len(told[f"right{cut}"]) for cut in POINTS]
+    return competition_score(*counts, len(asked)), told | {"results": [n / len(asked) for n in counts]}
