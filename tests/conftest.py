@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from get_images import ImageFile
 from retrieval.datasets.layouts import lay_out_sample
@@ -320,39 +319,22 @@ def vectors_of(rows):
     return Embeddings(list(rows), vectors / np.where(lengths, lengths, 1))
 
 
-def found_of(folder, queries_of_each=None, gallery_of_each=None):
-    """What a run on folder/query and folder/gallery finds, where an embedding is the image itself, 8 × 8."""
-    from get_images import find_images, label_of
-    from retrieval.metrics import measure
-    from retrieval.ranking.exact import rank
-    from retrieval.report.results import Results
+@pytest.fixture(scope="session")
+def digits(sample):
+    """The results of 40 queries of ten classes, by a fine-tuned network that holds an untuned one."""
+    from pages import found_of, tuned
 
-    sides = []
-    for part, most in (("query", queries_of_each), ("gallery", gallery_of_each)):
-        taken, counts = [], {}
-        for file in find_images(folder / part):
-            counts[label_of(file.name)] = counts.get(label_of(file.name), 0) + 1
-            if most is None or counts[label_of(file.name)] <= most:
-                taken.append(file)
-        sides.append(taken)
-    vectors = []
-    for files in sides:
-        pixels = {
-            f.name: np.asarray(Image.open(f.path).convert("L").resize((8, 8)), float).ravel() for f in files
-        }
-        vectors.append(vectors_of({name: values - values.mean() for name, values in pixels.items()}))
-    ranking = rank(*vectors, k=10)
-    metrics = {"backbone": "pixels"} | measure(ranking, *vectors, 3)
-    return Results(*sides, *vectors, ranking, metrics, sample=sample_of(*vectors))
+    return tuned(found_of(sample / "test", 4, 12))
 
 
-def sample_of(queries, gallery):
-    """The vectors that the report's map draws."""
-    from retrieval.report.embedding_map import sample_rows
-    from retrieval.report.results import Sample
+@pytest.fixture(scope="session")
+def digits_page(digits, tmp_path_factory):
+    """Their report, drawn once."""
+    from pages import drawn
 
-    rows = sample_rows(queries, gallery)
-    return Sample(rows, np.concatenate([queries.vectors, gallery.vectors])[rows])
+    folder = tmp_path_factory.mktemp("page")
+    drawn(digits, folder)
+    return folder / "report.html"
 
 
 @pytest.fixture(scope="session")

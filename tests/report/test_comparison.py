@@ -3,7 +3,7 @@ from datetime import UTC, datetime
 
 import pytest
 from conftest import ranking_of, run_here
-from test_run_report import STRANGE
+from pages import STRANGE
 
 from retrieval.errors import InputError
 from retrieval.metrics import competition_score, first_hits, metrics_of
@@ -208,7 +208,7 @@ def test_real_runs_from_the_command_line(few, exported, tmp_path):
 
 @pytest.mark.parametrize("width", [1280, 400])
 def test_the_page_fits_and_is_readable(browser, tmp_path, width):
-    from test_report_page import LOW_CONTRAST
+    from page_checks import LOW_CONTRAST
 
     put(tmp_path, "a network with a long name, fine-tuned with supcon", GOOD)
     put(tmp_path, "other", POOR)

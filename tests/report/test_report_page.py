@@ -1,34 +1,20 @@
 """The page in a real browser."""
 
 import shutil
-from dataclasses import replace
 
 import pytest
-from conftest import found_of
 from page_checks import LOW_CONTRAST, OVERLAPS
+from pages import STRANGE, drawn, found_of
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
-from test_run_report import STRANGE, drawn
 
 from get_images import label_of
-from retrieval.backbones.backbone import Trained
 
 
-@pytest.fixture(scope="module")
-def found(sample):
-    """40 queries of ten classes, by a tuned network that holds an untuned one."""
-    found = found_of(sample / "test", 4, 12)
-    interval = {"top_1": 0.5, "top_3": 0.7, "top_1_interval": [0.4, 0.6], "top_3_interval": [0.6, 0.8]}
-    history = [{"epoch": epoch, "loss": 1.0 / epoch} | interval for epoch in (1, 2)]
-    return replace(found, trained=Trained(True, interval, history))
-
-
-@pytest.fixture(scope="module")
-def page(found, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("page")
-    drawn(found, folder)
-    return (folder / "report.html").as_uri()
+@pytest.fixture
+def page(digits_page):
+    return digits_page.as_uri()
 
 
 def names_shown(browser):
@@ -39,14 +25,14 @@ def select(browser, field, value):
     Select(browser.driver.find_element(By.ID, field)).select_by_value(value)
 
 
-def test_every_query_is_reached_by_the_keys_and_back(browser, page, found):
+def test_every_query_is_reached_by_the_keys_and_back(browser, page, digits):
     browser.open(page)
     seen = names_shown(browser)
     first = list(seen)
     for _ in range(10):
         browser.press(Keys.ARROW_RIGHT)
         seen += names_shown(browser) if names_shown(browser)[0] not in seen else []
-    assert sorted(seen) == sorted(found.ranking.queries)
+    assert sorted(seen) == sorted(digits.ranking.queries)
     assert browser.texts("#where") == ["33 to 40 of 40"]
     for _ in range(10):
         browser.press(Keys.ARROW_LEFT)
@@ -64,12 +50,12 @@ def test_the_buttons_turn_the_pages_and_stop_at_the_ends(browser, page):
     assert browser.texts("#where") == ["1 to 8 of 40"]
 
 
-def test_the_filters_by_class_by_verdict_and_by_name(browser, page, found):
+def test_the_filters_by_class_by_verdict_and_by_name(browser, page, digits):
     browser.open(page)
     select(browser, "class", browser.run("return String(data.classes.indexOf('3'))"))
-    assert sorted(names_shown(browser)) == [name for name in found.ranking.queries if label_of(name) == "3"]
+    assert sorted(names_shown(browser)) == [name for name in digits.ranking.queries if label_of(name) == "3"]
     select(browser, "class", "all")
-    right = [name for name, best in found.ranking.names().items() if label_of(best[0]) == label_of(name)]
+    right = [name for name, best in digits.ranking.names().items() if label_of(best[0]) == label_of(name)]
     assert 0 < len(right) < 40
     select(browser, "verdict", "right")
     assert browser.texts("#where") == [f"1 to {min(8, len(right))} of {len(right)}"]
@@ -78,7 +64,7 @@ def test_the_filters_by_class_by_verdict_and_by_name(browser, page, found):
     assert browser.texts("#where")[0].endswith(f"of {40 - len(right)}")
     assert not set(names_shown(browser)) & set(right)
     select(browser, "verdict", "all")
-    name = found.ranking.queries[7]
+    name = digits.ranking.queries[7]
     browser.driver.find_element(By.ID, "text").send_keys(name.upper())
     assert names_shown(browser) == [name]
     browser.press("no such name")
@@ -91,13 +77,13 @@ def test_keys_that_are_typed_into_a_field_turn_no_page(browser, page):
     assert browser.texts("#where")[0].startswith("1 to 8 of")
 
 
-def test_the_orders(browser, page, found):
+def test_the_orders(browser, page, digits):
     browser.open(page)
     orders = {}
     for order in ("worst", "uncertain", "random", "name"):
         select(browser, "order", order)
         orders[order] = names_shown(browser)
-    assert orders["name"] == sorted(found.ranking.queries)[:8]
+    assert orders["name"] == sorted(digits.ranking.queries)[:8]
     assert len({tuple(names) for names in orders.values()}) == 4
     select(browser, "order", "uncertain")
     margins = browser.run("return shown.map((query) => data.margin[query])")
@@ -107,11 +93,11 @@ def test_the_orders(browser, page, found):
     assert first == sorted(first, reverse=True)
 
 
-def test_right_and_wrong_matches_differ_in_more_than_colour(browser, page, found):
+def test_right_and_wrong_matches_differ_in_more_than_colour(browser, page, digits):
     browser.open(page)
     select(browser, "order", "name")
     name = names_shown(browser)[0]
-    wanted = ["✓" if label_of(match) == label_of(name) else "✗" for match in found.ranking.names()[name]]
+    wanted = ["✓" if label_of(match) == label_of(name) else "✗" for match in digits.ranking.names()[name]]
     assert [text[0] for text in browser.texts("#queries > li:first-child .cosine")] == wanted
     cosines = [float(text[2:]) for text in browser.texts("#queries > li:first-child .cosine")]
     assert cosines == sorted(cosines, reverse=True)

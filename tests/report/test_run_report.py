@@ -2,55 +2,23 @@ import json
 import re
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import found_of, vectors_of
+from conftest import vectors_of
+from pages import STRANGE, drawn, found_of
 
-from retrieval.backbones.backbone import Trained
 from retrieval.ranking.exact import rank
 from retrieval.report import charts, embedding_map, run_report, viewer
 from retrieval.report.charts import RIGHT, WRONG, confusion, per_class
 from retrieval.report.results import Results
-from retrieval.report.run_report import write_report
 from retrieval.report.viewer import Matches, page_data
-from retrieval.run import Outcome, Run
-from retrieval.settings import Form, GroupToken, NewFolder
-
-SAVED = Outcome("saved", "scored by the folder labels: nothing was sent")
-STRANGE = ["'\"><script>window.hacked=1<", "雪山", "🌋 {{ 7*7 }}", "a&amp;b $x^2"]
-
-
-class Settings(Form):
-    query_dir: NewFolder = Path("query")
-    gallery_dir: NewFolder = Path("gallery")
-    output_dir: NewFolder = Path("results")
-    top_k: int = 3
-    group_token: GroupToken = GroupToken("")
-
-
-def drawn(found, folder, outcome=SAVED):
-    folder.mkdir(exist_ok=True)
-    return write_report(Run(Settings(output_dir=folder)), found, outcome).read_text()
+from retrieval.run import Outcome
 
 
 def data_of(page):
     """What the page's script reads."""
     return json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', page, re.S)[1])
-
-
-@pytest.fixture(scope="module")
-def digits(sample):
-    return found_of(sample / "test", 4, 12)
-
-
-@pytest.fixture(scope="module")
-def page(digits, tmp_path_factory):
-    """The page of the digits, drawn once."""
-    folder = tmp_path_factory.mktemp("drawn")
-    drawn(digits, folder)
-    return folder / "report.html"
 
 
 # ---- what is told of each query
@@ -83,16 +51,14 @@ def test_an_unreadable_match_is_shown_without_similarity():
     assert matches.cosines == pytest.approx(np.array([[0.6, 0]]))
 
 
-def test_the_page_holds_every_query_with_its_matches_and_their_pictures(digits, page):
-    data = data_of(page.read_text())
+def test_the_page_holds_every_query_with_its_matches_and_their_pictures(digits, digits_page):
+    data = data_of(digits_page.read_text())
     assert [data["names"][str(row)] for row in range(40)] == digits.ranking.queries
     for query, best in zip(data["matches"], digits.ranking.names().values(), strict=True):
         assert [data["names"][str(row)] for row in query] == best[:10]
     assert all(data["pictures"][str(row)] for rows in data["matches"] for row in rows)
     assert sorted(data["random"]) == list(range(40))
     assert np.array(data["cosines"]).max() <= 1.001
-    mapped = sum(len(rows) for rows in data["points"])
-    assert mapped == len(digits.queries) + len(digits.gallery)
 
 
 def test_the_pictures_shrink_where_there_are_many_and_the_last_are_left_out(digits, monkeypatch):
@@ -111,38 +77,36 @@ def test_the_pictures_shrink_where_there_are_many_and_the_last_are_left_out(digi
 # ---- files
 
 
-def test_the_pictures_for_slides_lie_beside_the_page(page):
-    assert {path.name for path in page.parent.iterdir()} == {
+def test_the_pictures_for_slides_lie_beside_the_page(digits_page):
+    assert {path.name for path in digits_page.parent.iterdir()} == {
         "report.html", "similar_images.png", "tsne.png", "per_class.png", "confusion.png", "similarities.png",
+        "loss.png",
     }  # fmt: skip
 
 
-def test_a_page_loads_nothing_from_elsewhere(page):
-    page = page.read_text()
+def test_a_page_loads_nothing_from_elsewhere(digits_page):
+    page = digits_page.read_text()
     addresses = set(re.findall(r"(?:src|href)=[\"']?([^\"' >]+)", page))
     assert {a for a in addresses if not a.startswith(("#", "data:"))} == {
         "similar_images.png", "tsne.png", "per_class.png", "confusion.png", "similarities.png",
+        "loss.png",
     }  # fmt: skip
     assert "@import" not in page
     assert "url(http" not in page
 
 
-def test_unlabelled_images_have_matches_and_similarities_and_no_verdict(flat, tmp_path):
-    page = drawn(found_of(flat), tmp_path / "out")
+def test_unlabelled_images_have_matches_and_the_servers_score_and_no_verdict(flat, tmp_path):
+    found = found_of(flat)
+    found.metrics["server_score"] = 698.0
+    page = drawn(found, tmp_path / "out", Outcome("scored", "the server's score: 698 of 1000", 698.0))
+    assert "<dd>698.0</dd>" in page
+    assert "the server&#39;s score: 698 of 1000" in page
     assert "whether a match is right is unknown" in page
     assert not {"per_class.png", "confusion.png"} & {path.name for path in (tmp_path / "out").iterdir()}
     assert "worst first" not in page
     data = data_of(page)
     assert data["labelled"] is False
     assert len(data["matches"]) == 8
-
-
-def test_the_servers_score_is_told(flat, tmp_path):
-    found = found_of(flat)
-    found.metrics["server_score"] = 698.0
-    page = drawn(found, tmp_path, Outcome("scored", "the server's score: 698 of 1000", 698.0))
-    assert "<dd>698.0</dd>" in page
-    assert "the server&#39;s score: 698 of 1000" in page
 
 
 def test_names_are_text_whatever_they_are(sample, tmp_path):
@@ -199,21 +163,17 @@ def test_the_map_shows_each_class_as_often_and_leaves_out_empty_vectors(digits, 
     assert np.array_equal(rows, embedding_map.sample_rows(digits.query_vectors, digits.gallery_vectors))
 
 
-def test_a_tuned_network_that_holds_the_untuned_one_is_mapped_before_and_after(few, tmp_path):
-    found = found_of(few)
-    interval = {"top_1": 0.5, "top_3": 0.7, "top_1_interval": [0.4, 0.6], "top_3_interval": [0.6, 0.8]}
-    history = [{"epoch": epoch, "loss": 1.0 / epoch} | interval for epoch in (1, 2)]
-    tuned = replace(found, trained=Trained(True, interval, history))
-    page = drawn(tuned, tmp_path)
+def test_a_tuned_network_that_holds_the_untuned_one_is_mapped_before_and_after(digits, digits_page):
+    page = digits_page.read_text()
     assert "before fine-tuning" in page
     assert "training loss" in page
-    assert (tmp_path / "loss.png").exists()
     points = data_of(page)["points"]
-    assert sum(map(len, points)) == 2 * (len(found.queries) + len(found.gallery))
+    assert sum(map(len, points)) == 2 * (len(digits.queries) + len(digits.gallery))
 
 
 def test_of_many_classes_the_map_shows_which_queries_are_right(digits, monkeypatch):
     monkeypatch.setattr(charts, "COLOURS", charts.COLOURS[:9])  # fewer than the ten classes
+    monkeypatch.setattr(embedding_map, "tsne", lambda vectors: vectors[:, :2])
     (chart,), groups = embedding_map.draw_map(digits)
     wrong = [row for row, first in enumerate(digits.first) if first != 1]
     assert wrong
@@ -221,18 +181,19 @@ def test_of_many_classes_the_map_shows_which_queries_are_right(digits, monkeypat
     assert "first match wrong" in chart.svg
 
 
-def test_of_many_classes_the_worst_are_shown(digits):
-    figures = {f"class {n:03}": {"top_1": n / 100, "top_1_interval": [n / 100, n / 100]} for n in range(60)}
-    chart = per_class(figures)
-    assert "the worst 25 of 60 classes" in chart.svg
-    assert "class 024" in chart.svg
-    assert "class 025" not in chart.svg
-    few_fail = {f"class {n:03}": {"top_1": float(n > 2), "top_1_interval": [0, 1]} for n in range(60)}
-    assert "the worst 3 of 60 classes" in per_class(few_fail).svg
-    queries = [f"c{n:02}" for n in range(60)]
+def test_of_many_classes_the_worst_are_shown(monkeypatch):
+    monkeypatch.setattr(charts, "MOST_CLASSES", 11)
+    metrics = {f"class {n:03}": {"top_1": n / 100, "top_1_interval": [n / 100, n / 100]} for n in range(20)}
+    chart = per_class(metrics)
+    assert "the worst 11 of 20 classes" in chart.svg
+    assert "class 010" in chart.svg
+    assert "class 011" not in chart.svg
+    few_fail = {f"class {n:03}": {"top_1": float(n > 2), "top_1_interval": [0, 1]} for n in range(20)}
+    assert "the worst 3 of 20 classes" in per_class(few_fail).svg
+    queries = [f"c{n:02}" for n in range(20)]
     matches = [*queries[1:11], *queries[10:]]  # the first ten are taken for the next
     chart = confusion(queries, matches)
-    assert "the 25 most confused classes" in chart.svg
+    assert "the 11 most confused classes" in chart.svg
     assert all(f">{label}<" in chart.svg for label in queries[:10])
 
 
