@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -61,8 +60,11 @@ def compare_ledgers(folders: list[Path]) -> Path:
     log.info("%s", text)
     out = folders[0].parent if folders[0].is_file() else folders[0]
     write_whole(out / TABLE, f"{text}\n".encode("utf-8", "replace"))
-    shown = [{"title": _title(rows), "cells": _cells(rows), "bars": _bars(rows),
+    shown = [{"title": _title(rows), "cells": _cells(rows),
               "rows": list(zip(_row_names(rows), rows, strict=True)),
+              "scores": [(name, row.run.estimates["score"])
+                         for name, row in zip(_row_names(rows), rows, strict=True)
+                         if "score" in row.run.estimates],
               "runs": sum(row.run.count for row in rows)} for rows in groups]  # fmt: skip
     write_whole(out / PAGE, render(TEMPLATES, "comparison.html", title="Runs compared", groups=shown,
                                    most=MOST_NAMES, note=NOTE))  # fmt: skip
@@ -198,14 +200,3 @@ def _markdown(cells: list[list[str]]) -> str:
 def _escaped(text: str) -> str:
     """Put a text on one line, without tags, for Markdown."""
     return escape(" ".join(text.split()), quote=False)
-
-
-def _bars(rows: list[Row]) -> list[dict[str, Any]]:
-    """Return where each run's score and its interval lie, in percent of the way from 0 to 1000."""
-    bars = []
-    for name, row in zip(_row_names(rows), rows, strict=True):
-        if "score" in row.run.estimates:
-            score, (low, high) = row.run.estimates["score"]
-            bars.append({"name": name, "score": f"{score:.1f}", "at": score / 10, "low": low / 10,
-                         "width": (high - low) / 10})  # fmt: skip
-    return bars
