@@ -17,7 +17,7 @@ OTHERS = [f"b/{number}.jpg" for number in range(10)]
 
 
 class Settings(Form):
-    query_dir: str  # of any letters
+    query_dir: NewFolder
     output_dir: NewFolder
     model_type: str = "word"
 
