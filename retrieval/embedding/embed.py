@@ -20,8 +20,8 @@ from retrieval.backbones.backbone import Backbone, LazyBackbone, place
 from retrieval.backbones.transform import ModelInput
 from retrieval.console import progress_bar
 from retrieval.embedding.cache import Cache, CachedVector, CacheKey
-from retrieval.embedding.loader import Batch, Read, in_batches, read_ahead
-from retrieval.embedding.runtime import ONNX_BATCH, TORCH, Runtime, choose_runtime
+from retrieval.embedding.loader import Batch, in_batches, read_ahead
+from retrieval.embedding.runtime import TORCH, Runtime, choose_runtime
 from retrieval.errors import InputError
 from retrieval.machine import local_world_size, zeros
 from retrieval.records import Embeddings
@@ -173,9 +173,8 @@ def _run(
     in_processes = transform.detects_faces
     reading = read_ahead(rest, transform, ahead, in_processes, transform.enough, entries.crop)
     with closing(reading):
-        first = _load_and_read(runtime, reading, in_processes)
-        if any(read.image is not None for read in first):
-            runtime.settle(next(in_batches(first, ONNX_BATCH)).pixels())
+        first = [next(reading)] if in_processes else []  # then they go on while the network is loaded
+        runtime.settle()
         batches = in_batches(chain(first, reading), runtime.batch_size)
         if runtime.name == TORCH:  # it has its own threads, and CUDA's device belongs to this one
             yield from ((batch, _features(runtime, batch)) for batch in batches)
@@ -194,28 +193,6 @@ def _run(
 def _features(runtime: Runtime, batch: Batch) -> np.ndarray | None:
     """Return the network's output (images, dimension); None if not one image of the batch is readable."""
     return runtime.embed(batch.pixels()) if batch.images else None
-
-
-def _load_and_read(runtime: Runtime, reading: Iterator[Read], in_processes: bool) -> list[Read]:
-    """Load the network and read the first images, at the same time if the readers are processes."""
-    if not in_processes:  # threads would wait for Python's lock
-        runtime.load()
-        return _first(reading)
-    with ThreadPoolExecutor(1) as pool:
-        loading = pool.submit(runtime.load)
-        first = _first(reading)
-        loading.result()
-    return first
-
-
-def _first(reading: Iterator[Read]) -> list[Read]:
-    """Read until ONNX_BATCH images are readable, or to the end."""
-    first: list[Read] = []
-    for read in reading:
-        first.append(read)
-        if sum(read.image is not None for read in first) == ONNX_BATCH:
-            break
-    return first
 
 
 def _unit_vectors(batch: Batch, features: np.ndarray, notes: Notes) -> dict[str, CachedVector]:

@@ -9,23 +9,22 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
 from retrieval import distributed
-from retrieval.backbones.backbone import Backbone, LazyBackbone, cache_key
+from retrieval.backbones.backbone import LazyBackbone, cache_key
 from retrieval.embedding import onnx_runtime, torch_runtime
 from retrieval.embedding.network_files import NetworkFiles
 from retrieval.embedding.onnx_runtime import (
     EXPORTED,
     ONNX_BATCH,
-    OnnxNetwork,
-    check_onnx,
     is_refused,
     load_onnx,
+    run_onnx,
 )
 from retrieval.embedding.torch_runtime import FULL, PRECISION, choose_precision, torch_runner
 from retrieval.errors import InputError
@@ -45,7 +44,6 @@ class Runtime:
     torch_batch: int  # images of a batch with torch
     files: NetworkFiles
     precision: str = ""  # of a GPU, once this run or an earlier one has chosen it
-    loaded: OnnxNetwork | Backbone | None = field(default=None, init=False)  # set by `load`
     run: Callable[[np.ndarray], np.ndarray] | None = field(default=None, init=False)  # set by `settle`
     seconds: dict[str, float] = field(default_factory=lambda: {"load": 0.0, "decode": 0.0, "network": 0.0})
     lock: threading.Lock = field(default_factory=threading.Lock, init=False)
@@ -76,16 +74,7 @@ class Runtime:
         """Return how many batches may run at once."""
         return cores() if self.name == ONNX else 1
 
-    def load(self) -> None:
-        """Load the network, unless it is loaded. Raises as the backbone's `load`."""
-        if self.loaded:
-            return
-        start = time.perf_counter()
-        session = load_onnx(self.backbone, self.files) if self.name == ONNX else None
-        self.loaded = session or self.backbone.load()
-        self.seconds["load"] += time.perf_counter() - start
-
-    def settle(self, pixels: np.ndarray) -> None:
+    def settle(self) -> None:
         """Load the network, and check on a few images that the runtime gives the network's own vectors.
 
         If one of several processes cannot use ONNX Runtime, all use torch. Raises as the backbone's `load`,
@@ -93,20 +82,18 @@ class Runtime:
         """
         if self.run:
             return
-        self.load()
         start = time.perf_counter()
-        session = self.loaded if isinstance(self.loaded, OnnxNetwork) else None
-        good = session is not None and check_onnx(session, self.backbone, self.files, pixels)
-        if distributed.all_agree(good):  # asks every process, whatever it found on its own disk
-            self.run = session.run
+        pixels = check_images(self.backbone.transform.size)
+        session = load_onnx(self.backbone, self.files, pixels) if self.name == ONNX else None
+        if distributed.all_agree(session is not None):  # asks every process, whatever it found on its disk
+            self.run = partial(run_onnx, session)
         else:
             self.name = TORCH
-            if session:
-                self.loaded = session.backbone or self.backbone.load()
-            kept, self.precision = self.precision, choose_precision(self.loaded, self.precision, pixels)
+            backbone = self.backbone.load()
+            kept, self.precision = self.precision, choose_precision(backbone, self.precision, pixels)
             if self.precision != kept:
                 self.files.write(PRECISION, self.precision.encode())
-            self.run = torch_runner(self.loaded, self.torch_batch, self.precision not in ("", FULL))
+            self.run = torch_runner(backbone, self.torch_batch, self.precision not in ("", FULL))
         self.seconds["load"] += time.perf_counter() - start
 
     def embed(self, pixels: np.ndarray) -> np.ndarray:
@@ -122,6 +109,15 @@ class Runtime:
         with self.lock:
             self.seconds["network"] += spent
         return features
+
+
+def check_images(size: int) -> np.ndarray:
+    """Return uint8 (4, 3, size, size): mosaics of random colours, from large tiles to single pixels."""
+    random, images = np.random.default_rng(0), []
+    for tiles in (2, 8, 32, size):
+        rows = np.arange(size) * tiles // size
+        images.append(random.integers(0, 256, (3, tiles, tiles), np.uint8)[:, rows][:, :, rows])
+    return np.stack(images)
 
 
 def choose_runtime(

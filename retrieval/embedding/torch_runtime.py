@@ -105,7 +105,7 @@ def least_cosine(vectors: np.ndarray, others: np.ndarray) -> float:
 def choose_precision(backbone: Backbone, kept: str, pixels: np.ndarray) -> str:
     """Return the type in which a GPU computes, the same in all processes; "" on other devices.
 
-    It is half precision if the first images get the same vectors. A choice that an earlier run has `kept`
+    It is half precision if a few images get the same vectors. A choice that an earlier run has `kept`
     stays, or the cache would mix vectors of both precisions.
     """
     good = False

@@ -49,7 +49,7 @@ def images(count, size=16):
 
 def settled(backbone, folder, asked=ONNX, count=1000):
     chosen = choose_runtime(backbone, asked, count, 32, folder)
-    chosen.settle(images(4, backbone.transform.size))
+    chosen.settle()
     return chosen
 
 
@@ -197,7 +197,7 @@ def test_both_engines_rank_real_images_alike(few, backbone, tmp_path):
 
 def test_torch_gives_the_same_bits_in_every_batch_of_one_size():
     chosen = by_torch(lazy(Small()).load(), 8)
-    chosen.settle(images(4))
+    chosen.settle()
     together = chosen.embed(images(8))
     assert np.array_equal(chosen.embed(images(3)), together[:3])
 
