@@ -1,7 +1,7 @@
 """The cache key of a backbone in; the files that earlier runs kept of its network out.
 
-They lie in the folder `networks` of the cache: the exported network (.onnx), why ONNX Runtime cannot run it
-(.refused), and in which precision a GPU runs it (.precision).
+They lie in the folder `networks` of the cache: the exported network (.onnx), or why ONNX Runtime cannot run
+it (.refused).
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from retrieval.embedding.onnx_runtime import (
     load_onnx,
     run_onnx,
 )
-from retrieval.embedding.torch_runtime import FULL, PRECISION, choose_precision, torch_runner
+from retrieval.embedding.torch_runtime import half_is_enough, half_type, torch_runner
 from retrieval.errors import InputError
 from retrieval.machine import cores, require
 
@@ -43,16 +43,16 @@ class Runtime:
     name: str  # TORCH or ONNX; `settle` changes it to TORCH if ONNX Runtime gives other vectors
     torch_batch: int  # images of a batch with torch
     files: NetworkFiles
-    precision: str = ""  # of a GPU, once this run or an earlier one has chosen it
+    half: str = ""  # of a GPU: its type of half precision, which it uses if that gives the same vectors
     run: Callable[[np.ndarray], np.ndarray] | None = field(default=None, init=False)  # set by `settle`
     seconds: dict[str, float] = field(default_factory=lambda: {"load": 0.0, "decode": 0.0, "network": 0.0})
     lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     @property
     def key(self) -> bytes:
-        """Return the cache key of the vectors. On a GPU it is complete once the precision is chosen."""
+        """Return the cache key of the vectors."""
         version = onnx_runtime.VERSION if self.name == ONNX else torch_runtime.VERSION
-        return self.backbone.key + f"{self.name} {version} {self.precision}".encode()
+        return self.backbone.key + f"{self.name} {version} {self.half}".encode()
 
     @cached_property
     def crops_key(self) -> bytes:
@@ -90,10 +90,8 @@ class Runtime:
         else:
             self.name = TORCH
             backbone = self.backbone.load()
-            kept, self.precision = self.precision, choose_precision(backbone, self.precision, pixels)
-            if self.precision != kept:
-                self.files.write(PRECISION, self.precision.encode())
-            self.run = torch_runner(backbone, self.torch_batch, self.precision not in ("", FULL))
+            half = distributed.all_agree(bool(self.half) and half_is_enough(backbone, pixels))
+            self.run = torch_runner(backbone, self.torch_batch, half)
         self.seconds["load"] += time.perf_counter() - start
 
     def embed(self, pixels: np.ndarray) -> np.ndarray:
@@ -112,12 +110,16 @@ class Runtime:
 
 
 def check_images(size: int) -> np.ndarray:
-    """Return uint8 (4, 3, size, size): mosaics of random colours, from large tiles to single pixels."""
-    random, images = np.random.default_rng(0), []
-    for tiles in (2, 8, 32, size):
-        rows = np.arange(size) * tiles // size
-        images.append(random.integers(0, 256, (3, tiles, tiles), np.uint8)[:, rows][:, :, rows])
-    return np.stack(images)
+    """Return four images, uint8 (4, 3, size, size): noise with the spectrum of photographs, 1 / frequency.
+
+    With these, half precision moves vectors about as far as with photographs: EfficientNet-Lite in bfloat16
+    has cosines of 0.9997 here, and of 0.9990 to 0.9998 on photographs.
+    """
+    frequencies = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size))
+    frequencies[0, 0] = 1
+    noise = np.random.default_rng(0).normal(size=(4, 3, size, size))
+    images = np.fft.irfft2(np.fft.rfft2(noise) / frequencies, s=(size, size))
+    return (128 + 60 * images / images.std()).clip(0, 255).astype(np.uint8)
 
 
 def choose_runtime(
@@ -138,8 +140,8 @@ def choose_runtime(
         engine = ONNX if _is_worth_it(backbone, images, files) else TORCH
     if engine == ONNX and is_refused(backbone, files):
         engine = TORCH
-    precision = files.read(PRECISION).decode("utf-8") if backbone.device == "cuda" else ""
-    return Runtime(backbone, engine, min(batch_size, images), files, precision)
+    half = str(half_type()) if backbone.device == "cuda" else ""
+    return Runtime(backbone, engine, min(batch_size, images), files, half)
 
 
 def _is_worth_it(backbone: LazyBackbone, images: int, files: NetworkFiles) -> bool:

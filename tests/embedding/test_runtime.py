@@ -1,6 +1,5 @@
 """ONNX Runtime beside the network itself: the same vectors, to the bit in every batch, or torch, and said."""
 
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +14,6 @@ from retrieval.backbones.fine_tuned import Joined
 from retrieval.backbones.transform import Transform
 from retrieval.embedding import onnx_runtime, runtime, torch_runtime
 from retrieval.embedding.embed import embed
-from retrieval.embedding.network_files import exported_networks
 from retrieval.embedding.runtime import BREAK_EVEN, ONNX, TORCH, choose_runtime
 from retrieval.errors import InputError
 
@@ -219,22 +217,9 @@ def test_half_precision_is_used_only_where_the_vectors_stay_the_same(half, monke
     assert "needs full precision" in caplog.text
 
 
-def test_the_precision_of_a_gpu_is_settled_once_for_a_network(monkeypatch, tmp_path):
-    on_gpu = replace(lazy(Small()), device="cuda")
-    backbone, answers = replace(on_gpu.load(), device="cuda"), iter([True, False])
-    monkeypatch.setattr(torch_runtime, "half_is_enough", lambda *_: next(answers))
-    half = str(torch_runtime.half_type())
-    assert torch_runtime.choose_precision(backbone, "", images(4)) == half
-    assert torch_runtime.choose_precision(backbone, half, images(4)) == half  # without a second look
-    assert torch_runtime.choose_precision(backbone, "", images(4)) == torch_runtime.FULL
-    assert torch_runtime.choose_precision(backbone, torch_runtime.FULL, images(4)) == torch_runtime.FULL
-    assert torch_runtime.choose_precision(replace(backbone, device="cpu"), "", images(4)) == ""
-    first = choose_runtime(on_gpu, "auto", 10, 32, tmp_path)
-    settled = first.files.path(torch_runtime.PRECISION)
-    settled.parent.mkdir()
-    settled.write_text(half)
-    os.utime(settled, (0, 0))
-    again = choose_runtime(on_gpu, "auto", 10, 32, tmp_path)
-    assert exported_networks(tmp_path, 1) == []  # the note was used just now
-    assert again.precision == half
-    assert again.key == first.key + half.encode()  # no vector of the other precision is taken for one of this
+def test_on_a_gpu_the_key_names_its_half_precision(monkeypatch, tmp_path):
+    keys = {choose_runtime(lazy(Small()), "torch", 10, 32, tmp_path).key}
+    for half in (torch.float16, torch.bfloat16):
+        monkeypatch.setattr(runtime, "half_type", lambda half=half: half)
+        keys.add(choose_runtime(replace(lazy(Small()), device="cuda"), "auto", 10, 32, tmp_path).key)
+    assert len(keys) == 3
