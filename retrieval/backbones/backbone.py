@@ -54,7 +54,6 @@ class Backbone:
     std: tuple[float, float, float]
     model_name: str = ""
     device: str = "cpu"
-    trained: Trained | None = None  # None: not fine-tuned
 
     def embed(self, images: Tensor) -> Tensor:
         """Map uint8 RGB (images, 3, size, size) to float32 (images, dimension), not yet of unit length."""
@@ -80,7 +79,7 @@ class LazyBackbone:
     device: str
     key: bytes  # the cache key
     load: Callable[[], Backbone]
-    trained: Trained | None = None
+    trained: Trained | None = None  # None: not fine-tuned
 
 
 def find_backbone(

@@ -238,6 +238,12 @@ def load_weights(network: nn.Module, file: Path, title: str, rename: Callable[[s
     for name, tensor in wanted.items():  # a counter of training steps: old files lack it
         if name.endswith("num_batches_tracked"):
             given.setdefault(name, tensor)
+    fill(network, given, file, title)
+
+
+def fill(network: nn.Module, given: dict[str, Tensor], file: Path, title: str) -> None:
+    """Load the tensors that `file` gave into `network`; raises InputError unless they are all that it has."""
+    wanted = network.state_dict()
     problems = [f"{name} is missing" for name in wanted if name not in given]
     problems += [f"{name} has no place" for name in given if name not in wanted]
     problems += [
