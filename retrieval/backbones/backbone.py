@@ -106,15 +106,7 @@ def find_backbone(
     file = Path(weights) if weights else row.weights.fetch()
 
     def load() -> Backbone:
-        network = row.network(file)
-        backbone = place(
-            Backbone(network, row.dimension or 0, transform, row.mean, row.std, model_name, device)
-        )
-        if row.dimension not in (None, backbone.dimension):
-            raise InputError(
-                f"{model_name} gives {backbone.dimension} numbers an image instead of {row.dimension}"
-            )
-        return backbone
+        return place(Backbone(row.network(file), 0, transform, row.mean, row.std, model_name, device))
 
     others = model_name, network_version(model_name), row.mean, row.std, hub_config(model_name), device
     key = cache_key(transform, file, *others)

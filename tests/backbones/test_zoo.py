@@ -47,6 +47,7 @@ def embedded(backbone, *images):
     with torch.inference_mode():
         vectors = backbone.embed(seen)
     assert vectors.shape == (len(images), backbone.dimension)
+    assert find_pretrained(backbone.model_name).dimension in (None, backbone.dimension)
     parameters = sum(tensor.numel() for tensor in backbone.network.parameters())
     assert find_pretrained(backbone.model_name).millions in (None, round(parameters / 1e6, 1))
     return torch.nn.functional.normalize(vectors), (seen / 255 - mean) / std
