@@ -216,10 +216,10 @@ class _Entries:
         self.runtime, self.cache, self.transform = runtime, cache, runtime.backbone.transform
         self.digests = cache.digests(files) if cache else {}
         self.vectors = cache.vectors(self._key(), self.digests.values()) if cache else {}
-        self.crops: set[bytes] = set()
+        self.crops_key = None
         if cache and self.transform.detects_faces:
             self.crops_key = CacheKey(runtime.crops_key, f"faces of {self.transform.size} pixels")
-            self.crops = cache.crops(self.crops_key, set(self.digests.values()) - set(self.vectors))
+            cache.mark_used(self.crops_key)
 
     def _key(self) -> CacheKey:
         return CacheKey(self.runtime.key, self.runtime.description)
@@ -227,9 +227,11 @@ class _Entries:
     def crop(self, file: ImageFile) -> ModelInput | None:
         """Return the cached crop of a file."""
         digest = self.digests.get(file.name)
-        if digest not in self.crops:
-            return None
-        return self.cache.crop(self.crops_key, digest, self.transform.size)
+        return (
+            self.cache.crop(self.crops_key, digest, self.transform.size)
+            if self.crops_key and digest
+            else None
+        )
 
     def write(self, vectors: dict[str, CachedVector], batch: Batch) -> None:
         """Write the vectors of a batch, by name, and the crops that gave them."""
@@ -237,10 +239,9 @@ class _Entries:
         if not known:
             return
         self.cache.keep_vectors(self._key(), {digest: vectors[name] for name, digest in known.items()})
-        if self.transform.detects_faces:
-            crops = {known[name]: image for name, image in zip(batch.names, batch.images, strict=True)
-                     if name in known and known[name] not in self.crops}  # fmt: skip
-            self.cache.keep_crops(self.crops_key, crops)
+        if self.crops_key:
+            images = zip(batch.names, batch.images, strict=True)
+            self.cache.keep_crops(self.crops_key, {known[n]: image for n, image in images if n in known})
 
 
 def _write_png(pixels: np.ndarray, path: Path) -> None:
