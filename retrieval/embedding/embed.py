@@ -227,11 +227,9 @@ class _Entries:
     def crop(self, file: ImageFile) -> ModelInput | None:
         """Return the cached crop of a file."""
         digest = self.digests.get(file.name)
-        return (
-            self.cache.crop(self.crops_key, digest, self.transform.size)
-            if self.crops_key and digest
-            else None
-        )
+        if not (self.crops_key and digest):
+            return None
+        return self.cache.crop(self.crops_key, digest, self.transform.size)
 
     def write(self, vectors: dict[str, CachedVector], batch: Batch) -> None:
         """Write the vectors of a batch, by name, and the crops that gave them."""

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 import io
 import logging
+import os
+import time
 import warnings
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from retrieval.backbones.backbone import Backbone, LazyBackbone
-from retrieval.embedding.network_files import NetworkFiles
 from retrieval.embedding.torch_runtime import embed_plainly, filled_up, least_cosine
 from retrieval.errors import RunError
+from retrieval.files import write_whole
 from retrieval.machine import out_of_memory
 
 if TYPE_CHECKING:
@@ -24,6 +29,7 @@ if TYPE_CHECKING:
 VERSION = 1  # part of the cache key: raise it when this moves vectors by more than rounding
 EXPORTED, REFUSED = f"{VERSION}.onnx", f"{VERSION}.refused"  # kinds of files
 ONNX_BATCH = 4  # images of a batch: more leave the processor's caches and are slower
+NETWORKS = "networks"  # a folder in the cache
 LEAST_COSINE = 0.9999  # between a vector by ONNX Runtime and the network's own
 
 log = logging.getLogger("retrieval.runtime")
@@ -125,3 +131,52 @@ def export(backbone: Backbone) -> bytes:
                           input_names=["images"], output_names=["vectors"],
                           dynamic_axes={"images": {0: "n"}, "vectors": {0: "n"}})  # fmt: skip
     return buffer.getvalue()
+
+
+# ---- what is kept ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NetworkFiles:
+    """What earlier runs kept of one network, in the cache's folder; without a folder there is nothing.
+
+    A file holds the exported network (EXPORTED), or the reason why ONNX Runtime cannot run it (REFUSED).
+    """
+
+    folder: Path | None  # of the cache
+    key: bytes  # the backbone's
+
+    def path(self, kind: str) -> Path:
+        """Return the path of a kind of file, such as 1.onnx."""
+        return self.folder / NETWORKS / f"{self.key.hex()[:32]}-{kind}"
+
+    def exists(self, kind: str) -> bool:
+        """Return whether an earlier run has written this kind of file."""
+        return self.folder is not None and self.path(kind).is_file()
+
+    def read(self, kind: str) -> bytes:
+        """Return what an earlier run has written, b"" if none has. The file then counts as used."""
+        if not self.exists(kind):
+            return b""
+        with suppress(OSError):  # the folder may be read-only
+            os.utime(self.path(kind))
+        return self.path(kind).read_bytes()
+
+    def write(self, kind: str, content: bytes) -> None:
+        """Write a file for the next run; warn if that fails."""
+        if self.folder is None:
+            return
+        file = self.path(kind)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(file, content)
+        except OSError as error:
+            log.warning("%s cannot be kept (%s): the next run makes it again", file, error.strerror)
+
+
+def exported_networks(folder: Path, unused_for: float = 0.0) -> list[Path]:
+    """Return the files of all networks in a cache that no run has used for `unused_for` days."""
+    ages = {file: time.time() - file.stat().st_mtime for file in sorted((folder / NETWORKS).glob("*.*"))}
+    least = 86400 * unused_for
+    # A hidden file is being written, unless it is an hour old.
+    return [file for file, age in ages.items() if age >= max(least, 3600 * file.name.startswith("."))]

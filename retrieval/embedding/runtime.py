@@ -18,10 +18,10 @@ import numpy as np
 from retrieval import distributed
 from retrieval.backbones.backbone import LazyBackbone, cache_key
 from retrieval.embedding import onnx_runtime, torch_runtime
-from retrieval.embedding.network_files import NetworkFiles
 from retrieval.embedding.onnx_runtime import (
     EXPORTED,
     ONNX_BATCH,
+    NetworkFiles,
     is_refused,
     load_onnx,
     run_onnx,
