@@ -13,11 +13,12 @@ import stat
 import warnings
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 HIDDEN = (".", "__MACOSX")  # names that begin so are left out
@@ -142,32 +143,11 @@ def read_image(path: Path | str, enough: int | None = None) -> np.ndarray:
         raise UnreadableImageError(_reason(error, path)) from error
 
 
-def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 (upright) if the metadata are broken."""
-    try:
-        orientation = image.getexif().get(0x0112, 1)
-    except Exception:  # anything, on broken bytes; the pixels may be sound
-        return 1
-    return orientation if orientation in range(1, 9) else 1
-
-
-TURNS = {  # EXIF orientation → what makes it upright: Exif 2.32, tag 0x0112
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
 def _to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB, upright, over white."""
     image.load()  # Pillow turns a TIFF by itself while loading, and then takes the tag away
-    turn = TURNS.get(_orientation(image))
-    if turn is not None:
-        image = image.transpose(turn)
+    with suppress(Exception):  # anything, on broken metadata; the pixels may be sound
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":  # one channel of 16 or 32 bits, or of floats
         image = _to_8_bits(image)
     if image.has_transparency_data:

@@ -20,7 +20,7 @@ from retrieval.backbones.backbone import LazyBackbone
 from retrieval.distributed import claim_devices, gather, rank_zero_only, set_up, several
 from retrieval.embedding.cache import Cache
 from retrieval.embedding.runtime import choose_runtime
-from retrieval.embedding.shards import embed_shard, gather_shards, settle_everywhere
+from retrieval.embedding.shards import embed_shard, gather_shards
 from retrieval.machine import cores
 from retrieval.metrics import measure, require_labels
 from retrieval.ranking.approximate import check_search, rank_by
@@ -89,8 +89,8 @@ def embed_both(run: Run, images: Images, backbone: LazyBackbone) -> Vectors:
     cache = None if settings.no_cache else Cache(settings.cache_dir, settings.verify_cache)
     runtime = choose_runtime(backbone, settings.engine, count, settings.batch_size, settings.cache_dir)
     claim_devices()
-    if several():
-        settle_everywhere(runtime, images.queries)
+    if several():  # all choose one runtime, also a process whose shard is cached
+        runtime.settle()
     # The larger part first: face detectors run in their own processes while the network loads.
     gallery = embed_shard(images.gallery, runtime, "gallery images", settings.save_crops, cache)
     queries = gather_shards(embed_shard(images.queries, runtime, "queries", settings.save_crops, cache))

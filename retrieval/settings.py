@@ -171,7 +171,7 @@ class RetrievalSettings(Form):
     """runtime of the network: torch, onnx (ONNX Runtime) or auto, the faster
 
     ONNX Runtime runs on a CPU, and needs an exported network, which is made once and kept in the cache
-    folder. If its vectors differ from those of torch (a cosine below 0.9999 on the first images), a warning
+    folder. If its vectors differ from those of torch (a cosine below 0.9999 on four images), a warning
     says so and torch runs. `auto` is `onnx` if the network was exported before, or from 200 images on.
     """
     search: Search = "exact"

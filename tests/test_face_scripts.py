@@ -57,7 +57,7 @@ def test_people_are_found_and_nobody_loses_a_row(people):
 
 
 def test_without_a_crop_no_face_is_looked_for(people):
-    ended = run_here("model_not_tuned.py", *FLAGS, "--crop", "none", cwd=people)
+    ended = run_here("model_not_tuned.py", *FLAGS, "--crop", "none", "--no_report", cwd=people)
     assert ended.returncode == 0, ended.stderr
     assert "no face" not in ended.stderr
     assert "queries_without_face" not in (people / "results" / "metrics.json").read_text()
@@ -65,7 +65,9 @@ def test_without_a_crop_no_face_is_looked_for(people):
 
 
 def test_a_face_crop_before_any_network(people):
-    ended = run_here("model_not_tuned.py", *FLAGS[2:], "--custom_dataset", cwd=people, CROP="face")
+    ended = run_here(
+        "model_not_tuned.py", *FLAGS[2:], "--custom_dataset", "--no_report", cwd=people, CROP="face"
+    )
     assert ended.returncode == 0, ended.stderr
     assert json.loads((people / "results" / "metrics.json").read_text())["top_1"] == 1.0
     assert "no face was found in 3 of the 6 gallery images" in ended.stderr

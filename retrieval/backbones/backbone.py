@@ -54,7 +54,6 @@ class Backbone:
     std: tuple[float, float, float]
     model_name: str = ""
     device: str = "cpu"
-    trained: Trained | None = None  # None: not fine-tuned
 
     def embed(self, images: Tensor) -> Tensor:
         """Map uint8 RGB (images, 3, size, size) to float32 (images, dimension), not yet of unit length."""
@@ -80,7 +79,7 @@ class LazyBackbone:
     device: str
     key: bytes  # the cache key
     load: Callable[[], Backbone]
-    trained: Trained | None = None
+    trained: Trained | None = None  # None: not fine-tuned
 
 
 def find_backbone(
@@ -107,15 +106,7 @@ def find_backbone(
     file = Path(weights) if weights else row.weights.fetch()
 
     def load() -> Backbone:
-        network = row.network(file)
-        backbone = place(
-            Backbone(network, row.dimension or 0, transform, row.mean, row.std, model_name, device)
-        )
-        if row.dimension not in (None, backbone.dimension):
-            raise InputError(
-                f"{model_name} gives {backbone.dimension} numbers an image instead of {row.dimension}"
-            )
-        return backbone
+        return place(Backbone(row.network(file), 0, transform, row.mean, row.std, model_name, device))
 
     others = model_name, network_version(model_name), row.mean, row.std, hub_config(model_name), device
     key = cache_key(transform, file, *others)

@@ -8,6 +8,8 @@ other vectors, raise `version` of its row in zoo.py.
 
 from __future__ import annotations
 
+import hashlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from retrieval.errors import InputError
 BLOCKS = [(32, False)] * 3 + [(64, True)] + [(64, False)] * 3 + [(128, True)] + [(128, False)] * 2
 BLOCKS += [(256, True), (256, False), (256, False), (256, True)]
 MEAN = (122.782, 117.001, 104.298)  # of R, G, B, 0 to 255; the input is (pixel − mean) / 256
+AROUND_TENSORS = "e2f5042ef6e91b64c0c41cd443e2a85ef13c9ce9853d581bcdc6b170687a1c29"  # SHA-256
 
 
 # ---- the network ----------------------------------------------------------------------------------
@@ -88,140 +91,37 @@ class DlibFaceNetwork(nn.Module):
 def read_dlib_weights(file: Path) -> dict[str, Tensor]:
     """Read the state dict of a DlibFaceNetwork.
 
-    Checks every byte. Raises InputError with the position of the first wrong one.
+    The file lists the layers from the input to the output. A tensor is a version, four sizes, then float32.
+    Raises InputError unless each tensor has its place, and the bytes around the tensors are dlib's own.
     """
-    data = _Data(file)
-    data.expect("the head", [data.integer(), data.text()], [1, "loss_metric_2"])
-    data.floats(2)  # margin and threshold of the loss
-    # The versions of the layers from the output to the input: layers have 2, tags and skips 1, the first 3.
-    block = {True: [2, 2, 2, 1, 1, 2, 2, 2, 2, 2, 1], False: [2] * 7 + [1]}
-    versions = [2, 2, *(v for _, halves in reversed(BLOCKS) for v in block[halves]), 2, 2, 2, 3]
-    data.expect("the versions", [data.integer() for _ in versions], versions)
-    data.expect("the input", data.text(), "input_rgb_image_sized")
-    data.expect("the mean", tuple(round(mean, 3) for mean in data.floats(3)), MEAN)
-    data.expect("the input's size", [data.integer(), data.integer()], [150, 150])
+    data, at, around, state = file.read_bytes(), 0, hashlib.sha256(), {}
 
-    state = data.convolution("conv1", 3, 32, 7, stride=2, padding=0)
-    data.expect("conv1's expansion", data.integer(), 1)
-    state |= data.affine("affine1", 32)
-    data.plain("relu_")
-    data.plain("max_pool_2", 3, 3, 2, 2, 0, 0)
-    inputs = 32
-    for number, (channels, halves) in enumerate(BLOCKS):
-        state |= data.block(f"blocks.{number}", inputs, channels, halves)
-        inputs = channels
-    data.plain("avg_pool_2", 0, 0, 1, 1, 0, 0)
-    state |= data.linear("fc", 256, 128)
-    data.expect("bytes after the end", len(data.bytes) - data.at, 0)
+    def take(*sizes: int) -> Tensor:
+        nonlocal at
+        head = b"".join(map(_packed, (2, *sizes)))
+        start, length = data.find(head, at) + len(head), 4 * math.prod(sizes)
+        if start < at + len(head) or len(data) < start + length:
+            raise InputError(f"{file} does not hold dlib's face network: no {sizes} numbers after byte {at}")
+        around.update(data[at:start])
+        at = start + length
+        return torch.from_numpy(np.frombuffer(data[start:at], "<f4").astype(np.float32))
+
+    wanted = DlibFaceNetwork().state_dict()
+    for name, like in wanted.items():
+        if name == "fc.weight":  # inputs × outputs
+            state[name] = take(*like.T.shape, 1, 1).view(like.T.shape).T.contiguous()
+        elif name.endswith(".weight"):  # of a convolution or Affine, then its biases
+            layer = name.removesuffix("weight")
+            values = take(like.numel() + like.shape[0], 1, 1, 1)
+            state[name] = values[: like.numel()].view(like.shape)
+            state[f"{layer}bias"] = values[like.numel() :]
+    around.update(data[at:])
+    if around.hexdigest() != AROUND_TENSORS:
+        raise InputError(f"{file} does not hold dlib's face network: its layers have other settings")
     return state
 
 
-class _Data:
-    """The bytes of the file and a reading position."""
-
-    def __init__(self, file: Path) -> None:
-        self.file, self.at = file, 0
-        self.bytes = file.read_bytes()
-
-    def demand(self, fine: bool, otherwise: str) -> None:
-        """Raise InputError with the reason `otherwise` unless the file is `fine`."""
-        if not fine:
-            raise InputError(
-                f"{self.file} does not hold dlib's face network: before byte {self.at}, {otherwise}"
-            )
-
-    def expect(self, what: str, found: object, wanted: object) -> None:
-        """Raise InputError unless `found` equals `wanted`; `what` names the values."""
-        self.demand(found == wanted, f"{what}: {str(found)[:60]!r} instead of {str(wanted)[:60]!r}")
-
-    def take(self, count: int) -> bytes:
-        """Read the next bytes."""
-        self.demand(len(self.bytes) - self.at >= count, "it ends too early")
-        self.at += count
-        return self.bytes[self.at - count : self.at]
-
-    def integer(self) -> int:
-        """Read an integer: a control byte (sign, number of bytes), then the bytes, the lowest first."""
-        control = self.take(1)[0]
-        self.demand((control & 0x7F) <= 8, "an integer of more than eight bytes")
-        value = int.from_bytes(self.take(control & 0x0F), "little")
-        return -value if control & 0x80 else value
-
-    def floats(self, count: int) -> tuple[float, ...]:
-        """Read floats, each a mantissa and a power of two."""
-        pairs = [(self.integer(), self.integer()) for _ in range(count)]
-        self.demand(all(abs(power) < 1000 for _, power in pairs), "a number beyond all bounds")
-        return tuple(mantissa * 2.0**power for mantissa, power in pairs)
-
-    def text(self) -> str:
-        """Read a text: its length, then its letters."""
-        return self.take(self.integer()).decode("ascii", "replace")
-
-    def numbers(self, *wanted: int) -> None:
-        """Read integers and check them."""
-        self.expect("a layer's numbers", [self.integer() for _ in wanted], list(wanted))
-
-    def tensor(self, *shape: int) -> Tensor:
-        """Read a tensor: a version, four sizes, then float32."""
-        self.numbers(2, *shape)
-        values = np.frombuffer(self.take(4 * int(np.prod(shape))), dtype="<f4")
-        self.demand(bool(np.isfinite(values).all()), "weights that are no numbers")
-        return torch.from_numpy(values.astype(np.float32))
-
-    def layer_ends(self) -> None:
-        """Read the end of a layer: three flags and three empty tensors, which dlib uses in training."""
-        self.expect("flags other than 0 and 1", set(self.take(3)) - {ord("0"), ord("1")}, set())
-        for _ in range(3):
-            self.tensor(0, 0, 0, 0)
-
-    def plain(self, name: str, *numbers: int) -> None:
-        """Read a layer without weights."""
-        self.expect("a layer", self.text(), name)
-        self.numbers(*numbers)
-        self.layer_ends()
-
-    def convolution(self, ours: str, inputs: int, filters: int, side: int, stride: int, padding: int) -> dict:
-        """Read con_4: all filters in torch's layout, then the biases."""
-        self.expect("a layer", self.text(), "con_4")
-        size = filters * inputs * side * side
-        values = self.tensor(size + filters, 1, 1, 1)
-        self.numbers(filters, side, side, stride, stride, padding, padding)
-        self.numbers(1, filters, inputs, side, side, 1, 1, filters, 1, 1)
-        self.floats(4)  # factors of the learning rate and of the weight decay
-        self.layer_ends()
-        return {
-            f"{ours}.weight": values[:size].view(filters, inputs, side, side),
-            f"{ours}.bias": values[size:],
-        }
-
-    def affine(self, ours: str, channels: int) -> dict:
-        """Read affine_: gamma, then beta."""
-        self.expect("a layer", self.text(), "affine_")
-        values = self.tensor(2 * channels, 1, 1, 1)
-        self.numbers(1, 1, channels, 1, 1, 1, 1, channels, 1, 1, 0)
-        self.layer_ends()
-        return {f"{ours}.weight": values[:channels], f"{ours}.bias": values[channels:]}
-
-    def block(self, ours: str, inputs: int, channels: int, halves: bool) -> dict:
-        """Read the layers of a residual block."""
-        stride, padding = (2, 0) if halves else (1, 1)
-        state = self.convolution(f"{ours}.conv1", inputs, channels, 3, stride, padding)
-        state |= self.affine(f"{ours}.affine1", channels)
-        self.plain("relu_")
-        state |= self.convolution(f"{ours}.conv2", channels, channels, 3, 1, 1)
-        state |= self.affine(f"{ours}.affine2", channels)
-        if halves:
-            self.plain("avg_pool_2", 2, 2, 2, 2, 0, 0)
-        self.plain("add_prev_")
-        self.plain("relu_")
-        return state
-
-    def linear(self, ours: str, inputs: int, outputs: int) -> dict:
-        """Read fc_2: inputs × outputs, without biases."""
-        self.expect("a layer", self.text(), "fc_2")
-        self.numbers(outputs, inputs)
-        values = self.tensor(inputs, outputs, 1, 1)
-        self.numbers(1, inputs, outputs, 1, 1, 1, 0, 0, 0, 0, 1)
-        self.floats(4)
-        self.layer_ends()
-        return {f"{ours}.weight": values.view(inputs, outputs).T.contiguous()}
+def _packed(number: int) -> bytes:
+    """Return a positive integer as dlib writes it: the number of bytes, then the bytes, the lowest first."""
+    count = (number.bit_length() + 7) // 8
+    return bytes([count]) + number.to_bytes(count, "little")

@@ -30,7 +30,7 @@ from retrieval.backbones.batch_norm_folding import fold_batch_norms
 from retrieval.backbones.face_crop import FaceCrop
 from retrieval.backbones.timm_zoo import network_of_hub_config
 from retrieval.backbones.transform import Transform
-from retrieval.backbones.weights import does_not_fit, is_fine_tuned, unpickle
+from retrieval.backbones.weights import fill, is_fine_tuned, unpickle
 from retrieval.errors import InputError
 from retrieval.files import write_whole
 
@@ -175,7 +175,7 @@ def find_fine_tuned(file: Path, device: str = "auto") -> LazyBackbone:
         network = _network(recipe, tuned, file)
         if recipe.embedding == JOINED:
             network = Joined(_network(recipe, untuned, file), network, recipe.weight, recipe.tuned_size)
-        return place(Backbone(network, 0, transform, recipe.mean, recipe.std, name, device, trained))
+        return place(Backbone(network, 0, transform, recipe.mean, recipe.std, name, device))
 
     versions = network_version(recipe.word), VERSION, recipe.folded and batch_norm_folding.VERSION
     return LazyBackbone(name, transform, device, cache_key(transform, file, versions, device), load, trained)
@@ -227,9 +227,5 @@ def _network(recipe: Recipe, state: Mapping[str, Tensor], file: Path) -> nn.Modu
         network = fold_batch_norms(network, torch.zeros(1, 3, recipe.tuned_size, recipe.tuned_size))
     if recipe.mapped:
         network = Mapped(network, state["map.weight"].shape[0])
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        problems = [line.strip()[:200] for line in str(error).splitlines()[1:]]
-        raise does_not_fit(file, f"the {recipe.word} of its recipe", problems) from None
+    fill(network, state, file, f"the {recipe.word} of its recipe")
     return network.eval()

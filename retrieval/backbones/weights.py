@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
-import os
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from retrieval.errors import InputError, RunError
+from retrieval.files import write_whole
 from retrieval.machine import require
 
 if TYPE_CHECKING:
@@ -71,33 +71,29 @@ class Download:
         file = self.place()
         if not file.is_file():
             log.info("downloading %s to %s", self.url, file.parent)
-            unfinished = file.with_name(f".{file.name}.unfinished-{os.getpid()}")
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                self._download(unfinished)
-                os.replace(unfinished, file)
+                write_whole(file, self._download())
             except OSError as error:  # of the network (requests' errors are OSErrors) or the disk
                 raise _no_download(
                     self.url, error, f"put it at {file}, or give it with --weights FILE"
                 ) from None
-            finally:
-                unfinished.unlink(missing_ok=True)
         return file
 
-    def _download(self, file: Path) -> None:
+    def _download(self) -> bytearray:
         import requests  # slow, and the readers import this module
 
-        digest = hashlib.sha256()
-        with requests.get(self.url, stream=True, timeout=60) as reply, open(file, "wb") as out:
+        content = bytearray()
+        with requests.get(self.url, stream=True, timeout=60) as reply:
             reply.raise_for_status()
             size = int(reply.headers.get("Content-Length", 0)) or None
             with tqdm(total=size, unit="B", unit_scale=True, desc=self.url.rpartition("/")[2]) as bar:
                 for chunk in reply.iter_content(2**20):  # a body that ends too early raises
-                    digest.update(chunk)
-                    out.write(chunk)
+                    content += chunk
                     bar.update(len(chunk))
-        if not digest.hexdigest().startswith(self.sha256):
+        if not hashlib.sha256(content).hexdigest().startswith(self.sha256):
             raise OSError("it is not the file that its publisher describes: its SHA-256 is another one")
+        return content
 
 
 @dataclass(frozen=True)
@@ -242,6 +238,12 @@ def load_weights(network: nn.Module, file: Path, title: str, rename: Callable[[s
     for name, tensor in wanted.items():  # a counter of training steps: old files lack it
         if name.endswith("num_batches_tracked"):
             given.setdefault(name, tensor)
+    fill(network, given, file, title)
+
+
+def fill(network: nn.Module, given: dict[str, Tensor], file: Path, title: str) -> None:
+    """Load the tensors that `file` gave into `network`; raises InputError unless they are all that it has."""
+    wanted = network.state_dict()
     problems = [f"{name} is missing" for name in wanted if name not in given]
     problems += [f"{name} has no place" for name in given if name not in wanted]
     problems += [

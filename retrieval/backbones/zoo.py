@@ -150,17 +150,10 @@ def _dlib(file: Path | None) -> nn.Module:
 # ---- the table ------------------------------------------------------------------------------------
 
 
-def torch_checkpoints() -> Path:
-    """Return torch.hub's folder, to which torchvision and timm download."""
-    from torch.hub import get_dir
-
-    return Path(get_dir()) / "checkpoints"
-
-
-def _facenet_checkpoints() -> Path:
-    """Return the folder of facenet-pytorch's downloads: beside torch.hub's."""
-    cache = os.getenv("XDG_CACHE_HOME", "~/.cache")
-    return Path(os.path.expanduser(os.getenv("TORCH_HOME", f"{cache}/torch"))) / "checkpoints"
+def torch_checkpoints(hub: str = "hub") -> Path:
+    """Return torch.hub's folder, to which torchvision and timm download; found without importing torch."""
+    home = os.getenv("TORCH_HOME", f"{os.getenv('XDG_CACHE_HOME', '~/.cache')}/torch")
+    return Path(home).expanduser() / hub / "checkpoints"
 
 
 def _same(value: float) -> Three:
@@ -194,7 +187,7 @@ def _resnet50_row(file: str, resize: int) -> Pretrained:
 def _facenet_row(file: str, trained_on: str) -> Pretrained:
     # The margin of facenet-pytorch's own evaluation (examples/lfw_evaluate.ipynb): 14 of 160 pixels.
     crop = FaceCrop("mtcnn", 160, margin=14 / 160, min_face_size=0.08)
-    weights = Download(f"{FACENET}/{file}", _facenet_checkpoints)
+    weights = Download(f"{FACENET}/{file}", lambda: torch_checkpoints(hub=""))  # facenet-pytorch's
     transform, std = Transform(160, "bilinear"), _same(128 / 255)  # (pixel - 127.5) / 128
     licence = f"MIT; {trained_on}'s terms"
     return Pretrained(_facenet, weights, 512, 23.5, transform, _same(0.5), std, licence, FACES, crop)

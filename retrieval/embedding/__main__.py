@@ -15,7 +15,7 @@ from retrieval.console import run_script  # first, since it checks that the pack
 
 # isort: split
 from retrieval.embedding.cache import FILES, Cache, contents, left_over, prune
-from retrieval.embedding.network_files import NETWORKS, exported_networks
+from retrieval.embedding.onnx_runtime import NETWORKS, exported_networks
 from retrieval.errors import InputError, RunError
 from retrieval.forms import Form
 from retrieval.settings import CACHE_DIR, Amount, NewFolder

@@ -86,7 +86,7 @@ class Cache:
 
     def vectors(self, key: CacheKey, digests: Collection[bytes]) -> dict[bytes, CachedVector]:
         """Return the cached vectors of the images with these digests."""
-        self._mark_used(key)
+        self.mark_used(key)
         rows = self._excused(lambda: self._select("vectors", "vector", key, list(digests))) or []
         return {
             digest: CachedVector(np.frombuffer(vector, np.float32), _face(face))
@@ -98,14 +98,8 @@ class Cache:
         rows = [(digest, cached.face, cached.vector.tobytes()) for digest, cached in vectors.items()]
         self._insert("vectors", key, rows)
 
-    def crops(self, key: CacheKey, digests: Collection[bytes]) -> set[bytes]:
-        """Return those of the digests whose crop is cached."""
-        self._mark_used(key)
-        return {digest for digest, *_ in
-                self._excused(lambda: self._select("crops", "0", key, list(digests))) or []}  # fmt: skip
-
     def crop(self, key: CacheKey, digest: bytes, size: int) -> ModelInput | None:
-        """Return the crop of an image, uint8 (3, size, size)."""
+        """Return the cached crop of an image, uint8 (3, size, size)."""
         rows = self._excused(lambda: self._select("crops", "pixels", key, [digest]))
         if not rows:
             return None
@@ -117,14 +111,15 @@ class Cache:
         rows = [(digest, crop.face, crop.pixels.tobytes()) for digest, crop in crops.items()]
         self._insert("crops", key, rows)
 
-    def _mark_used(self, key: CacheKey) -> None:
+    def mark_used(self, key: CacheKey) -> None:
+        """Note that a run uses the entries of a key now."""
         self._excused(lambda: self.write(USED, [(*key, time.time())]))
 
     def _insert(self, table: str, key: CacheKey, rows: list[tuple]) -> None:
         if rows:
-            self._mark_used(key)  # again: another program may have deleted its row
+            self.mark_used(key)  # again: another program may have deleted its row
             values = [(key.digest, *row) for row in rows]
-            self._excused(lambda: self.write(f"INSERT OR REPLACE INTO {table} VALUES (?, ?, ?, ?)", values))
+            self._excused(lambda: self.write(f"INSERT OR IGNORE INTO {table} VALUES (?, ?, ?, ?)", values))
 
     def _select(self, table: str, column: str, key: CacheKey, digests: list[bytes]) -> list[tuple]:
         return self.rows_of(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from itertools import chain, compress
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,8 @@ from retrieval.backbones.backbone import Backbone, LazyBackbone, place
 from retrieval.backbones.transform import ModelInput
 from retrieval.console import progress_bar
 from retrieval.embedding.cache import Cache, CachedVector, CacheKey
-from retrieval.embedding.loader import Batch, Read, in_batches, read_ahead
-from retrieval.embedding.runtime import ONNX_BATCH, TORCH, Runtime, choose_runtime
+from retrieval.embedding.loader import Batch, in_batches, read_ahead
+from retrieval.embedding.runtime import TORCH, Runtime, choose_runtime
 from retrieval.errors import InputError
 from retrieval.machine import local_world_size, zeros
 from retrieval.records import Embeddings
@@ -29,28 +29,11 @@ from retrieval.records import Embeddings
 PART = 2**14  # images processed at a time; of earlier ones only the vectors stay in memory
 AHEAD_BYTES = 2**26  # of inputs that are read ahead
 QUEUED = 16  # batches that wait for the network's threads while the cache is written
-CACHED_AT_ONCE = 64  # images that are written to the cache together
 
 log = logging.getLogger("retrieval.embedding")
 
 
 @dataclass
-class Results:
-    """The results of embedding some images, by their names."""
-
-    vectors: dict[str, np.ndarray] = field(default_factory=dict)  # float32 (dimension,), of unit length
-    faces: dict[str, bool] = field(default_factory=dict)  # whether a face was detected
-    unreadable: dict[str, str] = field(default_factory=dict)  # reasons
-    unsaved: list[str] = field(default_factory=list)  # crops that could not be written, and why
-    cached: int = 0  # vectors that came from the cache
-
-    def add_face(self, name: str, face: bool | None) -> None:
-        """Note whether a face was detected, unless the transform detects none."""
-        if face is not None:
-            self.faces[name] = face
-
-
-@dataclass(frozen=True)
 class Notes:
     """What a run reports of some images, beside their vectors."""
 
@@ -123,15 +106,16 @@ def embed_with_notes(
     vectors, notes = None, Notes()
     with progress_bar(len(files), kind) as bar:
         for start in range(0, len(files), PART):
-            results = embed_part(files[start : start + PART], runtime, folder, cache, bar)
-            if vectors is None and results.vectors:
-                dimension = len(next(iter(results.vectors.values())))
-                vectors = zeros((len(files), dimension), np.float32, "vectors", local_world_size())
-            for name, vector in results.vectors.items():
+            part = _embed_part(files[start : start + PART], runtime, folder, cache, notes, bar)
+            for name, (vector, face) in part.items():
+                if vectors is None:
+                    shape = len(files), len(vector)
+                    vectors = zeros(shape, np.float32, "vectors", local_world_size())
                 vectors[rows[name]] = vector
-            without_face = [name for name, face in results.faces.items() if not face]
-            notes += Notes(results.unreadable, without_face, results.unsaved, results.cached)
-    return vectors, replace(notes, without_face=sorted(notes.without_face, key=rows.__getitem__))
+                if face is False:
+                    notes.without_face.append(name)
+    notes.without_face.sort(key=rows.__getitem__)
+    return vectors, notes
 
 
 def report_notes(notes: Notes, total: int, kind: str) -> None:
@@ -150,30 +134,34 @@ def report_notes(notes: Notes, total: int, kind: str) -> None:
                     len(notes.without_face), total, kind, notes.without_face[0])  # fmt: skip
 
 
-def embed_part(
-    files: list[ImageFile], runtime: Runtime, save_crops: Path | None, cache: Cache | None, bar: tqdm
-) -> Results:
-    """Embed some files, or read their vectors from the cache."""
-    results = Results()
+def _embed_part(
+    files: list[ImageFile],
+    runtime: Runtime,
+    save_crops: Path | None,
+    cache: Cache | None,
+    notes: Notes,
+    bar: tqdm,
+) -> dict[str, CachedVector]:
+    """Embed some files, or read their vectors from the cache; return them by name, and add to the notes."""
     entries = _Entries(runtime, None if save_crops else cache, files)  # crops are written as they are made
-    for file in files:
-        if (cached := entries.vectors.get(entries.digests.get(file.name))) is not None:
-            results.vectors[file.name] = cached.vector
-            results.add_face(file.name, cached.face)
-    results.cached = len(results.vectors)
-    bar.update(results.cached)
-    rest = [file for file in files if file.name not in results.vectors]
+    found = {file.name: entries.vectors[digest] for file in files
+             if (digest := entries.digests.get(file.name)) in entries.vectors}  # fmt: skip
+    notes.cached += len(found)
+    bar.update(len(found))
+    rest = [file for file in files if file.name not in found]
     if not rest:  # then torch, whose import takes a second, is not needed
-        return results
-    try:
-        for batch, features in _run(rest, runtime, entries):
-            _add(results, batch, features)
-            results.unsaved += _save_crops(batch, save_crops) if save_crops else []
-            entries.add(results, batch)
-            bar.update(len(batch.names) + len(batch.unreadable))
-    finally:
-        entries.flush()
-    return results
+        return found
+    for batch, features in _run(rest, runtime, entries):
+        runtime.seconds["decode"] += batch.seconds
+        notes.unreadable |= batch.unreadable
+        if features is not None:
+            vectors = _unit_vectors(batch, features, notes)
+            entries.write(vectors, batch)
+            found |= vectors
+        if save_crops:
+            notes.unsaved += _save_crops(batch, save_crops)
+        bar.update(len(batch.names) + len(batch.unreadable))
+    return found
 
 
 def _run(
@@ -185,81 +173,53 @@ def _run(
     in_processes = transform.detects_faces
     reading = read_ahead(rest, transform, ahead, in_processes, transform.enough, entries.crop)
     with closing(reading):
-        first = _load_and_read(runtime, reading, in_processes)
-        if any(read.image is not None for read in first):
-            runtime.settle(next(in_batches(first, ONNX_BATCH)).pixels())
+        first = [next(reading)] if in_processes else []  # then they go on while the network is loaded
+        runtime.settle()
         batches = in_batches(chain(first, reading), runtime.batch_size)
         if runtime.name == TORCH:  # it has its own threads, and CUDA's device belongs to this one
-            for batch in batches:
-                runtime.seconds["decode"] += batch.seconds
-                yield batch, runtime.embed(batch.pixels()) if batch.images else None
+            yield from ((batch, _features(runtime, batch)) for batch in batches)
             return
         with ThreadPoolExecutor(runtime.threads) as pool:
-            running: deque[tuple[Batch, Future | None]] = deque()
+            running: deque[tuple[Batch, Future]] = deque()
             for batch in batches:
-                runtime.seconds["decode"] += batch.seconds
-                running.append((batch, pool.submit(runtime.embed, batch.pixels()) if batch.images else None))
+                running.append((batch, pool.submit(_features, runtime, batch)))
                 if len(running) > max(QUEUED, 2 * runtime.threads):
-                    yield _result(*running.popleft())
-            while running:
-                yield _result(*running.popleft())
+                    batch, future = running.popleft()
+                    yield batch, future.result()
+            for batch, future in running:
+                yield batch, future.result()
 
 
-def _load_and_read(runtime: Runtime, reading: Iterator[Read], in_processes: bool) -> list[Read]:
-    """Load the network and read the first images, at the same time if the readers are processes."""
-    if not in_processes:  # threads would wait for Python's lock
-        runtime.load()
-        return _first(reading)
-    with ThreadPoolExecutor(1) as pool:
-        loading = pool.submit(runtime.load)
-        first = _first(reading)
-        loading.result()
-    return first
+def _features(runtime: Runtime, batch: Batch) -> np.ndarray | None:
+    """Return the network's output (images, dimension); None if not one image of the batch is readable."""
+    return runtime.embed(batch.pixels()) if batch.images else None
 
 
-def _first(reading: Iterator[Read]) -> list[Read]:
-    """Read until ONNX_BATCH images are readable, or to the end."""
-    first: list[Read] = []
-    for read in reading:
-        first.append(read)
-        if sum(read.image is not None for read in first) == ONNX_BATCH:
-            break
-    return first
-
-
-def _result(batch: Batch, future: Future | None) -> tuple[Batch, np.ndarray | None]:
-    return batch, future.result() if future else None
-
-
-def _add(results: Results, batch: Batch, features: np.ndarray | None) -> None:
-    """Add the results of a batch: its features (images, dimension) become unit vectors."""
-    results.unreadable |= batch.unreadable
-    for name, image in zip(batch.names, batch.images, strict=True):
-        results.add_face(name, image.face)
-    if features is None:
-        return
+def _unit_vectors(batch: Batch, features: np.ndarray, notes: Notes) -> dict[str, CachedVector]:
+    """Return the features (images, dimension) as unit vectors, by name; note which of them have no use."""
     with np.errstate(all="ignore"):
-        lengths = np.linalg.norm(features, axis=1, keepdims=True)
-        vectors = features / lengths
-    usable = (np.isfinite(lengths) & (lengths > 0))[:, 0]
-    results.vectors |= dict(zip(compress(batch.names, usable), vectors[usable], strict=True))
-    unusable = compress(batch.names, ~usable)
-    results.unreadable |= dict.fromkeys(unusable, "the network gave no usable numbers")
+        lengths = np.linalg.norm(features, axis=1)
+        vectors = features / lengths[:, None]
+    found = {}
+    for name, image, vector, length in zip(batch.names, batch.images, vectors, lengths, strict=True):
+        if 0 < length < np.inf:
+            found[name] = CachedVector(vector, image.face)
+        else:
+            notes.unreadable[name] = "the network gave no usable numbers"
+    return found
 
 
 class _Entries:
-    """The entries of some files in the cache. New entries are written CACHED_AT_ONCE at a time."""
+    """The entries of some files in the cache."""
 
     def __init__(self, runtime: Runtime, cache: Cache | None, files: list[ImageFile]) -> None:
         self.runtime, self.cache, self.transform = runtime, cache, runtime.backbone.transform
         self.digests = cache.digests(files) if cache else {}
         self.vectors = cache.vectors(self._key(), self.digests.values()) if cache else {}
-        self.crops: set[bytes] = set()
+        self.crops_key = None
         if cache and self.transform.detects_faces:
             self.crops_key = CacheKey(runtime.crops_key, f"faces of {self.transform.size} pixels")
-            self.crops = cache.crops(self.crops_key, set(self.digests.values()) - set(self.vectors))
-        self.new: dict[bytes, CachedVector] = {}
-        self.new_crops: dict[bytes, ModelInput] = {}
+            cache.mark_used(self.crops_key)
 
     def _key(self) -> CacheKey:
         return CacheKey(self.runtime.key, self.runtime.description)
@@ -267,28 +227,19 @@ class _Entries:
     def crop(self, file: ImageFile) -> ModelInput | None:
         """Return the cached crop of a file."""
         digest = self.digests.get(file.name)
-        if digest not in self.crops:
+        if not (self.crops_key and digest):
             return None
         return self.cache.crop(self.crops_key, digest, self.transform.size)
 
-    def add(self, results: Results, batch: Batch) -> None:
-        """Add the vectors and crops of a batch."""
-        for name, image in zip(batch.names, batch.images, strict=True):
-            digest = self.digests.get(name)
-            if digest and name in results.vectors:
-                self.new[digest] = CachedVector(results.vectors[name], image.face)
-                if self.transform.detects_faces and digest not in self.crops:
-                    self.new_crops[digest] = image
-        if len(self.new) >= CACHED_AT_ONCE:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write the new entries."""
-        if self.cache:
-            self.cache.keep_vectors(self._key(), self.new)
-            if self.new_crops:
-                self.cache.keep_crops(self.crops_key, self.new_crops)
-        self.new, self.new_crops = {}, {}
+    def write(self, vectors: dict[str, CachedVector], batch: Batch) -> None:
+        """Write the vectors of a batch, by name, and the crops that gave them."""
+        known = {name: digest for name in vectors if (digest := self.digests.get(name))}
+        if not known:
+            return
+        self.cache.keep_vectors(self._key(), {digest: vectors[name] for name, digest in known.items()})
+        if self.crops_key:
+            images = zip(batch.names, batch.images, strict=True)
+            self.cache.keep_crops(self.crops_key, {known[n]: image for n, image in images if n in known})
 
 
 def _write_png(pixels: np.ndarray, path: Path) -> None:

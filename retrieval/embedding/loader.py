@@ -16,7 +16,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -78,22 +77,22 @@ def read_ahead(
     """
     read = functools.partial(_read, transform, enough)
     remaining = iter(files)
-    coming: deque[tuple[ImageFile, Future | ModelInput]] = deque()
+    coming: deque[Read | Future[Read]] = deque()
 
     @functools.cache
     def pool() -> Executor:  # started for the first file that is not cached
         return _reader_processes(transform.module) if processes else _reader_threads()
 
     def start(count: int) -> None:
-        coming.extend(
-            (file, cached(file) or pool().submit(read, file.path)) for file in islice(remaining, count)
-        )
+        for file in islice(remaining, count):
+            image = cached(file)
+            coming.append(Read(file, image) if image else pool().submit(read, file))
 
     try:
         start(ahead)
         while coming:
-            file, future = coming.popleft()
-            yield Read(file, future) if isinstance(future, ModelInput) else _finished(file, future)
+            first = coming.popleft()
+            yield first.result() if isinstance(first, Future) else first
             start(1)
     except BrokenProcessPool:
         coming.clear()  # the pool ends these futures itself, and raises if they are cancelled too
@@ -102,18 +101,11 @@ def read_ahead(
             "a process that looks for faces has ended: killed for want of memory (then free some)"
         ) from None
     finally:
-        for _, future in coming:
+        for future in coming:
             if isinstance(future, Future):
                 future.cancel()
         if not processes:
             pool().shutdown()
-
-
-def _finished(file: ImageFile, future: Future) -> Read:
-    result, seconds = future.result()
-    if isinstance(result, UnreadableImageError):
-        return Read(file, None, str(result), seconds)
-    return Read(file, result, "", seconds)
 
 
 def in_batches(images: Iterable[Read], batch_size: int) -> Iterator[Batch]:
@@ -138,16 +130,14 @@ def read_batches(
 # ---- the readers ----------------------------------------------------------------------------------
 
 
-def _read(
-    transform: AnyTransform, enough: int | None, path: Path
-) -> tuple[ModelInput | UnreadableImageError, float]:
-    """Return the network's input or the error, and the processor's seconds."""
+def _read(transform: AnyTransform, enough: int | None, file: ImageFile) -> Read:
     start = time.thread_time()
+    image, reason = None, ""
     try:
-        result = transform(read_image(path, enough))
+        image = transform(read_image(file.path, enough))
     except UnreadableImageError as error:
-        result = error
-    return result, time.thread_time() - start
+        reason = str(error)
+    return Read(file, image, reason, time.thread_time() - start)
 
 
 def _reader_threads() -> ThreadPoolExecutor:

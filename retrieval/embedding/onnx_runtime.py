@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import io
 import logging
+import os
+import time
 import warnings
-from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from retrieval.backbones.backbone import Backbone, LazyBackbone
-from retrieval.embedding.network_files import NetworkFiles
 from retrieval.embedding.torch_runtime import embed_plainly, filled_up, least_cosine
-from retrieval.errors import InputError, RunError
+from retrieval.errors import RunError
+from retrieval.files import write_whole
 from retrieval.machine import out_of_memory
 
 if TYPE_CHECKING:
@@ -26,61 +29,49 @@ if TYPE_CHECKING:
 VERSION = 1  # part of the cache key: raise it when this moves vectors by more than rounding
 EXPORTED, REFUSED = f"{VERSION}.onnx", f"{VERSION}.refused"  # kinds of files
 ONNX_BATCH = 4  # images of a batch: more leave the processor's caches and are slower
+NETWORKS = "networks"  # a folder in the cache
 LEAST_COSINE = 0.9999  # between a vector by ONNX Runtime and the network's own
 
 log = logging.getLogger("retrieval.runtime")
 
 
-@dataclass
-class OnnxNetwork:
-    """A network in ONNX Runtime."""
+def load_onnx(lazy: LazyBackbone, files: NetworkFiles, pixels: np.ndarray) -> Any | None:
+    """Return the onnxruntime.InferenceSession of a network: of the kept file, or of one that is made now.
 
-    session: Any  # onnxruntime.InferenceSession
-    exported: bytes = b""  # this and the backbone: until the network is checked
-    backbone: Backbone | None = None
-
-    def run(self, images: np.ndarray) -> np.ndarray:
-        """Map uint8 (images, 3, size, size) to (images, dimension), ONNX_BATCH images at once."""
-        parts = [images[start : start + ONNX_BATCH] for start in range(0, len(images), ONNX_BATCH)]
-        return np.concatenate([
-            self.session.run(None, {"images": filled_up(part, ONNX_BATCH)})[0][: len(part)] for part in parts
-        ])  # fmt: skip
-
-
-def load_onnx(lazy: LazyBackbone, files: NetworkFiles) -> OnnxNetwork | None:
-    """Open the kept network, or load and export it; return None, with a warning, if that is impossible."""
+    A new one is kept if it gives the network's own vectors of a few images, `pixels`. If that is impossible,
+    warns, keeps the reason for the next runs, and returns None. Raises as the backbone's `load`.
+    """
     kept = files.read(EXPORTED)
     if kept:
         try:
-            return OnnxNetwork(open_exported(kept))
+            return open_exported(kept)
         except Exception as error:  # ONNX Runtime's errors have no common class
             log.warning("%s is broken (%s): the network is exported again",
                         files.path(EXPORTED), _first_line(error))  # fmt: skip
-
-    def _export() -> OnnxNetwork:
-        backbone = lazy.load()
+    backbone = lazy.load()
+    try:
         exported = export(backbone)
-        return OnnxNetwork(open_exported(exported), exported, backbone)
-
-    return _unless_refused(lazy, files, _export)
-
-
-def check_onnx(network: OnnxNetwork, lazy: LazyBackbone, files: NetworkFiles, pixels: np.ndarray) -> bool:
-    """Return whether ONNX Runtime gives the network's own vectors; keep the exported network if it does."""
-    if network.backbone is None:  # it was checked before it was kept
-        return True
-
-    def _check() -> bool:
-        cosine = least_cosine(network.run(pixels), embed_plainly(network.backbone, pixels))
-        if not cosine >= LEAST_COSINE:
+        session = open_exported(exported)
+        cosine = least_cosine(run_onnx(session, pixels), embed_plainly(backbone, pixels))
+        if not cosine >= LEAST_COSINE:  # also if it is NaN
             raise ValueError(f"its vectors are others, cosine {cosine:.5f}")
-        return True
+    except Exception as error:  # the exporter raises anything on an operation that it does not know
+        if isinstance(error, MemoryError | OSError | RunError) or out_of_memory(error):
+            _warn(lazy, f"{_first_line(error)}; the next run tries again")
+        else:
+            _warn(lazy, _first_line(error))
+            files.write(REFUSED, _first_line(error).encode())
+        return None
+    files.write(EXPORTED, exported)
+    return session
 
-    if not _unless_refused(lazy, files, _check):
-        return False
-    files.write(EXPORTED, network.exported)
-    network.exported, network.backbone = b"", None  # frees their memory
-    return True
+
+def run_onnx(session: Any, images: np.ndarray) -> np.ndarray:
+    """Map uint8 (images, 3, size, size) to (images, dimension), ONNX_BATCH images at once."""
+    parts = [images[start : start + ONNX_BATCH] for start in range(0, len(images), ONNX_BATCH)]
+    return np.concatenate([
+        session.run(None, {"images": filled_up(part, ONNX_BATCH)})[0][: len(part)] for part in parts
+    ])  # fmt: skip
 
 
 def is_refused(lazy: LazyBackbone, files: NetworkFiles) -> bool:
@@ -90,22 +81,6 @@ def is_refused(lazy: LazyBackbone, files: NetworkFiles) -> bool:
         kept = f"that was kept in {files.path(REFUSED)}, and without it the next run tries again"
         _warn(lazy, f"{reason}; {kept}")
     return bool(reason)
-
-
-def _unless_refused(lazy: LazyBackbone, files: NetworkFiles, act: Callable[[], Any]) -> Any:
-    """Return what `act` returns. If it fails, warn, keep the reason for the next runs, and return None."""
-    try:
-        return act()
-    except (InputError, RunError):
-        raise
-    except Exception as error:  # the exporter raises anything on an operation that it does not know
-        reason = _first_line(error)
-        if isinstance(error, MemoryError | OSError) or out_of_memory(error):
-            _warn(lazy, f"{reason}; the next run tries again")
-            return None
-    _warn(lazy, reason)
-    files.write(REFUSED, reason.encode())
-    return None
 
 
 def _warn(lazy: LazyBackbone, reason: str) -> None:
@@ -156,3 +131,52 @@ def export(backbone: Backbone) -> bytes:
                           input_names=["images"], output_names=["vectors"],
                           dynamic_axes={"images": {0: "n"}, "vectors": {0: "n"}})  # fmt: skip
     return buffer.getvalue()
+
+
+# ---- what is kept ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NetworkFiles:
+    """What earlier runs kept of one network, in the cache's folder; without a folder there is nothing.
+
+    A file holds the exported network (EXPORTED), or the reason why ONNX Runtime cannot run it (REFUSED).
+    """
+
+    folder: Path | None  # of the cache
+    key: bytes  # the backbone's
+
+    def path(self, kind: str) -> Path:
+        """Return the path of a kind of file, such as 1.onnx."""
+        return self.folder / NETWORKS / f"{self.key.hex()[:32]}-{kind}"
+
+    def exists(self, kind: str) -> bool:
+        """Return whether an earlier run has written this kind of file."""
+        return self.folder is not None and self.path(kind).is_file()
+
+    def read(self, kind: str) -> bytes:
+        """Return what an earlier run has written, b"" if none has. The file then counts as used."""
+        if not self.exists(kind):
+            return b""
+        with suppress(OSError):  # the folder may be read-only
+            os.utime(self.path(kind))
+        return self.path(kind).read_bytes()
+
+    def write(self, kind: str, content: bytes) -> None:
+        """Write a file for the next run; warn if that fails."""
+        if self.folder is None:
+            return
+        file = self.path(kind)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(file, content)
+        except OSError as error:
+            log.warning("%s cannot be kept (%s): the next run makes it again", file, error.strerror)
+
+
+def exported_networks(folder: Path, unused_for: float = 0.0) -> list[Path]:
+    """Return the files of all networks in a cache that no run has used for `unused_for` days."""
+    ages = {file: time.time() - file.stat().st_mtime for file in sorted((folder / NETWORKS).glob("*.*"))}
+    least = 86400 * unused_for
+    # A hidden file is being written, unless it is an hour old.
+    return [file for file, age in ages.items() if age >= max(least, 3600 * file.name.startswith("."))]

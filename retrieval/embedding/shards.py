@@ -5,16 +5,15 @@ The cache makes a run resumable: vectors that a killed process had written there
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from get_images import ImageFile, UnreadableImageError, read_image
+from get_images import ImageFile
 from retrieval.distributed import all_gather, shard
 from retrieval.embedding.cache import Cache
 from retrieval.embedding.embed import Notes, embed_with_notes, report_notes
-from retrieval.embedding.runtime import ONNX_BATCH, Runtime
+from retrieval.embedding.runtime import Runtime
 from retrieval.records import Embeddings, ShardedEmbeddings
 
 
@@ -49,16 +48,3 @@ def gather_shards(embeddings: ShardedEmbeddings) -> Embeddings:
     return Embeddings(
         embeddings.names, shards[0] if len(shards) == 1 else np.concatenate(shards), embeddings.without_face
     )
-
-
-def settle_everywhere(runtime: Runtime, files: list[ImageFile]) -> None:
-    """Load the network in every process, also in one whose shard is cached, so that all choose one runtime.
-
-    Raises as Runtime.settle, and RunError if another process has ended.
-    """
-    size = runtime.backbone.transform.size
-    pixels = np.zeros((ONNX_BATCH, 3, size, size), np.uint8)
-    for row, file in enumerate(files[:ONNX_BATCH]):
-        with suppress(UnreadableImageError):  # a black image will do: whoever embeds the file reports it
-            pixels[row] = runtime.backbone.transform(read_image(file.path)).pixels
-    runtime.settle(pixels)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from retrieval import distributed
 from retrieval.backbones.backbone import Backbone
 from retrieval.errors import RunError
 from retrieval.machine import cores, out_of_memory
@@ -20,8 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VERSION = 1  # part of the cache key: raise it when this moves vectors by more than rounding
-PRECISION = f"{VERSION}.precision"  # the kind of file that keeps a GPU's precision
-FULL = "torch.float32"
 LEAST_COSINE_HALF = 0.999  # between a vector in half precision and the vector in full precision
 
 log = logging.getLogger("retrieval.runtime")
@@ -100,21 +97,6 @@ def least_cosine(vectors: np.ndarray, others: np.ndarray) -> float:
 
 
 # ---- half precision -------------------------------------------------------------------------------
-
-
-def choose_precision(backbone: Backbone, kept: str, pixels: np.ndarray) -> str:
-    """Return the type in which a GPU computes, the same in all processes; "" on other devices.
-
-    It is half precision if the first images get the same vectors. A choice that an earlier run has `kept`
-    stays, or the cache would mix vectors of both precisions.
-    """
-    good = False
-    if backbone.device == "cuda":
-        good = kept == str(half_type()) or (kept != FULL and half_is_enough(backbone, pixels))
-    half = distributed.all_agree(good)
-    if backbone.device != "cuda":
-        return ""
-    return str(half_type()) if half else FULL
 
 
 def half_type() -> Any:

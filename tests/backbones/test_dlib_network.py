@@ -66,49 +66,28 @@ def test_channels_last_changes_nothing(network):
         assert torch.allclose(other(images.to(memory_format=torch.channels_last)), plain, atol=1e-5)
 
 
-def replaced(at, new):
-    content = bytearray(FILE.read_bytes())
-    content[at : at + len(new)] = new
-    return bytes(content)
-
-
 CONTENT = FILE.read_bytes()
+
+
+def flipped(at):
+    content = bytearray(CONTENT)
+    content[at] ^= 0x55
+    return bytes(content)
 
 
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        (b"", "it ends too early"),
-        (b"hello, I am no network", "an integer of more than eight bytes"),
-        (CONTENT[:-1], "it ends too early"),
-        (CONTENT[: len(CONTENT) // 2], "it ends too early"),
-        (CONTENT + b"x", "bytes after the end"),
-        (replaced(CONTENT.index(b"loss_metric_2"), b"loss_mmod_xx_"), "the head"),
-        (replaced(CONTENT.index(b"con_4"), b"con_5"), "a layer"),
-        (replaced(CONTENT.index(b"con_4") + 400, b"\xff\xff\xff\x7f" * 2), "weights that are no numbers"),
-        (replaced(CONTENT.rindex(b"fc_2") + 5, b"\x81"), "a layer's numbers"),
+        (b"hello, I am no network", r"no \(4736, 1, 1, 1\) numbers after byte 0"),
+        (CONTENT[: len(CONTENT) // 2], "no .* numbers after byte"),
+        (CONTENT[:-1], "its layers have other settings"),
+        (CONTENT + b"x", "its layers have other settings"),
+        (flipped(CONTENT.index(b"input_rgb") + 25), "its layers have other settings"),  # the mean
+        (flipped(CONTENT.index(b"relu_")), "its layers have other settings"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_file_that_is_not_quite_dlibs_is_refused_with_the_place(tmp_path, content, problem):
+def test_a_file_that_is_not_quite_dlibs_is_refused(tmp_path, content, problem):
     (tmp_path / "net.dat").write_bytes(content)
-    where = r"net\.dat does not hold dlib's face network: before byte \d+, "
-    with pytest.raises(InputError, match=where + problem):
+    with pytest.raises(InputError, match=rf"net\.dat does not hold dlib's face network: {problem}"):
         read_dlib_weights(tmp_path / "net.dat")
-
-
-@pytest.mark.slow
-def test_no_byte_of_the_structure_can_change_unseen(tmp_path):
-    """Flips bytes outside the weights' own numbers; what stays readable must be what does not matter here."""
-    first = CONTENT.index(b"con_4")
-    head = range(20, first)  # versions, mean and size of the input
-    unseen = []
-    for at in head:
-        (tmp_path / "net.dat").write_bytes(replaced(at, bytes([CONTENT[at] ^ 0x55])))
-        try:
-            read_dlib_weights(tmp_path / "net.dat")
-        except InputError:
-            continue
-        unseen.append(at)
-    # Only the margin and the threshold of the loss may be others: a mantissa and a power each.
-    assert len(unseen) <= 8

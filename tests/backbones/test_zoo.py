@@ -47,6 +47,7 @@ def embedded(backbone, *images):
     with torch.inference_mode():
         vectors = backbone.embed(seen)
     assert vectors.shape == (len(images), backbone.dimension)
+    assert find_pretrained(backbone.model_name).dimension in (None, backbone.dimension)
     parameters = sum(tensor.numel() for tensor in backbone.network.parameters())
     assert find_pretrained(backbone.model_name).millions in (None, round(parameters / 1e6, 1))
     return torch.nn.functional.normalize(vectors), (seen / 255 - mean) / std
@@ -58,18 +59,23 @@ def assert_same_vectors(ours, theirs):
     assert (ours[0] - ours[1]).norm() > 1e-3  # the network sees the images at all
 
 
-def changed(network):
+def changed(network, side=128):
     """The state dict of a network that has seen images: no BatchNorm is as new, and no feature is dead."""
     for layer in network.modules():
         if isinstance(layer, torch.nn.BatchNorm2d | torch.nn.BatchNorm1d):
             layer.momentum = None  # the average of all that it sees
-    images = torch.stack([image[:, :224, :224] for image in (CHINA, FLOWER, CHINA.flip(2), FLOWER.flip(1))])
+    images = torch.stack([image[:, :side, :side] for image in (CHINA, FLOWER, CHINA.flip(2), FLOWER.flip(1))])
     with torch.no_grad():
         network.train()((images - 128) / 64)
     return network.eval().state_dict()
 
 
-@pytest.mark.parametrize("word", ["resnet50", "resnet50:IMAGENET1K_V2", "resnet50:IMAGENET1K_V1"])
+def test_other_names_of_a_row():
+    assert find_pretrained("resnet50:IMAGENET1K_V2") is PRETRAINED["resnet50"]
+    assert find_pretrained("facenet:vggface2") is PRETRAINED["facenet"]
+
+
+@pytest.mark.parametrize("word", ["resnet50", "resnet50:IMAGENET1K_V1"])
 def test_resnet50_is_torchvisions(home, word):
     weights = ResNet50_Weights[word.partition(":")[2] or "IMAGENET1K_V2"]
     row = find_pretrained(word)
@@ -163,7 +169,7 @@ def assert_sees_what_timm_resolves(word, network):
 @pytest.mark.parametrize("name", ["resnet18.a1_in1k", "vit_tiny_patch16_224.augreg_in21k_ft_in1k"])
 def test_a_timm_word_is_timms(home, name):
     network = timm.create_model(name, pretrained=False)
-    state = {key: tensor.contiguous() for key, tensor in changed(network).items()}
+    state = {key: tensor.contiguous() for key, tensor in changed(network, 224).items()}
     lay_in_hub(home, f"timm/{name}", **{"model.safetensors": lambda file: save_file(state, file)})
     ours, pixels = embedded(load_backbone(f"timm:{name}", "cpu"), CHINA, FLOWER)
     theirs = timm.create_model(name, pretrained=True, num_classes=0).eval()  # from the same file

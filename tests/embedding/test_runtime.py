@@ -1,6 +1,5 @@
 """ONNX Runtime beside the network itself: the same vectors, to the bit in every batch, or torch, and said."""
 
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +14,6 @@ from retrieval.backbones.fine_tuned import Joined
 from retrieval.backbones.transform import Transform
 from retrieval.embedding import onnx_runtime, runtime, torch_runtime
 from retrieval.embedding.embed import embed
-from retrieval.embedding.network_files import exported_networks
 from retrieval.embedding.runtime import BREAK_EVEN, ONNX, TORCH, choose_runtime
 from retrieval.errors import InputError
 
@@ -49,7 +47,7 @@ def images(count, size=16):
 
 def settled(backbone, folder, asked=ONNX, count=1000):
     chosen = choose_runtime(backbone, asked, count, 32, folder)
-    chosen.settle(images(4, backbone.transform.size))
+    chosen.settle()
     return chosen
 
 
@@ -71,11 +69,12 @@ def random_resnet50(file):
 @pytest.mark.parametrize("kind", ["lite0", "dlib", "resnet50", "facenet", "joined"])
 def test_the_networks_give_the_same_in_onnx_runtime_and_the_same_bits_in_every_batch(kind, tmp_path):
     if kind in ("lite0", "dlib"):
-        found = find_backbone({"lite0": "efficientnet_lite0"}.get(kind, kind), "cpu")
+        name, size = {"lite0": ("efficientnet_lite0", 96), "dlib": ("dlib", None)}[kind]
+        found = find_backbone(name, "cpu", image_size=size)
     elif kind == "joined":
         found = lazy(Joined(Small(), Small(), 2.0, 12))
     else:
-        size, build = (160, random_facenet) if kind == "facenet" else (224, random_resnet50)
+        size, build = (96, random_facenet) if kind == "facenet" else (64, random_resnet50)
         torch.manual_seed(0)
         backbone = place(Backbone(build(None), 0, Transform(size, "bilinear"), (0.5,) * 3, (0.5,) * 3, kind))
         found = LazyBackbone(kind, backbone.transform, "cpu", b"2" * 32, lambda: backbone)
@@ -197,7 +196,7 @@ def test_both_engines_rank_real_images_alike(few, backbone, tmp_path):
 
 def test_torch_gives_the_same_bits_in_every_batch_of_one_size():
     chosen = by_torch(lazy(Small()).load(), 8)
-    chosen.settle(images(4))
+    chosen.settle()
     together = chosen.embed(images(8))
     assert np.array_equal(chosen.embed(images(3)), together[:3])
 
@@ -219,22 +218,9 @@ def test_half_precision_is_used_only_where_the_vectors_stay_the_same(half, monke
     assert "needs full precision" in caplog.text
 
 
-def test_the_precision_of_a_gpu_is_settled_once_for_a_network(monkeypatch, tmp_path):
-    on_gpu = replace(lazy(Small()), device="cuda")
-    backbone, answers = replace(on_gpu.load(), device="cuda"), iter([True, False])
-    monkeypatch.setattr(torch_runtime, "half_is_enough", lambda *_: next(answers))
-    half = str(torch_runtime.half_type())
-    assert torch_runtime.choose_precision(backbone, "", images(4)) == half
-    assert torch_runtime.choose_precision(backbone, half, images(4)) == half  # without a second look
-    assert torch_runtime.choose_precision(backbone, "", images(4)) == torch_runtime.FULL
-    assert torch_runtime.choose_precision(backbone, torch_runtime.FULL, images(4)) == torch_runtime.FULL
-    assert torch_runtime.choose_precision(replace(backbone, device="cpu"), "", images(4)) == ""
-    first = choose_runtime(on_gpu, "auto", 10, 32, tmp_path)
-    settled = first.files.path(torch_runtime.PRECISION)
-    settled.parent.mkdir()
-    settled.write_text(half)
-    os.utime(settled, (0, 0))
-    again = choose_runtime(on_gpu, "auto", 10, 32, tmp_path)
-    assert exported_networks(tmp_path, 1) == []  # the note was used just now
-    assert again.precision == half
-    assert again.key == first.key + half.encode()  # no vector of the other precision is taken for one of this
+def test_on_a_gpu_the_key_names_its_half_precision(monkeypatch, tmp_path):
+    keys = {choose_runtime(lazy(Small()), "torch", 10, 32, tmp_path).key}
+    for half in (torch.float16, torch.bfloat16):
+        monkeypatch.setattr(runtime, "half_type", lambda half=half: half)
+        keys.add(choose_runtime(replace(lazy(Small()), device="cuda"), "auto", 10, 32, tmp_path).key)
+    assert len(keys) == 3
