@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, NamedTuple
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
 from retrieval.errors import InputError
-from retrieval.ranking.libraries import Library, choose_library, cosines_of
 from retrieval.records import UNREADABLE, Embeddings, Ranking, chunks, rows_of_chunk, zero_rows, zero_rows_of
 
 IMAGES = 8192  # gallery images in a chunk; more where k is large
 TILE = 2**22  # float32 products of a query and an image in memory: 16 MiB
-CANDIDATES = 2**18  # candidates of several queries in memory
+CANDIDATES = 2**20  # pairs of a query and an image between which float64 decides at a time
+PIECE = 2**15  # numbers of an array of vectors in float64: as many as fit into a core's cache
 UNIT = 1e-5  # a squared length within this of 1 differs from 1 by float32 rounding only
+SMALL = 2**36  # multiply-adds, about a second on two cores
 
 log = logging.getLogger("retrieval.ranking")
 
@@ -22,20 +26,19 @@ log = logging.getLogger("retrieval.ranking")
 def rank(queries: Embeddings, gallery: Embeddings, k: int = 10, device: Any = "cpu") -> Ranking:
     """Rank the k gallery images with the highest cosine for each query; all images of a smaller gallery.
 
-    The ranking is exact: float64 decides between cosines, and equal cosines keep the gallery's order. Vectors
-    that are not of unit length are divided by their length. Unreadable gallery images (rows of zeros) come
-    last, and an unreadable query gets the gallery in its order. Raises InputError where a vector holds NaN or
-    infinity, or where queries and gallery differ in dimension.
-
-    A GPU `device` computes by torch, the CPU by numpy or torch as choose_library says; both find the same
-    rows and cosines on the CPU, bit for bit, and a GPU's cosines differ by 1e-15.
+    The ranking is exact: float64 decides between cosines, and equal cosines keep the gallery's order. It is
+    the same, bit for bit, on every `device`: a GPU computes float32 products only. Vectors that are not of
+    unit length are divided by their length. Unreadable gallery images (rows of zeros) come last, and an
+    unreadable query gets the gallery in its order. Raises InputError where a vector holds NaN or infinity, or
+    where queries and gallery differ in dimension.
 
     Memory beyond the vectors and the result stays below 256 MiB for any number of images and k < 100 000. The
     gallery may be a numpy.memmap, which is read once.
     """
-    k = min(k, len(gallery.names))
+    images = len(gallery.names)
+    k = min(k, images)
     best = Ranking(queries.names, gallery.names, np.zeros((len(queries.names), k), np.int64),
-                   np.full((len(queries.names), k), -np.inf))  # fmt: skip
+                   np.full((len(queries.names), k), UNREADABLE))  # fmt: skip
     if not best.rows.size:
         return best
     dimensions = queries.vectors.shape[1], gallery.vectors.shape[1]
@@ -44,21 +47,15 @@ def rank(queries: Embeddings, gallery: Embeddings, k: int = 10, device: Any = "c
                          "same network".format(*dimensions))  # fmt: skip
     missing = zero_rows(queries.vectors)
     best.cosines[missing] = np.inf  # so that no image is a candidate
-    with choose_library(str(device), len(queries.names) * gallery.vectors.size) as library:
-        zeros = _search(queries, gallery, best, library)
-    place_unreadable(best, missing, zeros)
+    with _choose_library(str(device), len(queries.names) * gallery.vectors.size) as library:
+        zeros = _search(queries, gallery, best, *library)
+    if len(missing):
+        log.warning("%d queries without an embedding get the gallery in its order", len(missing))
+        in_order = np.setdiff1d(np.arange(min(images, k + len(zeros))), zeros)[:k]
+        best.rows[missing, : len(in_order)], best.cosines[missing] = in_order, 0
+    readable = min(k, images - len(zeros))
+    best.rows[:, readable:], best.cosines[:, readable:] = zeros[: k - readable], UNREADABLE
     return best
-
-
-def place_unreadable(ranking: Ranking, queries: np.ndarray, gallery: np.ndarray) -> None:
-    """Put unreadable gallery rows last, and give unreadable queries the gallery in its order, in place."""
-    k, images = ranking.rows.shape[1], len(ranking.gallery)
-    if len(queries):
-        log.warning("%d queries without an embedding get the gallery in its order", len(queries))
-        in_order = np.setdiff1d(np.arange(min(images, k + len(gallery))), gallery)[:k]
-        ranking.rows[queries, : len(in_order)], ranking.cosines[queries] = in_order, 0
-    readable = min(k, images - len(gallery))
-    ranking.rows[:, readable:], ranking.cosines[:, readable:] = gallery[: k - readable], UNREADABLE
 
 
 def merge(cosines: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -71,29 +68,43 @@ def merge(cosines: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np
     return np.take_along_axis(cosines, order, 1), np.take_along_axis(rows, order, 1)
 
 
-class _Chunk(NamedTuple):
-    """Consecutive vectors of the gallery."""
+def cosines_of(queries: np.ndarray, owners: np.ndarray, gallery: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return the float64 cosines of queries[owners] and gallery[rows], which are unit vectors in float32.
 
-    start: int  # the gallery's row of the first vector
-    vectors: np.ndarray
-    exact: Any  # the vectors where float64 computes
+    Equal vectors have equal cosines, bit for bit, in each chunk and in each shard of a gallery.
+    """
+    cosines = np.empty(len(owners))
+    step = max(1, PIECE // gallery.shape[1])
+    for pairs in (slice(i, i + step) for i in range(0, len(owners), step)):
+        query, image = queries[owners[pairs]], gallery[rows[pairs]]
+        cosines[pairs] = np.einsum("nd,nd->n", query.astype(np.float64), image.astype(np.float64))
+    return cosines
 
 
-def _search(queries: Embeddings, gallery: Embeddings, best: Ranking, library: Library) -> np.ndarray:
+# ---- candidates by float32 ------------------------------------------------------------------------
+
+
+def _search(
+    queries: Embeddings, gallery: Embeddings, best: Ranking, put: Callable, take: Callable
+) -> np.ndarray:
     """Update `best` with one chunk of the gallery after another; return the gallery's rows of zeros."""
-    images = min(max(IMAGES, 4 * best.rows.shape[1]), rows_of_chunk(gallery.vectors), len(gallery.names))
+    k = best.rows.shape[1]
+    images = min(max(IMAGES, 4 * k), rows_of_chunk(gallery.vectors), len(gallery.names))
     zeros = []
     for start, vectors in chunks(gallery.vectors, images):
         zeros.append(start + zero_rows_of(vectors))
         vectors = _unit(gallery, start, vectors)
-        chunk, on_device = _Chunk(start, vectors, library.put_exact(vectors)), library.put(vectors)
-        for first, some in chunks(queries.vectors, max(1, TILE // images)):
+        on_device = put(vectors)
+        for first, some in chunks(queries.vectors, max(1, TILE // (images + k))):
             some = _unit(queries, first, some)
-            products = library.put(some) @ on_device.T  # (queries, images)
-            products[:, library.put(zeros[-1] - start)] = -np.inf
+            products = take(put(some) @ on_device.T)  # (queries, images)
+            products[:, zeros[-1] - start] = -np.inf
             part = slice(first, first + len(some))
-            some = library.put_exact(some.astype(np.float64))
-            _update(best.rows[part], best.cosines[part], products, some, chunk, library)
+            candidates = _candidates(products, best.cosines[part, -1], k, len(vectors.T))
+            for _, pairs in chunks(candidates, CANDIDATES):
+                owners, columns = np.divmod(pairs, len(vectors))  # the query and the image of each pair
+                found = cosines_of(some, owners, vectors, columns)
+                _update(best.rows[part], best.cosines[part], owners, start + columns, found)
     return np.concatenate(zeros)
 
 
@@ -110,44 +121,71 @@ def _unit(embeddings: Embeddings, start: int, vectors: np.ndarray) -> np.ndarray
     return vectors if (squares == 1).all() else vectors / np.sqrt(squares)[:, None]
 
 
-def _update(
-    rows: np.ndarray, cosines: np.ndarray, products: Any, queries: Any, chunk: _Chunk, library: Library
-) -> None:
-    """Merge the nearest images of a chunk into the best `rows` and `cosines` so far, in place.
+def _candidates(products: Any, worst: np.ndarray, k: int, dimension: int) -> np.ndarray:
+    """Return where in the flattened `products` (queries, images) those of the k best of a query may be.
 
-    The float32 product of unit vectors of dimension d, summed in any order, is within γ = d·u/(1 − d·u) of
-    their cosine, u = 2⁻²⁴ (Higham, Accuracy and Stability of Numerical Algorithms, 2002, §3.1). So an image
-    whose product is more than γ below the k-th best cosine so far, or more than 2γ below the k-th highest
-    product of the chunk, is not among the best k. All others are candidates, between which float64 decides.
-    Where the `width` highest products are all candidates, `width` grows, since there may be more.
+    `worst` are the k-th best cosines so far. The float32 product of unit vectors of dimension d, summed in
+    any order, is within γ = d·u/(1 − d·u) of their cosine, u = 2⁻²⁴ (Higham, Accuracy and Stability of
+    Numerical Algorithms, 2002, §3.1). So an image whose product is more than γ below the k-th best cosine so
+    far, or more than 2γ below the k-th highest product of these images, is not among the best k.
     """
-    k, images = rows.shape[1], products.shape[1]
-    d = chunk.vectors.shape[1] + 4  # a little more, for lengths that are 1 within rounding
+    d = dimension + 8  # a little more: lengths are 1 within rounding, and `floor` is rounded
     gamma = d * 2.0**-24 / (1 - d * 2.0**-24)
-    floor = cosines[:, -1] - gamma
-    asked = np.flatnonzero(library.host(library.maximum(products)) >= floor)
-    width = min(2 * k + 16, images)
-    while len(asked):
-        highest, columns = map(library.host, library.highest(products[library.put(asked)], width))
-        if width >= k:
-            floor[asked] = np.maximum(floor[asked], np.partition(highest, -k)[:, -k] - 2 * gamma)
-        near = (highest >= floor[asked, None]) & (highest > -np.inf)
-        crowded = near.all(axis=1) & (width < images)
-        for some in (part for _, part in chunks(np.flatnonzero(~crowded), max(1, CANDIDATES // width))):
-            owners, images_of, candidates = asked[some], columns[some], near[some]
-            found = np.full(candidates.shape, -np.inf)
-            found[candidates] = cosines_of(
-                queries, owners[np.nonzero(candidates)[0]], chunk.exact, images_of[candidates], library
-            )
-            both = np.hstack([cosines[owners], found]), np.hstack([rows[owners], chunk.start + images_of])
-            cosines[owners], rows[owners] = merge(*both, k)
-        asked, width = asked[crowded], min(4 * width, images)
-        if 2 * len(asked) > len(rows):  # most likely, images have many copies
-            products[:, library.put(_surplus(chunk.vectors, k))] = -np.inf
+    floor = (worst - gamma).astype(np.float32)
+    if not isinstance(products, np.ndarray):
+        floor = products.new_tensor(floor)
+    near = products >= floor[:, None]
+    many = near.sum(1) > k
+    if many.any():
+        floor[many] = _kth_highest(products[many], k) - 2 * gamma
+        near = products >= floor[:, None]
+    near = near.reshape(-1)
+    return near.nonzero()[0] if isinstance(near, np.ndarray) else near.nonzero()[:, 0].cpu().numpy()
 
 
-def _surplus(vectors: np.ndarray, k: int) -> np.ndarray:
-    """Return the rows that have k equal rows before them: they are not among the best k of any query."""
-    as_bytes = vectors.view(np.dtype((np.void, 4 * vectors.shape[1]))).ravel()
-    order = np.argsort(as_bytes, kind="stable")
-    return order[k:][as_bytes[order[k:]] == as_bytes[order[:-k]]]
+def _kth_highest(products: Any, k: int) -> Any:
+    if isinstance(products, np.ndarray):
+        return np.partition(products, -k)[:, -k]
+    return products.topk(k).values[:, -1]
+
+
+def _update(
+    best_rows: np.ndarray, best_cosines: np.ndarray, owners: np.ndarray, rows: np.ndarray, cosines: np.ndarray
+) -> None:
+    """Merge candidates, each with its query, into the best rows and cosines (queries, k) so far, in place."""
+    k, asked = best_rows.shape[1], np.unique(owners)
+    owners = np.concatenate([np.repeat(asked, k), owners])
+    rows = np.concatenate([best_rows[asked].ravel(), rows])
+    cosines = np.concatenate([best_cosines[asked].ravel(), cosines])
+    order = np.lexsort((rows, -cosines, owners))
+    first = np.searchsorted(owners[order], owners[order])  # the place of each query's best candidate
+    best = order[np.arange(len(order)) - first < k].reshape(-1, k)
+    best_rows[asked], best_cosines[asked] = rows[best], cosines[best]
+
+
+# ---- numpy or torch -------------------------------------------------------------------------------
+
+
+@contextmanager
+def _choose_library(device: str, multiply_adds: int) -> Iterator[tuple[Callable, Callable]]:
+    """Yield two functions: a numpy array → what is multiplied on the device → what candidates are found in.
+
+    torch multiplies, and on a GPU it also finds the candidates. While torch is not imported, numpy multiplies
+    on the CPU up to SMALL multiply-adds: this saves the import of torch, 1 to 3 s, in a run that finds all
+    vectors in the cache and otherwise takes 0.7 s. "mps" counts as "cpu". Meanwhile torch multiplies float32
+    as float32, not as TF32.
+    """
+    if device == "cpu" and "torch" not in sys.modules and multiply_adds <= SMALL:
+        yield np.asarray, np.asarray
+        return
+    import torch
+
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        if device in ("cpu", "mps"):
+            yield torch.from_numpy, np.asarray
+        else:
+            yield lambda array: torch.from_numpy(array).to(device), lambda products: products
+    finally:
+        torch.set_float32_matmul_precision(precision)
