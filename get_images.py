@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import stat
+import sys
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -172,7 +173,9 @@ def _reason(error: Exception, path: Path | str) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(
+    print(
         "error: get_images.py lays out no data sets any more: "
-        "run `python -m retrieval.datasets sample --out data/sample` (or intel, split, competition)"
+        "run `python -m retrieval.datasets sample --out data/sample` (or intel, split, competition)",
+        file=sys.stderr,
     )
+    sys.exit(1)

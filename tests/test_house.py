@@ -43,6 +43,10 @@ def test_no_script_is_imported_and_the_ground_floor_imports_nothing_of_ours(path
     assert not imports_of(path) & above
 
 
+def test_only_the_console_exits():
+    assert [module_of(path) for path in SOURCES if "SystemExit" in path.read_text()] == ["retrieval.console"]
+
+
 @pytest.mark.parametrize("path", [*SOURCES, *BENCHMARKS, *TESTS], ids=module_of)
 def test_files_and_functions_stay_readable(path):
     text = path.read_text()
