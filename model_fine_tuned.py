@@ -53,9 +53,9 @@ def main(settings: Settings) -> None:
         backbone = find_fine_tuned(settings.weights, settings.device)
         vectors = embed_both(run, images, backbone)
         ranking = rank_both(run, vectors, backbone)
-        found = save(run, images, vectors, ranking, backbone)  # all is on the disk before anything is sent
-        outcome = send(run, found)
-        show(run, found, outcome)
+        results = save(run, images, vectors, ranking, backbone)  # all is on the disk before anything is sent
+        outcome = send(run, results)
+        show(run, results, outcome)
 
 
 if __name__ == "__main__":

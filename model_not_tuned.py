@@ -49,9 +49,9 @@ def main(settings: Settings) -> None:
             settings.image_size, settings.face_margin, settings.min_face_size)  # fmt: skip
         vectors = embed_both(run, images, backbone)
         ranking = rank_both(run, vectors, backbone)
-        found = save(run, images, vectors, ranking, backbone)  # all is on the disk before anything is sent
-        outcome = send(run, found)
-        show(run, found, outcome)
+        results = save(run, images, vectors, ranking, backbone)  # all is on the disk before anything is sent
+        outcome = send(run, results)
+        show(run, results, outcome)
 
 
 if __name__ == "__main__":

@@ -161,14 +161,14 @@ def send(run: Run, results: Results) -> Outcome:
 @rank_zero_only
 def show(run: Run, results: Results, outcome: Outcome) -> None:
     """Draw the report, unless it is not wanted, tell the tracker, and end with the outcome's status."""
+    metrics = results.metrics | outcome.metrics
     if not run.settings.no_report and outcome.word != "interrupted":
         try:
             run.done("report", f"drew {write_report(run, results, outcome)}")
-            run.write_metrics(results.metrics)
+            run.write_metrics(metrics)
         except OSError as error:  # a disk that is full now costs the pictures only
             log.warning("the page could not be drawn: %s", error)
     log.info("%s", run.where_the_seconds_went())
-    seconds = run.rounded_seconds()
-    track_run(run.settings.tracker, run.folder, results.metrics["backbone"], run.settings,
-              results.metrics | {"seconds": seconds})  # fmt: skip
+    track_run(run.settings.tracker, run.folder, metrics["backbone"], run.settings,
+              metrics | {"seconds": run.rounded_seconds()})  # fmt: skip
     stop_if_failed(outcome)

@@ -42,6 +42,11 @@ class Outcome:
     status: int | None = None  # the HTTP status of the server's answer
 
     @property
+    def metrics(self) -> dict[str, float]:
+        """Return the server's score as a metric of the run, if there is one."""
+        return {} if self.accuracy is None else {"server_score": self.accuracy}
+
+    @property
     def failed(self) -> bool:
         """Return whether the submission should have got a score and did not."""
         return self.word in ("failed", "interrupted")
@@ -150,10 +155,8 @@ class Run:
     def conclude(self, metrics: dict[str, Any], outcome: Outcome, **more: Any) -> None:
         """Log the outcome, and add it to metrics.json and, with `more`, to the ledger."""
         say(outcome)
-        if outcome.accuracy is not None:
-            metrics["server_score"] = outcome.accuracy
-        self.write_metrics(metrics)
-        kept = {name: value for name, value in metrics.items() if name != "per_class"}
+        self.write_metrics(metrics | outcome.metrics)
+        kept = {name: value for name, value in metrics.items() if name != "per_class"} | outcome.metrics
         append_line(self.folder, self.settings, outcome, metrics=kept, seconds=self.rounded_seconds(), **more)
 
 

@@ -139,6 +139,7 @@ def test_a_competition_from_two_flat_folders_to_the_servers_score(flat):
     assert Image.open(flat / "results" / "similar_images.png").size[0] > 1000
     page = (flat / "results" / "report.html").read_text()
     assert "the server&#39;s score: 698 of 1000" in page
+    assert "<dd>698.0</dd>" in page
     assert "--group_name &#39;Team AAA&#39;" in page  # the exact command
     # the page is drawn when the score is there
     assert ended.stdout.index("the server's score") < ended.stdout.index("drew results/report.html")

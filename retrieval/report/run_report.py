@@ -44,7 +44,7 @@ def write_report(run: Run, results: Results, outcome: Outcome) -> Path:
         "report.html",
         title=f"{results.metrics['backbone']}: {queries} queries in {images} images",
         outcome=outcome,
-        tiles=_tiles(results.metrics),
+        tiles=_tiles(results.metrics | outcome.metrics),
         labelled=results.labelled,
         charts=drawn,
         data=data,
