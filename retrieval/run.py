@@ -18,7 +18,7 @@ from get_images import ImageFile
 from retrieval.console import program
 from retrieval.distributed import rank_zero_only
 from retrieval.errors import InputError, RunError, StopError
-from retrieval.files import LOCK, as_json, lock, write_through, write_whole
+from retrieval.files import as_json, lock, write_through, write_whole
 from retrieval.records import Embeddings
 from retrieval.settings import Form
 
@@ -90,15 +90,6 @@ class Run:
                     raise InputError(
                         f"--{flag} {folder} lies in the images' folder {images}: give another one"
                     )
-        for name in (*PER_RUN, LEDGER, LOCK):
-            if (self.folder / name).is_dir():
-                raise InputError(
-                    f"{self.folder / name} is a folder in the way of a file: give another --output_dir"
-                )
-        if (self.folder / EARLIER).is_file():
-            raise InputError(
-                f"{self.folder / EARLIER} is a file in the way of a folder: give another --output_dir"
-            )
         longest = max(len(json.dumps(image.name)) for image in gallery)
         needed = sum(len(json.dumps(image.name)) + 10 * (longest + 2) + 4 for image in queries)
         needed += sum(len(json.dumps(image.name)) + 3 for image in [*queries, *gallery])
