@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from get_images import is_image
 from retrieval.errors import InputError, RunError
@@ -90,7 +90,7 @@ def _write(source: Path, members: list[Member], read, folder: Path) -> None:  # 
         if path.exists():
             raise InputError(f"{source} holds {member.name} twice: unpack it yourself, and give the folder")
         with read(member.content) as packed, open(path, "wb") as file:
-            _copy(source, member, packed, file)
+            shutil.copyfileobj(packed, file)  # zipfile and tarfile read no more than the size they say
 
 
 def _refuse_unless_plain(source: Path, member: Member) -> None:
@@ -103,13 +103,3 @@ def _refuse_unless_plain(source: Path, member: Member) -> None:
         raise InputError(
             f"{source} holds {member.name!r}, which is a link and no file: unpack it, and give the folder"
         )
-
-
-def _copy(source: Path, member: Member, packed: IO[bytes], file: IO[bytes]) -> None:
-    """Copy the bytes of a member, but no more than the archive says it has."""
-    left = member.size
-    while chunk := packed.read(min(2**20, left + 1)):
-        left -= len(chunk)
-        if left < 0:
-            raise InputError(f"{source} holds more of {member.name!r} than it says: do not trust it")
-        file.write(chunk)

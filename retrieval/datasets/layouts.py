@@ -223,7 +223,7 @@ def _lay_out(
     plan = {"source": source.name, **notes, "counts": counts, "left_out": left_out,
             "files": {name: image.name for name, image in kept.items()}}  # fmt: skip
     files: Files = {name: partial(_link, image.path) for name, image in kept.items()}
-    files[PLAN] = partial(_save, as_json(plan, indent=1))
+    files[PLAN] = lambda path: path.write_bytes(as_json(plan, indent=1))
     _write_whole(out, files)
     log.info("laid out %s in %s; %s says what went where",
              ", ".join(f"{count} {side}" for side, count in counts.items()), out, PLAN)  # fmt: skip
@@ -263,7 +263,3 @@ def _link(file: Path, path: Path) -> None:
         os.link(os.path.realpath(file), path)
     except OSError:
         shutil.copyfile(file, path)
-
-
-def _save(data: bytes, path: Path) -> None:
-    path.write_bytes(data)

@@ -97,7 +97,7 @@ def test_a_zip_that_says_less_than_it_holds_is_refused(tmp_path, png):
     for signature, offset in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):  # the size, in both headers
         struct.pack_into("<I", content, content.index(signature) + offset, 10)
     archive.write_bytes(content)
-    refused(archive, tmp_path, "cannot be unpacked|holds more of")
+    refused(archive, tmp_path, "cannot be unpacked .*Bad CRC-32")
 
 
 def test_an_archive_that_the_disk_cannot_hold_is_refused(tmp_path, png, monkeypatch):
