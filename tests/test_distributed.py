@@ -130,13 +130,6 @@ def test_a_process_that_dies_ends_all_with_a_sentence_and_the_next_run_goes_on(i
     assert len(embedded(tmp_path)) - 30 <= 4  # only batches that were on their way when the process died
 
 
-def test_approximate_search_in_shares_reports_the_recall_of_the_whole(images, tmp_path):
-    pytest.importorskip("faiss")
-    ended = together(2, images, tmp_path, "--no_report", "--search", "flat")
-    assert ended.returncode == 0, ended.stderr
-    assert json.loads((tmp_path / "results" / "metrics.json").read_text())["search_recall"] == 1.0
-
-
 def test_wrong_input_is_a_sentence_of_each_process(images, tmp_path):
     ended = together(2, images, tmp_path, "--batch_size", "0")
     assert "\nerror: --batch_size is '0'" in "\n" + ended.stderr

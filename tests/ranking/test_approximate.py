@@ -6,14 +6,14 @@ from importlib.machinery import PathFinder
 
 import numpy as np
 import pytest
-from conftest import run
+from conftest import run_here
 from test_exact import embeddings, unit
 
 from retrieval.errors import InputError
-from retrieval.ranking import approximate
+from retrieval.ranking import approximate, shards
 from retrieval.ranking.approximate import cells_for, check_search, rank_by
 from retrieval.ranking.exact import rank
-from retrieval.records import Embeddings
+from retrieval.records import Embeddings, ShardedEmbeddings
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +131,24 @@ def test_the_gallery_may_be_a_mapped_file(clustered, tmp_path):
     assert same(rank_by("flat", queries, Embeddings(gallery.names, mapped))[0], rank(queries, gallery))
 
 
+def test_the_recall_of_shards_is_their_mean_and_the_seconds_are_the_slowest(clustered, monkeypatch):
+    queries, gallery = clustered
+    parts = [
+        Embeddings(gallery.names[rows], gallery.vectors[rows]) for rows in (slice(1000), slice(1000, None))
+    ]
+    results = [rank_by("flat", queries, part) for part in parts]
+    values = []
+    for (ranking, _), start, figure in zip(results, (0, 1000), (1, 0.5), strict=True):
+        metrics = {"search_recall": figure, "index_seconds": figure, "search_seconds": 0}
+        values.append((ranking.cosines, ranking.rows + start, metrics))
+    monkeypatch.setattr(shards, "gather", lambda _: values)
+    merged, metrics = shards.merge_shards(
+        *results[0], ShardedEmbeddings(gallery.names, parts[0], 0, [], None), 10
+    )
+    assert same(merged, rank(queries, gallery))
+    assert (metrics["search_recall"], metrics["index_seconds"]) == (0.75, 1)
+
+
 # ---- where FAISS is missing
 
 
@@ -154,7 +172,7 @@ def test_a_folder_of_that_name_is_not_the_package(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.usefixtures("exported")
 def test_a_run_says_what_its_search_found_and_keeps_it(few, tmp_path):
-    ended = run("model_not_tuned.py", "--query_dir", few / "query", "--gallery_dir", few / "gallery",
+    ended = run_here("model_not_tuned.py", "--query_dir", few / "query", "--gallery_dir", few / "gallery",
                 "--search", "hnsw", "--no_report", cwd=tmp_path)  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     assert "--search hnsw finds " in ended.stdout
