@@ -56,13 +56,6 @@ class Vectors(NamedTuple):
     sample: Sample | None  # on rank 0, for the report's map
 
 
-class Ranked(NamedTuple):
-    """The ranking, and what the search reports of itself."""
-
-    ranking: Ranking
-    search: dict[str, float]  # empty if it is exact
-
-
 def find(run: Run) -> Images:
     """Find the images of both folders. Raises InputError if the folders or a setting cannot be used."""
     settings = run.settings
@@ -114,23 +107,32 @@ def _sample(queries: Embeddings, gallery: ShardedEmbeddings) -> Sample | None:
     return shards and Sample(rows, np.concatenate([queries.vectors[of_queries], *shards]))
 
 
-def rank_both(run: Run, vectors: Vectors, backbone: LazyBackbone) -> Ranked | None:
-    """Rank the gallery for each query, on the backbone's device; None on other ranks than 0."""
+def rank_both(run: Run, vectors: Vectors, backbone: LazyBackbone) -> tuple[Ranking, dict[str, float]] | None:
+    """Rank the gallery for each query, on the backbone's device; return the ranking and the search's metrics.
+
+    Other ranks than 0 get None.
+    """
     k = max(run.settings.top_k, NAMES_PER_QUERY)
     queries, gallery, _ = vectors
     own = rank_by(run.settings.search, queries, gallery.own, k, backbone.device)
     merged = merge_shards(*own, gallery, k)
     run.done("rank", f"ranked {len(gallery.names)} gallery images for each of {len(queries.names)} queries")
-    return merged and Ranked(*merged)
+    return merged
 
 
 @rank_zero_only
-def save(run: Run, images: Images, vectors: Vectors, ranked: Ranked, backbone: LazyBackbone) -> Results:
-    """Write submission.json and everything that can be known before it is sent; return what was found."""
-    ranking, (queries, gallery, sample) = ranked.ranking, vectors
+def save(
+    run: Run,
+    images: Images,
+    vectors: Vectors,
+    ranked: tuple[Ranking, dict[str, float]],
+    backbone: LazyBackbone,
+) -> Results:
+    """Write submission.json and everything that can be known before it is sent; return the results."""
+    (ranking, search), (queries, gallery, sample) = ranked, vectors
     metrics = {"backbone": backbone.model_name, "tuned": backbone.trained is not None}
     metrics |= {"names": run.write_names(queries.names, gallery.names)}
-    metrics |= measure(ranking, queries, gallery, run.settings.top_k) | ranked.search
+    metrics |= measure(ranking, queries, gallery, run.settings.top_k) | search
     path = write_submission(ranking, run.settings.group_name, run.folder)
     run.write_metrics(metrics)
     run.write_without_face(queries, gallery)
