@@ -137,11 +137,6 @@ def all_agree(yes: bool) -> bool:
     return all(all_gather(yes))
 
 
-def wait_for_all() -> None:
-    """Wait until every process has come here. Raises as all_gather."""
-    all_gather(None)
-
-
 @contextmanager
 def explain_lost_process() -> Iterator[None]:
     """Turn the error of a collective, whose other process has ended, into a RunError."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from retrieval.backbones.backbone import Backbone
-from retrieval.distributed import from_rank_0, rank, rank_zero_only, wait_for_all
+from retrieval.distributed import all_gather, from_rank_0, rank, rank_zero_only
 from retrieval.errors import InputError, RunError
 from retrieval.run import set_aside
 from retrieval.settings import Form
@@ -83,7 +83,7 @@ def begin(
     `with training.tracking` ends it.
     """
     started = time.perf_counter() if started is None else started
-    wait_for_all()  # no process writes into the folder before all have looked into it
+    all_gather(None)  # no process writes into the folder before all have looked into it
     variant, (untuned, tuned, folded) = VARIANTS[settings.loss], start
     if not saved:
         check_disk_space(settings.save_dir, tuned.network)
