@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,8 +68,6 @@ def embedded(cwd):
 @pytest.fixture(scope="module")
 def images(few, tmp_path_factory):
     """The digits 0 to 3, two of which are unreadable, one of them a query."""
-    import shutil
-
     folder = shutil.copytree(few, tmp_path_factory.mktemp("images") / "few")
     for part in ("query", "gallery"):
         sorted((folder / part / "2").iterdir())[0].write_bytes(b"broken")
@@ -76,9 +75,10 @@ def images(few, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(images, tmp_path_factory):
+def alone(images, exported_once, tmp_path_factory):
     """The output folders of one process, by engine."""
     out = tmp_path_factory.mktemp("alone")
+    shutil.copytree(exported_once, out / "cache")
     for engine in ("onnx", "torch"):
         ended = run("model_not_tuned.py", *flags_of(images), "--engine", engine, "--output_dir", engine,
                     "--no_cache", "--cache_dir", out / "cache", cwd=out)  # fmt: skip
@@ -92,6 +92,7 @@ def without_times(folder):
     return {name: value for name, value in metrics.items() if "seconds" not in name}
 
 
+@pytest.mark.usefixtures("exported")
 @pytest.mark.parametrize(("count", "engine"), [(2, "torch"), (3, "onnx")])
 def test_the_results_are_byte_for_byte_those_of_one_process(images, alone, tmp_path, count, engine):
     ended = together(count, images, tmp_path, "--engine", engine, "--no_cache")
@@ -111,7 +112,10 @@ def test_the_results_are_byte_for_byte_those_of_one_process(images, alone, tmp_p
     assert seconds["cores"] == max(1, machine.cores() // count)
 
 
-def test_a_process_that_dies_ends_all_with_a_sentence_and_the_next_run_goes_on(images, alone, tmp_path):
+def test_a_process_that_dies_ends_all_with_a_sentence_and_the_next_run_goes_on(
+    images, alone, exported_once, tmp_path
+):
+    shutil.copytree(exported_once, tmp_path / "cache")
     (tmp_path / "kill").touch()
     flags = ("--engine", "onnx", "--cache_dir", tmp_path / "cache")
     ended = together(2, images, tmp_path, *flags)
