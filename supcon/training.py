@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -36,11 +36,10 @@ from retrieval.distributed import all_agree, from_rank_0, rank, rank_zero_only
 from retrieval.errors import RunError
 from retrieval.metrics import compare
 from retrieval.report.charts import draw_curves
-from supcon.batches import by_class, shuffled
 from supcon.checkpoints import BEST, BEST_EPOCH, CURVE, write_history
 from supcon.layers import share_of_rate
 from supcon.state import TrainingState, save
-from supcon.steps import PlannedStep, planned_steps, step
+from supcon.steps import planned_steps, step
 from supcon.validation import COLLAPSED, Candidate, best_of, candidates, is_better, mixed, validate
 
 SAVE_EVERY = 300  # seconds
@@ -81,13 +80,13 @@ def fit(training: TrainingState) -> None:
 
 def _one_epoch(training: TrainingState, clock: _Clock, interrupts: list[bool]) -> None:
     """Take the remaining steps of an epoch, as far as the minutes last."""
-    progress, batches = training.progress, _batches(training)
-    size = len(batches[0])
-    with closing(planned_steps(training, batches)) as coming, progress_bar(
-        len(batches) * size, f"epoch {progress.epoch + 1}", initial=progress.step * size, leave=False
-    ) as bar:  # fmt: skip
-        while progress.step < len(batches) and not clock.over():
-            _one_step(training, coming, len(batches), clock)
+    progress, plan = training.progress, planned_steps(training)
+    size = len(plan[0][0])
+    with progress_bar(
+        len(plan) * size, f"epoch {progress.epoch + 1}", initial=progress.step * size, leave=False
+    ) as bar:
+        while progress.step < len(plan) and not clock.over():
+            _one_step(training, plan, clock)
             bar.update(size)
             bar.set_postfix(loss=f"{_mean(progress.losses[-20:]):.3f}", refresh=False)
             leaving = not all_agree(not interrupts)
@@ -142,18 +141,9 @@ class _Clock:
         return True
 
 
-def _batches(training: TrainingState) -> list[np.ndarray]:
-    """Return the rows of this epoch's batches: they follow from the seed and the epoch."""
-    random = np.random.default_rng((training.settings.seed, training.progress.epoch))
-    images, size = training.images, training.settings.batch_size
-    if training.variant.by_class:
-        return by_class(images.labels, size, training.choices["images_per_class"], random)
-    return shuffled(len(images.names), size, random)
-
-
-def _one_step(training: TrainingState, coming: Iterator[PlannedStep], steps: int, clock: _Clock) -> None:
-    """Take the next of the epoch's `steps` at its learning rate. Raises RunError if it changes no weight."""
-    progress, settings = training.progress, training.settings
+def _one_step(training: TrainingState, plan: list[tuple[np.ndarray, int]], clock: _Clock) -> None:
+    """Take the next step of the plan at its learning rate. Raises RunError if it changes no weight."""
+    progress, settings, steps = training.progress, training.settings, len(plan)
     started = time.perf_counter()
     done = progress.epoch * steps + progress.step
     share = (done + 0.5) / (settings.epochs * steps)  # the middle of the step: the rate is never 0
@@ -161,7 +151,7 @@ def _one_step(training: TrainingState, coming: Iterator[PlannedStep], steps: int
     for group in training.optimizer.param_groups:
         group["lr"] = group["rate"] * rate
     before = [p.detach().clone() for p in _trained_weights(training)] if done < FIRST_STEPS else None
-    loss = step(training, *next(coming))
+    loss = step(training, *plan[progress.step])
     progress.losses.append(loss if math.isfinite(loss) else math.nan)
     progress.step += 1
     training.tracking.log({"train/loss": loss, "train/learning_rate": settings.lr * rate}, done + 1)

@@ -31,7 +31,6 @@ import torch
 
 sys.path[:0] = {paths!r}
 from conftest import begun, settings_of
-from supcon import training
 from retrieval import distributed
 from supcon import steps
 
@@ -52,7 +51,7 @@ def features(run, pixels):
 
 
 steps._features = features
-batches = training._batches(run)
+batches = [rows for rows, _ in steps.planned_steps(run)]
 for group in run.optimizer.param_groups:
     group["eps"] = 1e-3  # else AdamW divides a gradient of next to nothing, the last digits' noise, by itself
 parts = {{"network": run.tuned.network, "head": run.head}}

@@ -6,7 +6,6 @@ import os
 import platform
 import re
 import signal
-import threading
 import time
 
 import pytest
@@ -83,25 +82,6 @@ def test_going_on_after_any_step_gives_bitwise_the_weights_of_the_undisturbed_ru
     for undisturbed, gone_on in zip(*lines, strict=True):
         assert undisturbed["loss"] == gone_on["loss"]
         assert undisturbed["score"] == gone_on["score"]
-
-
-def test_views_made_ahead_change_nothing_and_leave_no_thread(tiny, tmp_path, monkeypatch):
-    plain, ahead = (settings_of(tiny, tmp_path / word, loss="supcon") for word in ("plain", "ahead"))
-    training.fit(begun(plain))
-    monkeypatch.setattr(steps, "PREFETCHING", ("cpu",))
-    run, real = begun(ahead), steps.step
-
-    def step(*arguments):
-        os.kill(os.getpid(), signal.SIGINT)
-        return real(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "step", step)
-        with pytest.raises(KeyboardInterrupt):
-            training.fit(run)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("views")]
-    training.fit(begun(ahead.model_copy(update={"resume": True})))
-    assert_same(weights_of(plain), weights_of(ahead))
 
 
 def test_the_checkpoint_embeds_as_it_was_validated(tiny, tmp_path, caplog):
