@@ -15,8 +15,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
 
 from retrieval.backbones.backbone import package_versions
 from retrieval.backbones.fine_tuned import (
@@ -43,7 +41,6 @@ from supcon.steps import planned_steps, step
 from supcon.validation import COLLAPSED, Candidate, best_of, candidates, is_better, mixed, validate
 
 SAVE_EVERY = 300  # seconds
-FIRST_STEPS = 3
 TRACKED = ("top_1", "top_3", "score", "mean_cosine")  # metrics that a tracker gets
 SCORE_TOLERANCE = 5.0  # points: a GPU need not give the same bits twice
 
@@ -53,7 +50,9 @@ log = logging.getLogger("retrieval.training")
 def fit(training: TrainingState) -> None:
     """Train until the epochs or the minutes are over, validate after each epoch, and keep the best one.
 
-    Raises KeyboardInterrupt after Ctrl-C, when everything is saved; RunError if the network cannot learn.
+    Raises KeyboardInterrupt after Ctrl-C, when everything is saved; RunError as step, or if the minutes are
+    over before the first step.
+    over before the first step.
     """
     progress, settings = training.progress, training.settings
     if progress.untuned is None:
@@ -142,7 +141,7 @@ class _Clock:
 
 
 def _one_step(training: TrainingState, plan: list[tuple[np.ndarray, int]], clock: _Clock) -> None:
-    """Take the next step of the plan at its learning rate. Raises RunError if it changes no weight."""
+    """Take the next step of the plan at its learning rate."""
     progress, settings, steps = training.progress, training.settings, len(plan)
     started = time.perf_counter()
     done = progress.epoch * steps + progress.step
@@ -150,18 +149,11 @@ def _one_step(training: TrainingState, plan: list[tuple[np.ndarray, int]], clock
     rate = share_of_rate(max(share, clock.share()), settings.warmup)
     for group in training.optimizer.param_groups:
         group["lr"] = group["rate"] * rate
-    before = [p.detach().clone() for p in _trained_weights(training)] if done < FIRST_STEPS else None
     loss = step(training, *plan[progress.step])
     progress.losses.append(loss if math.isfinite(loss) else math.nan)
     progress.step += 1
     training.tracking.log({"train/loss": loss, "train/learning_rate": settings.lr * rate}, done + 1)
     progress.spent += time.perf_counter() - started
-    if before and not training.bad_steps and all(map(torch.equal, before, _trained_weights(training))):
-        raise RunError("a step has changed no weight of the network: its output does not depend on them")
-
-
-def _trained_weights(training: TrainingState) -> list[nn.Parameter]:
-    return [p for p in training.tuned.network.parameters() if p.requires_grad]
 
 
 @rank_zero_only
