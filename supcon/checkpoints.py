@@ -42,7 +42,6 @@ class Progress:
 
     epoch: int = 0  # completed
     step: int = 0  # completed in this epoch
-    seconds: float = 0.0
     highest: dict[str, Any] | None = None  # the score and the points of each query of the best epoch
     kept: float = -1.0  # the score of the chosen embedding
     chosen: int = 0  # the number of epochs after which the embedding was chosen

@@ -179,6 +179,7 @@ def _restore(training: TrainingState, saved: dict[str, Any]) -> None:
     for name, part in training.parts().items():
         if saved[name]:  # a scaler has no state on another device
             part.load_state_dict(saved[name])
+    saved["progress"].pop("seconds", None)  # files of earlier versions have it
     training.progress = Progress(**saved["progress"])
 
 

@@ -61,18 +61,17 @@ def fit(training: TrainingState) -> None:
         log.info("going on in epoch %d after %d steps", progress.epoch + 1, progress.step)
     clock = _Clock(training)
     with _stopping_between_steps() as interrupts:
-        while progress.epoch < settings.epochs and not clock.over():
+        while progress.epoch < settings.epochs and clock.passed() < 1:
             _one_epoch(training, clock, interrupts)
             _end_epoch(training, clock)
             progress.epoch, progress.step, progress.losses, progress.spent = progress.epoch + 1, 0, [], 0.0
-            clock.tick()
             save(training)
             if not all_agree(not interrupts):
                 _stop(training)
     if rank() == 0 and not progress.history:
         raise RunError(
             f"--minutes {settings.minutes:g} are over before the first step: reading the images and looking "
-            f"at the untuned network took {progress.seconds / 60:.1f}, and the end takes "
+            f"at the untuned network took {(clock.start - training.started) / 60:.1f}, and the end takes "
             f"{clock.reserve / 60:.1f} more"
         )
 
@@ -80,73 +79,55 @@ def fit(training: TrainingState) -> None:
 def _one_epoch(training: TrainingState, clock: _Clock, interrupts: list[bool]) -> None:
     """Take the remaining steps of an epoch, as far as the minutes last."""
     progress, plan = training.progress, planned_steps(training)
-    size = len(plan[0][0])
+    size, saved = len(plan[0][0]), time.perf_counter()
     with progress_bar(
         len(plan) * size, f"epoch {progress.epoch + 1}", initial=progress.step * size, leave=False
     ) as bar:
-        while progress.step < len(plan) and not clock.over():
-            _one_step(training, plan, clock)
+        while progress.step < len(plan) and (passed := clock.passed()) < 1:
+            _one_step(training, plan, passed)
             bar.update(size)
             bar.set_postfix(loss=f"{_mean(progress.losses[-20:]):.3f}", refresh=False)
-            leaving = not all_agree(not interrupts)
-            if leaving or clock.time_to_save():
-                save(training)
-            if leaving:
+            if not all_agree(not interrupts):
                 _stop(training)
+            if time.perf_counter() - saved > SAVE_EVERY:
+                save(training)
+                saved = time.perf_counter()
 
 
 class _Clock:
-    """The time that a training has taken and may still take, by rank 0's clock."""
+    """The time for the steps of this training, which --minutes limits."""
 
     def __init__(self, training: TrainingState) -> None:
-        self.training, self.before, self.saved = training, training.progress.seconds, time.perf_counter()
         # For the last validation and the choice of the embedding: eight times the first validation.
         untuned = training.progress.untuned  # only rank 0 has validated
         self.reserve = 8 * untuned["seconds"] if untuned else 0.0
-        minutes = training.settings.minutes
-        self.budget = self.before + 60 * minutes - self.reserve if minutes else math.inf
-        self.tick()
-        self.start = training.progress.seconds
+        self.start = time.perf_counter()
+        self.end = training.started + 60 * (training.settings.minutes or math.inf) - self.reserve
 
-    def tick(self) -> float:
-        """Update and return the seconds so far, including those before --resume."""
-        self.training.progress.seconds = self.before + time.perf_counter() - self.training.started
-        return self.training.progress.seconds
-
-    def over(self) -> bool:
-        """Return whether the minutes are over."""
-        return from_rank_0(self.tick() >= self.budget)
-
-    def share(self) -> float:
-        """Return the share of the time for steps that has passed; 0 without --minutes."""
-        passed, whole = self.tick() - self.start, self.budget - self.start
-        return from_rank_0(passed / whole) if whole < math.inf else 0.0
-
-    def left(self) -> str:
-        """Return, in words, about how long the remaining epochs and the choice of the embedding will take."""
-        progress, settings = self.training.progress, self.training.settings
-        epochs = settings.epochs - progress.epoch - 1
-        steps = epochs * (progress.spent + progress.untuned["seconds"])
-        seconds = max(0.0, min(steps, self.budget - self.tick())) + self.reserve
-        if not epochs:
-            return ""
-        return f" · about {seconds:.0f} s left" if seconds < 90 else f" · about {seconds / 60:.0f} min left"
-
-    def time_to_save(self) -> bool:
-        """Return whether the last call that returned True was SAVE_EVERY seconds ago."""
-        if time.perf_counter() - self.saved < SAVE_EVERY:
-            return False
-        self.saved = time.perf_counter()
-        return True
+    def passed(self) -> float:
+        """Return the share of the time that has passed, by rank 0's clock; inf when it is over."""
+        now = time.perf_counter()
+        return from_rank_0((now - self.start) / (self.end - self.start) if now < self.end else math.inf)
 
 
-def _one_step(training: TrainingState, plan: list[tuple[np.ndarray, int]], clock: _Clock) -> None:
-    """Take the next step of the plan at its learning rate."""
+def _time_left(training: TrainingState, clock: _Clock) -> str:
+    """Return, in words, about how long the remaining epochs and the choice of the embedding will take."""
+    progress = training.progress
+    epochs = training.settings.epochs - progress.epoch - 1
+    if not epochs:
+        return ""
+    steps = epochs * (progress.spent + progress.untuned["seconds"])
+    seconds = max(0.0, min(steps, clock.end - time.perf_counter())) + clock.reserve
+    return f" · about {seconds:.0f} s left" if seconds < 90 else f" · about {seconds / 60:.0f} min left"
+
+
+def _one_step(training: TrainingState, plan: list[tuple[np.ndarray, int]], passed: float) -> None:
+    """Take the next step of the plan at its learning rate, which has come down when the minutes are over."""
     progress, settings, steps = training.progress, training.settings, len(plan)
     started = time.perf_counter()
     done = progress.epoch * steps + progress.step
     share = (done + 0.5) / (settings.epochs * steps)  # the middle of the step: the rate is never 0
-    rate = share_of_rate(max(share, clock.share()), settings.warmup)
+    rate = share_of_rate(max(share, passed), settings.warmup)
     for group in training.optimizer.param_groups:
         group["lr"] = group["rate"] * rate
     loss = step(training, *plan[progress.step])
@@ -209,7 +190,7 @@ def _end_epoch(training: TrainingState, clock: _Clock) -> None:
     word = "" if not kept else " · kept: not told apart from the best" if lower else " · kept"
     log.info("epoch %d of %d: loss %.3f · %s · %.0f images/s%s%s", line["epoch"], training.settings.epochs,
              loss, in_words(metrics), images / max(progress.spent, 1e-9),
-             clock.left(), word)  # fmt: skip
+             _time_left(training, clock), word)  # fmt: skip
     if metrics["mean_cosine"] > COLLAPSED:
         log.warning("the embeddings have collapsed: two images have a cosine of %.3f in the mean; give a "
                     "smaller --lr", metrics["mean_cosine"])  # fmt: skip
@@ -256,7 +237,8 @@ def _stopping_between_steps() -> Iterator[list[bool]]:
 
 
 def _stop(training: TrainingState) -> None:
-    """Log how to resume, and raise KeyboardInterrupt."""
+    """Save, log how to resume, and raise KeyboardInterrupt."""
+    save(training)
     log.warning("stopped in epoch %d after %d steps, and saved: the same command with --resume goes on",
                 training.progress.epoch + 1, training.progress.step)  # fmt: skip
     raise KeyboardInterrupt
