@@ -25,7 +25,6 @@ from supcon.validation import Validation, load_validation
 from supcon.variants import VARIANTS, Choices, Variant
 
 FEATURE_LENGTH = 16.0  # of the features that a head sees, about: EfficientNet-Lite0's own
-FUSED = ("cpu", "cuda")  # devices on which one kernel updates all weights: half of the time on a CPU
 CROP_ROOM = 1.25  # the side of an image in memory / the side of a view: so a crop is not blurred
 
 
@@ -134,7 +133,7 @@ def _optimisation(
     stage_count = len(stages(tuned.network))
     trained = freeze(tuned.network, settings.freeze, settings.model)
     groups = parameter_groups(trained, head, stage_count, settings)
-    optimizer = torch.optim.AdamW(groups, fused=tuned.device in FUSED)
+    optimizer = torch.optim.AdamW(groups, fused=True)  # half of the time on a CPU
     half = tuned.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     scaler = torch.amp.GradScaler(tuned.device, enabled=half)
     average = None
@@ -174,8 +173,6 @@ def _feature_scale(validation: Validation, untuned: Backbone) -> float:
 
 
 def _restore(training: TrainingState, saved: dict[str, Any]) -> None:
-    for group in saved["optimizer"]["param_groups"]:
-        group["fused"] = training.optimizer.defaults["fused"]  # it may have been saved on another device
     for name, part in training.parts().items():
         if saved[name]:  # a scaler has no state on another device
             part.load_state_dict(saved[name])
