@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from retrieval.backbones.backbone import Backbone
-from retrieval.distributed import from_rank_0, rank, rank_zero_only, wait_for_all
+from retrieval.distributed import from_rank_0, rank, rank_zero_only, wait_for_all, world_size
 from retrieval.errors import InputError, RunError
 from retrieval.run import set_aside
 from retrieval.settings import Form
@@ -48,7 +48,7 @@ class TrainingState:
     scale: float  # of the features that the head sees
     started: float
     progress: Progress = field(default_factory=Progress)
-    micro_batch: int = 0
+    micro_batch: int = 0  # views that go through the network at once
     bad_steps: int = 0
     tracking: Tracking = field(default_factory=Tracking)
 
@@ -56,6 +56,11 @@ class TrainingState:
     def current(self) -> Backbone:
         """The tuned network as it would be kept now: with --ema, the average of its weights."""
         return replace(self.tuned, network=self.average.module) if self.average else self.tuned
+
+    @property
+    def batch_size(self) -> int:
+        """The images of a step, in all processes together."""
+        return min(self.settings.batch_size, len(self.images.names))
 
     @property
     def device(self) -> str:
@@ -96,7 +101,8 @@ def begin(
     optimizer, scaler, average = _optimisation(settings, tuned, head)
     training = TrainingState(settings, choices, variant, digest_of_names(split), images, validation, untuned,
                              folded, tuned, head, optimizer, scaler, average, scale, started)  # fmt: skip
-    training.micro_batch = settings.micro_batch or settings.batch_size * variant.views
+    of_process = -(-training.batch_size // world_size()) * variant.views
+    training.micro_batch = min(settings.micro_batch or of_process, of_process)
     if saved:
         _restore(training, saved)
     elif rank() == 0:

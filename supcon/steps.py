@@ -18,7 +18,6 @@ from supcon.joint_batch import (
     NoRoomError,
     agree_on_memory,
     gather_features,
-    largest_shard,
     own_rows,
     sum_gradients,
 )
@@ -51,13 +50,12 @@ def step(training: TrainingState, rows: np.ndarray, seed: int) -> float:
                     f"the weights and their gradients do not fit into the memory of {training.device}: "
                     "start fewer processes on it, or give --freeze all_but_last"
                 ) from None
-        tried = min(training.micro_batch, largest_shard(len(rows)) * training.variant.views)
-        if tried == 1:
+        if training.micro_batch == 1:
             raise RunError(
                 f"not one image fits into the memory of {training.device}: give a smaller --image_size, "
                 "--freeze all_but_last, or --device cpu"
             )
-        training.micro_batch = tried // 2
+        training.micro_batch //= 2
         log.warning("the batch does not fit into the memory of %s: %d views at once, with the same gradients",
                     training.device, training.micro_batch)  # fmt: skip
         torch.accelerator.empty_cache()
@@ -107,16 +105,11 @@ def _gradients(training: TrainingState, pixels: Tensor, labels: Tensor) -> Tenso
     as no image's features depend on another image. Several processes do the same, each with its shard
     (supcon/joint_batch.py).
     """
-    parts = pixels.split(training.micro_batch)
-    if len(parts) == 1 and not several():
-        loss = training.head(_features(training, pixels), labels)
-        training.scaler.scale(loss).backward()
-        return loss.detach()
-    views = training.variant.views
+    parts, views = pixels.split(training.micro_batch), training.variant.views
     whole = len(parts) == 1  # then the graph is kept
     with agree_on_memory(), torch.set_grad_enabled(whole):
         own = torch.cat([_features(training, part) for part in parts])
-    features = gather_features(own, views) if several() else own.detach()
+    features = gather_features(own, views)
     with agree_on_memory():
         loss = training.head(features.requires_grad_(), labels)
         training.scaler.scale(loss).backward()
@@ -126,8 +119,7 @@ def _gradients(training: TrainingState, pixels: Tensor, labels: Tensor) -> Tenso
         else:
             for part, of_part in zip(parts, gradient.split(training.micro_batch), strict=True):
                 _features(training, part).backward(of_part)
-    if several():
-        sum_gradients(*(_gradients_of(part) for part in (training.tuned.network, training.head)))
+    sum_gradients(*(_gradients_of(part) for part in (training.tuned.network, training.head)))
     return loss.detach()
 
 

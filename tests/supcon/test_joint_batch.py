@@ -133,7 +133,6 @@ def test_shares_are_as_large_as_each_other_but_for_one(monkeypatch):
         monkeypatch.setenv("RANK", str(number))
         shares.append(distributed.shard(8))
     assert shares == [slice(0, 3), slice(3, 6), slice(6, 8)]
-    assert joint_batch.largest_shard(8) == 3
     assert torch.equal(
         joint_batch.own_rows(torch.arange(16).view(16, 1), 2).flatten(), torch.tensor([6, 7, 14, 15])
     )
