@@ -108,8 +108,13 @@ def begin(
     elif rank() == 0:
         set_aside(settings.save_dir, FILES)  # only now that this training can begin
     _check_same_weights(training)
-    if tracking := _track(training, saved or {}):
-        training.tracking = tracking
+    training.tracking = start_tracking(
+        settings.tracker if rank() == 0 else "none",
+        settings.save_dir,
+        f"{settings.model} {settings.loss}",
+        settings.model_dump(mode="json") | choices,
+        saved and saved.get("tracked"),
+    )
     return training
 
 
@@ -184,15 +189,6 @@ def _restore(training: TrainingState, saved: dict[str, Any]) -> None:
             part.load_state_dict(saved[name])
     saved["progress"].pop("seconds", None)  # files of earlier versions have it
     training.progress = Progress(**saved["progress"])
-
-
-@rank_zero_only
-def _track(training: TrainingState, saved: dict[str, Any]) -> Tracking:
-    """Start the tracker, or continue its run at the step at which the training was saved."""
-    settings = training.settings
-    config = settings.model_dump(mode="json") | training.choices
-    name = f"{settings.model} {settings.loss}"
-    return start_tracking(settings.tracker, settings.save_dir, name, config, saved.get("tracked"))
 
 
 @rank_zero_only
