@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import zlib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +16,7 @@ from retrieval.errors import InputError, RunError
 from retrieval.run import set_aside
 from retrieval.settings import Form
 from retrieval.tracking import Tracking, start_tracking
-from supcon.batches import LoadedImages, Split, check_shares, load_images
+from supcon.batches import LoadedImages, Split, load_images
 from supcon.checkpoints import FILES, Progress, check_disk_space, digest_of_names, write_last
 from supcon.layers import freeze, parameter_groups, stages
 from supcon.start import Start
@@ -105,9 +104,9 @@ def begin(
     training.micro_batch = min(settings.micro_batch or of_process, of_process)
     if saved:
         _restore(training, saved)
-    elif rank() == 0:
+    _check_processes(training)
+    if rank() == 0 and not saved:
         set_aside(settings.save_dir, FILES)  # only now that this training can begin
-    _check_same_weights(training)
     training.tracking = start_tracking(
         settings.tracker if rank() == 0 else "none",
         settings.save_dir,
@@ -127,7 +126,6 @@ def _load_training_images(settings: Form, split: Split, tuned: Backbone, variant
             f"of {settings.train_dir}, {len(images.names)} images of {len(images.classes)} classes are "
             "left to learn from: give more that can be read, or a smaller --val_share"
         )
-    _check_same_images(settings, images)
     return images
 
 
@@ -154,25 +152,26 @@ def _optimisation(
     return optimizer, scaler, average
 
 
-def _check_same_images(settings: Form, images: LoadedImages) -> None:
-    """Raise InputError if a batch has no share for a process, RunError if one has read other images."""
-    check_shares(settings.batch_size, len(images.names))
-    digest = zlib.crc32("\n".join(images.names).encode("utf-8", "surrogateescape"))
-    if digest != from_rank_0(digest):
+def _check_processes(training: TrainingState) -> None:
+    """Raise InputError if a batch has no share for a process, RunError if one has other images or weights."""
+    settings, names = training.settings, training.images.names
+    if training.batch_size < world_size():
+        raise InputError(
+            f"a batch of {training.batch_size} images has no share for each of {world_size()} processes: "
+            "give a larger --batch_size, more images, or torchrun a smaller --nproc_per_node"
+        )
+    if names != from_rank_0(names):
         raise RunError(
             f"process {rank() + 1} could read other images of {settings.train_dir} than the first one: see "
             "which are left out, and let all processes read the same"
         )
-
-
-def _check_same_weights(training: TrainingState) -> None:
-    """Raise RunError if a process begins with other weights: the difference would stay to the end."""
+    # A difference between weights would stay to the end.
     weights = [tensor for part in (training.tuned.network, training.head) for tensor in part.parameters()]
     length = math.sqrt(sum(tensor.detach().double().square().sum().item() for tensor in weights))
     if not math.isclose(length, from_rank_0(length), rel_tol=1e-6):  # machines round differently
         raise RunError(
-            f"process {rank() + 1} has other weights of {training.settings.model} than the first one: let "
-            "all processes read the same file, and the same --save_dir where they go on"
+            f"process {rank() + 1} has other weights of {settings.model} than the first one: let all "
+            "processes read the same file, and the same --save_dir where they go on"
         )
 
 

@@ -67,7 +67,7 @@ def step(training: TrainingState, rows: np.ndarray, seed: int) -> float:
 def planned_steps(training: TrainingState) -> list[tuple[np.ndarray, int]]:
     """Return the rows and the seed of each step of this epoch: they follow from the settings' seed."""
     epoch, seed = training.progress.epoch, training.settings.seed
-    images, size = training.images, training.settings.batch_size
+    images, size = training.images, training.batch_size
     random = np.random.default_rng((seed, epoch))
     if training.variant.by_class:
         batches = by_class(images.labels, size, training.choices["images_per_class"], random)

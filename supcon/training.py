@@ -79,7 +79,7 @@ def fit(training: TrainingState) -> None:
 def _one_epoch(training: TrainingState, clock: _Clock, interrupts: list[bool]) -> None:
     """Take the remaining steps of an epoch, as far as the minutes last."""
     progress, plan = training.progress, planned_steps(training)
-    size, saved = len(plan[0][0]), time.perf_counter()
+    size, saved = training.batch_size, time.perf_counter()
     with progress_bar(
         len(plan) * size, f"epoch {progress.epoch + 1}", initial=progress.step * size, leave=False
     ) as bar:
@@ -144,7 +144,7 @@ def _validate_untuned(training: TrainingState) -> None:
     metrics = validate(training.validation, training.untuned)
     metrics["seconds"] = time.perf_counter() - started
     training.progress.untuned = metrics
-    views = min(training.settings.batch_size, len(training.images.names)) * training.variant.views
+    views = training.batch_size * training.variant.views
     log.info("untuned: %s", in_words(metrics))
     training.tracking.log({"validation": _tracked(metrics)}, 0)
     log.info(
@@ -181,7 +181,7 @@ def _end_epoch(training: TrainingState, clock: _Clock) -> None:
     progress, folder = training.progress, training.settings.save_dir
     metrics = validate(training.validation, training.current)
     loss = _mean(progress.losses)
-    images = len(progress.losses) * min(training.settings.batch_size, len(training.images.names))
+    images = len(progress.losses) * training.batch_size
     line = {"epoch": progress.epoch + 1, "loss": loss if math.isfinite(loss) else None,
             "skipped_steps": sum(map(math.isnan, progress.losses)), "images": images,
             "seconds": progress.spent} | without_points(metrics)  # fmt: skip

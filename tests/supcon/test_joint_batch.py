@@ -15,9 +15,7 @@ from conftest import ROOT, SMALL, assert_same, begun, run, settings_of, small_we
 
 import fine_tuning
 from retrieval import distributed
-from retrieval.errors import InputError
-from supcon import joint_batch, state, steps
-from supcon.batches import LoadedImages
+from supcon import joint_batch, steps
 from supcon.training import fit
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
@@ -136,14 +134,6 @@ def test_shares_are_as_large_as_each_other_but_for_one(monkeypatch):
     assert torch.equal(
         joint_batch.own_rows(torch.arange(16).view(16, 1), 2).flatten(), torch.tensor([6, 7, 14, 15])
     )
-
-
-def test_of_the_images_that_could_be_read_each_process_has_a_share(tiny, tmp_path, monkeypatch):
-    """Whoever has read fewer than there are processes knows it before the first step."""
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    two = LoadedImages(["0/a.png", "1/b.png"], torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
-    with pytest.raises(InputError, match="a batch of 2 images has no share for each of 3 processes"):
-        state._check_same_images(settings_of(tiny, tmp_path), two)
 
 
 # ---- the script
