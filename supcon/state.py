@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from retrieval.backbones.backbone import Backbone
+from retrieval.backbones.fine_tuned import write_checkpoint
 from retrieval.distributed import from_rank_0, rank, rank_zero_only, wait_for_all, world_size
 from retrieval.errors import InputError, RunError
 from retrieval.run import set_aside
 from retrieval.settings import Form
 from retrieval.tracking import Tracking, start_tracking
 from supcon.batches import LoadedImages, Split, load_images
-from supcon.checkpoints import FILES, Progress, check_disk_space, digest_of_names, write_last
+from supcon.checkpoints import FILES, LAST, check_disk_space, digest_of_names
 from supcon.layers import freeze, parameter_groups, stages
 from supcon.start import Start
 from supcon.validation import Validation, load_validation
@@ -25,6 +26,21 @@ from supcon.variants import VARIANTS, Choices, Variant
 
 FEATURE_LENGTH = 16.0  # of the features that a head sees, about: EfficientNet-Lite0's own
 CROP_ROOM = 1.25  # the side of an image in memory / the side of a view: so a crop is not blurred
+
+
+@dataclass
+class Progress:
+    """How far a training has come. last.pth holds these names."""
+
+    epoch: int = 0  # completed
+    step: int = 0  # completed in this epoch
+    highest: dict[str, Any] | None = None  # the score and the points of each query of the best epoch
+    kept: float = -1.0  # the score of the chosen embedding
+    chosen: int = 0  # the number of epochs after which the embedding was chosen
+    losses: list[float] = field(default_factory=list)  # of this epoch's steps; NaN: skipped
+    spent: float = 0.0  # seconds in this epoch's steps
+    untuned: dict[str, Any] | None = None  # the metrics before the first epoch
+    history: list[dict[str, Any]] = field(default_factory=list)  # the lines of history.jsonl
 
 
 @dataclass
@@ -93,8 +109,12 @@ def begin(
     if untuned.transform.detects_faces and settings.augmentation is None:
         choices = choices | {"augmentation": "gentle"}  # an aligned face is never seen turned or cut
     images = _load_training_images(settings, split, tuned, variant)
-    validation = _load_validation(settings, split, start, choices)
-    scale = from_rank_0(_feature_scale(validation, untuned) if validation else 0.0)
+    validation, scale = None, 0.0
+    if rank() == 0:
+        sizes = {untuned.transform.size, tuned.transform.size}
+        validation = load_validation(split, untuned, sizes, choices["augmentation"], settings.seed)
+        scale = _feature_scale(validation, untuned)
+    scale = from_rank_0(scale)
     torch.manual_seed(settings.seed)
     head = variant.head(untuned.dimension, len(images.classes), choices).to(tuned.device)
     optimizer, scaler, average = _optimisation(settings, tuned, head)
@@ -127,12 +147,6 @@ def _load_training_images(settings: Form, split: Split, tuned: Backbone, variant
             "left to learn from: give more that can be read, or a smaller --val_share"
         )
     return images
-
-
-@rank_zero_only
-def _load_validation(settings: Form, split: Split, start: Start, choices: Choices) -> Validation:
-    sizes = {start.untuned.transform.size, start.tuned.transform.size}
-    return load_validation(split, start.untuned, sizes, choices["augmentation"], settings.seed)
 
 
 def _optimisation(
@@ -194,7 +208,6 @@ def _restore(training: TrainingState, saved: dict[str, Any]) -> None:
 def save(training: TrainingState) -> None:
     """Write last.pth, from which --resume goes on."""
     state = {name: part.state_dict() for name, part in training.parts().items()}
-    settings = training.settings.model_dump(mode="json")
-    folder = training.settings.save_dir
-    write_last(folder, training.progress, settings=settings, images=training.files,
-               tracked=training.tracking.state, **state)  # fmt: skip
+    state |= {"settings": training.settings.model_dump(mode="json"), "images": training.files}
+    state |= {"tracked": training.tracking.state, "progress": asdict(training.progress)}
+    write_checkpoint(training.settings.save_dir / LAST, state)

@@ -32,9 +32,10 @@ from retrieval.backbones.weights import unpickle
 from retrieval.console import progress_bar
 from retrieval.distributed import all_agree, from_rank_0, rank, rank_zero_only
 from retrieval.errors import RunError
+from retrieval.files import as_json, write_whole
 from retrieval.metrics import compare
 from retrieval.report.charts import draw_curves
-from supcon.checkpoints import BEST, BEST_EPOCH, CURVE, write_history
+from supcon.checkpoints import BEST, BEST_EPOCH, CURVE, HISTORY
 from supcon.layers import share_of_rate
 from supcon.state import TrainingState, save
 from supcon.steps import planned_steps, step
@@ -198,7 +199,8 @@ def _end_epoch(training: TrainingState, clock: _Clock) -> None:
              "images_per_second": images / max(progress.spent, 1e-9)}  # fmt: skip
     training.tracking.log({"train": train, "validation": _tracked(metrics)})
     progress.history.append(line)
-    write_history(folder, progress)
+    # Anew, so that a resumed training leaves no line of a later epoch.
+    write_whole(folder / HISTORY, b"".join(as_json(line) + b"\n" for line in progress.history))
     if kept:
         both = {"untuned": without_points(progress.untuned), "tuned": without_points(metrics)}
         both["epoch"] = line["epoch"]
