@@ -17,6 +17,7 @@ from retrieval.errors import InputError, RunError
 from retrieval.run import set_aside
 from retrieval.settings import Form
 from retrieval.tracking import Tracking, start_tracking
+from supcon import heads
 from supcon.batches import LoadedImages, Split, load_images
 from supcon.checkpoints import FILES, LAST, check_disk_space, digest_of_names
 from supcon.layers import freeze, parameter_groups, stages
@@ -116,7 +117,7 @@ def begin(
         scale = _feature_scale(validation, untuned)
     scale = from_rank_0(scale)
     torch.manual_seed(settings.seed)
-    head = variant.head(untuned.dimension, len(images.classes), choices).to(tuned.device)
+    head = getattr(heads, variant.head)(untuned.dimension, len(images.classes), choices).to(tuned.device)
     optimizer, scaler, average = _optimisation(settings, tuned, head)
     training = TrainingState(settings, choices, variant, digest_of_names(split), images, validation, untuned,
                              folded, tuned, head, optimizer, scaler, average, scale, started)  # fmt: skip
