@@ -69,8 +69,8 @@ def planned_steps(training: TrainingState) -> list[tuple[np.ndarray, int]]:
     epoch, seed = training.progress.epoch, training.settings.seed
     images, size = training.images, training.batch_size
     random = np.random.default_rng((seed, epoch))
-    if training.variant.by_class:
-        batches = by_class(images.labels, size, training.choices["images_per_class"], random)
+    if each := training.choices.get("images_per_class"):
+        batches = by_class(images.labels, size, each, random)
     else:
         batches = shuffled(len(images.names), size, random)
     seeds = [np.random.SeedSequence((seed, epoch, step)) for step in range(len(batches))]

@@ -22,8 +22,7 @@ class Variant:
 
     head: str  # in supcon/heads.py: (the features' dimension, classes, choices) → the head
     views: int  # per image of a batch
-    by_class: bool  # batches of P classes × K images; else shuffled
-    choices: Choices  # the settings that apply to this variant, with its defaults
+    choices: Choices  # its settings, with defaults; with images_per_class K: batches of P classes × K images
     labels: bool = True  # False: each image is a class of its own
 
 
@@ -31,24 +30,19 @@ CLASSIFIER = {"label_smoothing": 0.1, "dropout": 0.2}
 CONTRASTIVE = {"temperature": 0.1, "memory": 0}
 
 VARIANTS = {
-    "ce": Variant("Classifier", 1, False, CLASSIFIER | {"augmentation": "plain"}),
-    "supcon": Variant(
-        "Projection", 2, True, CONTRASTIVE | {"images_per_class": 4, "augmentation": "plain"}
-    ),
-    "nt_xent": Variant("Projection", 2, False, CONTRASTIVE | {"augmentation": "strong"}, labels=False),
-    "arcface": Variant("arcface", 1, False, {"scale": 16.0, "margin": 0.3, "augmentation": "plain"}),
-    "cosface": Variant("cosface", 1, False, {"scale": 16.0, "margin": 0.2, "augmentation": "plain"}),
-    "proxy_anchor": Variant(
-        "proxy_anchor", 1, False, {"scale": 32.0, "margin": 0.1, "augmentation": "plain"}
-    ),
-    "triplet": Variant(
-        "triplet", 2, True, {"margin": 0.2, "images_per_class": 4, "augmentation": "plain"}
-    ),
+    "ce": Variant("Classifier", 1, CLASSIFIER | {"augmentation": "plain"}),
+    "supcon": Variant("Projection", 2, CONTRASTIVE | {"images_per_class": 4, "augmentation": "plain"}),
+    "nt_xent": Variant("Projection", 2, CONTRASTIVE | {"augmentation": "strong"}, labels=False),
+    "arcface": Variant("arcface", 1, {"scale": 16.0, "margin": 0.3, "augmentation": "plain"}),
+    "cosface": Variant("cosface", 1, {"scale": 16.0, "margin": 0.2, "augmentation": "plain"}),
+    "proxy_anchor": Variant("proxy_anchor", 1, {"scale": 32.0, "margin": 0.1, "augmentation": "plain"}),
+    "triplet": Variant("triplet", 2, {"margin": 0.2, "images_per_class": 4, "augmentation": "plain"}),
     "ce+supcon": Variant(
-        "Both", 2, True,
+        "Both",
+        2,
         CLASSIFIER | CONTRASTIVE | {"supcon_weight": 0.5, "images_per_class": 4, "augmentation": "plain"},
     ),
-}  # fmt: skip
+}
 CHOICES = sorted({name for variant in VARIANTS.values() for name in variant.choices})
 
 
@@ -68,7 +62,7 @@ def choices_of(settings: Form) -> Choices:
         raise InputError(
             "--batch_size 1 holds one image, and there is nothing to compare it with: give 2 or more"
         )
-    if variant.by_class and choices["images_per_class"] >= settings.batch_size:
+    if choices.get("images_per_class", 0) >= settings.batch_size:
         raise InputError(
             f"--batch_size {settings.batch_size} holds one class of --images_per_class "
             f"{choices['images_per_class']} images: give a larger batch, or fewer of a class"
