@@ -20,7 +20,7 @@ from retrieval.tracking import Tracking, start_tracking
 from supcon import heads
 from supcon.batches import LoadedImages, Split, load_images
 from supcon.checkpoints import FILES, LAST, check_disk_space, digest_of_names
-from supcon.layers import freeze, parameter_groups, stages
+from supcon.layers import freeze, parameter_groups
 from supcon.start import Start
 from supcon.validation import Validation, load_validation
 from supcon.variants import VARIANTS, Choices, Variant
@@ -154,9 +154,8 @@ def _optimisation(
     settings: Form, tuned: Backbone, head: nn.Module
 ) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler, nn.Module | None]:
     """Freeze a part of the network; return the optimiser of the rest, its scaler and the averaged weights."""
-    stage_count = len(stages(tuned.network))
     trained = freeze(tuned.network, settings.freeze, settings.model)
-    groups = parameter_groups(trained, head, stage_count, settings)
+    groups = parameter_groups(trained, head, settings)
     optimizer = torch.optim.AdamW(groups, fused=True)  # half of the time on a CPU
     half = tuned.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     scaler = torch.amp.GradScaler(tuned.device, enabled=half)

@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from retrieval.backbones.backbone import package_versions
 from retrieval.backbones.fine_tuned import (
@@ -87,7 +88,7 @@ def _one_epoch(training: TrainingState, clock: _Clock, interrupts: list[bool]) -
         while progress.step < len(plan) and (passed := clock.passed()) < 1:
             _one_step(training, plan, passed)
             bar.update(size)
-            bar.set_postfix(loss=f"{_mean(progress.losses[-20:]):.3f}", refresh=False)
+            bar.set_postfix(loss=f"{torch.tensor(progress.losses[-20:]).nanmean():.3f}", refresh=False)
             if not all_agree(not interrupts):
                 _stop(training)
             if time.perf_counter() - saved > SAVE_EVERY:
@@ -181,7 +182,7 @@ def _end_epoch(training: TrainingState, clock: _Clock) -> None:
     """
     progress, folder = training.progress, training.settings.save_dir
     metrics = validate(training.validation, training.current)
-    loss = _mean(progress.losses)
+    loss = torch.tensor(progress.losses, dtype=torch.float64).nanmean().item()  # NaN: skipped
     images = len(progress.losses) * training.batch_size
     line = {"epoch": progress.epoch + 1, "loss": loss if math.isfinite(loss) else None,
             "skipped_steps": sum(map(math.isnan, progress.losses)), "images": images,
@@ -210,12 +211,6 @@ def _end_epoch(training: TrainingState, clock: _Clock) -> None:
             write_fine_tuned(folder / BEST, recipe_of(training, both), state)
     if not progress.highest or metrics["score"] > progress.highest["score"]:
         progress.highest = {name: metrics[name] for name in ("score", "points")}
-
-
-def _mean(losses: list[float]) -> float:
-    """Return the mean of the finite losses; NaN if there is none."""
-    finite = [loss for loss in losses if math.isfinite(loss)]
-    return sum(finite) / len(finite) if finite else math.nan
 
 
 @contextmanager
