@@ -7,7 +7,6 @@ import logging
 import math
 import platform
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -207,7 +206,7 @@ def _end_epoch(training: TrainingState, clock: _Clock) -> None:
         both["epoch"] = line["epoch"]
         state = training.current.network.state_dict()
         write_checkpoint(folder / BEST_EPOCH, {"tuned": state, "metrics": both})
-        if not progress.chosen or metrics["score"] > progress.kept:  # better than an earlier choice
+        if metrics["score"] > progress.kept:  # better than an earlier choice, if there was one
             write_fine_tuned(folder / BEST, recipe_of(training, both), state)
     if not progress.highest or metrics["score"] > progress.highest["score"]:
         progress.highest = {name: metrics[name] for name in ("score", "points")}
@@ -223,9 +222,6 @@ def _stopping_between_steps() -> Iterator[list[bool]]:
             raise KeyboardInterrupt
         interrupts.append(True)
 
-    if threading.current_thread() is not threading.main_thread():  # Python handles signals only there
-        yield interrupts
-        return
     handler = signal.signal(signal.SIGINT, _interrupt)
     try:
         yield interrupts

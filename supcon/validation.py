@@ -61,10 +61,10 @@ def load_validation(
 # ---- how well a network retrieves -----------------------------------------------------------------
 
 
-def vectors_of(images: LoadedImages, backbone: Backbone, fits: int = 64) -> Tensor:
-    """Embed images as unit vectors (images, dimension) on the CPU, `fits` at once or as many as do fit."""
+def vectors_of(images: LoadedImages, backbone: Backbone) -> Tensor:
+    """Embed images as unit vectors (images, dimension) on the CPU, 64 at once or as many as fit."""
     with torch.inference_mode():
-        parts = []
+        parts, fits = [], 64
         for part in images.pixels.split(64):
             features, fits = embed_what_fits(backbone, part, fits)
             parts.append(features)
