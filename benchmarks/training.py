@@ -31,14 +31,11 @@ VIEWS, DIMENSION, OF_A_CLASS = 4096, 128, 4
 
 def ours(form: argparse.Namespace) -> dict[str, float]:
     """Images a second, and the seconds before the first step."""
-    from contextlib import closing
-
     import fine_tuning
     from supcon.batches import find_and_split
     from supcon.start import load_start
     from supcon.state import begin
     from supcon.steps import planned_steps, step
-    from supcon.training import _batches
     from supcon.variants import choices_of
 
     start = time.perf_counter()
@@ -50,13 +47,13 @@ def ours(form: argparse.Namespace) -> dict[str, float]:
         split = find_and_split(settings)
         training = begin(settings, choices_of(settings), split, load_start(settings, split.train))
         before = time.perf_counter() - start
-        with closing(planned_steps(training, _batches(training))) as coming:
-            for _ in range(WARM_UP):
-                step(training, *next(coming))
-            start = time.perf_counter()
-            for _ in range(form.steps):
-                step(training, *next(coming))
-            return {"rate": BATCH * form.steps / (time.perf_counter() - start), "before": before}
+        plan = planned_steps(training)
+        for rows, seed in plan[:WARM_UP]:
+            step(training, rows, seed)
+        start = time.perf_counter()
+        for rows, seed in plan[WARM_UP : WARM_UP + form.steps]:
+            step(training, rows, seed)
+        return {"rate": BATCH * form.steps / (time.perf_counter() - start), "before": before}
 
 
 # ---- the usual loop -------------------------------------------------------------------------------

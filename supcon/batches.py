@@ -15,7 +15,6 @@ import torch
 
 from get_images import HIDDEN, ImageFile, find_images, label_of
 from retrieval.console import progress_bar
-from retrieval.distributed import world_size
 from retrieval.embedding.loader import read_batches
 from retrieval.errors import InputError
 from retrieval.machine import local_world_size, zeros
@@ -76,7 +75,7 @@ class Split:
 def find_and_split(settings: Form) -> Split:
     """Find the images of the training folder, and set some of them aside for validation.
 
-    Raises InputError if the loss cannot learn from the folder, or a batch is too small for all processes.
+    Raises InputError if the loss cannot learn from the folder.
     """
     labelled = VARIANTS[settings.loss].labels
     files = find_labelled(settings.train_dir) if labelled else find_images(settings.train_dir)
@@ -92,18 +91,7 @@ def find_and_split(settings: Form) -> Split:
         raise InputError(
             f"{settings.train_dir} holds {len(files)} images: too few to learn from and to validate"
         )
-    check_shares(settings.batch_size, len(chosen.train))
     return chosen
-
-
-def check_shares(batch_size: int, images: int) -> None:
-    """Raise InputError if a batch has fewer images than the run has processes."""
-    size = min(batch_size, images)
-    if size < world_size():
-        raise InputError(
-            f"a batch of {size} images has no share for each of {world_size()} processes: give a larger "
-            "--batch_size, more images, or torchrun a smaller --nproc_per_node"
-        )
 
 
 def find_labelled(folder: Path) -> list[ImageFile]:
@@ -233,8 +221,7 @@ def shuffled(images: int, batch_size: int, random: np.random.Generator) -> list[
     [4, 4]
     """
     order = random.permutation(images)
-    size = min(batch_size, images)
-    return [order[start : start + size] for start in range(0, images - size + 1, size)]
+    return [order[start : start + batch_size] for start in range(0, images - batch_size + 1, batch_size)]
 
 
 def by_class(
@@ -251,20 +238,19 @@ def by_class(
     >>> [sorted(labels[rows].tolist()) for rows in by_class(labels, 5, 2, np.random.default_rng(0))]
     [[0, 0, 1, 1, 2]]
     """
-    size = min(batch_size, len(labels))
     rows, starts = np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1]
     members = [part for part in np.split(rows, starts) if len(part)]
     decks = [_reshuffled(part, random) for part in members]
     waiting: deque[int] = deque()
     batches = []
-    for _ in range(len(labels) // size):
+    for _ in range(len(labels) // batch_size):
         batch: dict[int, None] = {}  # its rows, in order
         given: Counter = Counter()  # images per class
-        while len(batch) < size:
+        while len(batch) < batch_size:
             if not waiting:  # every class has had its turn: the classes of this batch come last in the next
                 waiting.extend(sorted(random.permutation(len(members)).tolist(), key=given.__contains__))
             label = waiting.popleft()
-            wanted = min(images_per_class, len(members[label]) - given[label], size - len(batch))
+            wanted = min(images_per_class, len(members[label]) - given[label], batch_size - len(batch))
             given[label] += wanted
             full = len(batch) + wanted
             while len(batch) < full:

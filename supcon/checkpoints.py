@@ -13,16 +13,14 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrieval.backbones.fine_tuned import write_checkpoint
 from retrieval.backbones.weights import unpickle
-from retrieval.distributed import rank_zero_only
+from retrieval.distributed import rank
 from retrieval.errors import InputError, RunError
-from retrieval.files import as_json, lock, write_whole
+from retrieval.files import lock
 from retrieval.settings import Form
 from supcon.batches import Split
 
@@ -34,22 +32,6 @@ HISTORY, CURVE = "history.jsonl", "loss.png"
 FILES = (BEST, LAST, BEST_EPOCH, HISTORY, CURVE)
 # The settings that --resume may change: where and how long a training runs, not what it learns.
 MAY_CHANGE = {"resume", "overwrite", "device", "minutes", "save_dir", "train_dir", "micro_batch", "tracker"}
-
-
-@dataclass
-class Progress:
-    """How far a training has come. last.pth holds these names."""
-
-    epoch: int = 0  # completed
-    step: int = 0  # completed in this epoch
-    seconds: float = 0.0
-    highest: dict[str, Any] | None = None  # the score and the points of each query of the best epoch
-    kept: float = -1.0  # the score of the chosen embedding
-    chosen: int = 0  # the number of epochs after which the embedding was chosen
-    losses: list[float] = field(default_factory=list)  # of this epoch's steps; NaN: skipped
-    spent: float = 0.0  # seconds in this epoch's steps
-    untuned: dict[str, Any] | None = None  # the metrics before the first epoch
-    history: list[dict[str, Any]] = field(default_factory=list)  # the lines of history.jsonl
 
 
 @contextmanager
@@ -65,18 +47,11 @@ def open_folder(settings: Form, split: Split) -> Iterator[dict[str, Any] | None]
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise InputError(f"--save_dir {folder} is not a folder but a file: give another one") from None
-    with ExitStack() as held:
-        _lock_and_clean(folder, held)
+    with lock(folder, "save_dir") if rank() == 0 else nullcontext():
+        if rank() == 0:
+            for unfinished in folder.glob(".*.unfinished-*"):  # of a training that was killed
+                unfinished.unlink(missing_ok=True)
         yield _checkpoint_to_resume(settings, split)
-
-
-@rank_zero_only
-def _lock_and_clean(folder: Path, held: ExitStack) -> None:
-    """Lock the folder and remove the unfinished files of a training that was killed."""
-    held.enter_context(lock(folder, "save_dir"))
-    for name in FILES:
-        for unfinished in folder.glob(f".{name}.unfinished-*"):
-            unfinished.unlink(missing_ok=True)
 
 
 def _checkpoint_to_resume(settings: Form, split: Split) -> dict[str, Any] | None:
@@ -133,13 +108,3 @@ def digest_of_names(split: Split) -> str:
     """Return a digest of the names of the images."""
     names = [file.name for file in [*split.train, *split.validation]]
     return hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()[:16]
-
-
-def write_history(folder: Path, progress: Progress) -> None:
-    """Write history.jsonl anew: a resumed training leaves no line of a later epoch."""
-    write_whole(folder / HISTORY, b"".join(as_json(line) + b"\n" for line in progress.history))
-
-
-def write_last(folder: Path, progress: Progress, **state: Any) -> None:
-    """Write last.pth, whole or not at all."""
-    write_checkpoint(folder / LAST, state | {"progress": asdict(progress)})

@@ -16,16 +16,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from supcon.losses import supcon_loss
+from supcon.variants import Choices
 
 
 class Classifier(nn.Module):
     """Dropout, one linear layer, cross-entropy with label smoothing."""
 
-    def __init__(self, dimension: int, classes: int, label_smoothing: float, dropout: float) -> None:
+    def __init__(self, dimension: int, classes: int, choices: Choices) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(choices["dropout"])
         self.linear = nn.Linear(dimension, classes)
-        self.label_smoothing = label_smoothing
+        self.label_smoothing = choices["label_smoothing"]
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         logits = self.linear(self.dropout(features))
@@ -42,11 +43,11 @@ class Projection(nn.Module):
     The hidden and the output width, 512 and 128, are those of Khosla et al. 2020.
     """
 
-    def __init__(self, dimension: int, temperature: float, memory: int = 0) -> None:
+    def __init__(self, dimension: int, classes: int, choices: Choices) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(dimension, 512), nn.ReLU(), nn.Linear(512, 128))
-        self.temperature = temperature
-        self.memory = Memory(memory, 128) if memory else None
+        self.temperature = choices["temperature"]
+        self.memory = Memory(choices["memory"], 128) if choices["memory"] else None
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         z = self.layers(features)
@@ -91,6 +92,29 @@ def remember(head: nn.Module) -> None:
             part.coming = None
 
 
+class Both(nn.Module):
+    """Cross-entropy plus `supcon_weight` times the contrastive loss."""
+
+    def __init__(self, dimension: int, classes: int, choices: Choices) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(
+            [Classifier(dimension, classes, choices), Projection(dimension, classes, choices)]
+        )
+        self.weight = choices["supcon_weight"]
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        classifier, projection = self.heads
+        return classifier(features, labels) + self.weight * projection(features, labels)
+
+    def chance(self, views: int) -> float:
+        """Return the sum of both losses at chance level."""
+        classifier, projection = self.heads
+        return classifier.chance(views) + self.weight * projection.chance(views)
+
+
+# ---- losses of pytorch-metric-learning ------------------------------------------------------------
+
+
 class MetricLearning(nn.Module):
     """A loss of pytorch-metric-learning, with its own weights if it has any, applied to the features."""
 
@@ -99,22 +123,55 @@ class MetricLearning(nn.Module):
         self.loss, self.miner, self.chance = loss, miner, chance
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        if self.miner is None:
-            return self.loss(features, labels)
-        return self.loss(features, labels, self.miner(features, labels))
+        mined = self.miner(features, labels) if self.miner else None
+        return self.loss(features, labels, mined)
 
 
-class Sum(nn.Module):
-    """A weighted sum of the losses of several heads."""
+def arcface(dimension: int, classes: int, choices: Choices) -> nn.Module:
+    """Deng et al. 2019: the margin is added to the angle, in radians."""
+    from pytorch_metric_learning.losses import ArcFaceLoss
 
-    def __init__(self, heads: list[nn.Module], weights: list[float]) -> None:
-        super().__init__()
-        self.heads, self.weights = nn.ModuleList(heads), weights
+    margin, scale = choices["margin"], choices["scale"]
+    loss = ArcFaceLoss(classes, dimension, margin=math.degrees(margin), scale=scale)
+    return MetricLearning(loss, lambda views: _chance_of_margin(scale * math.sin(margin), classes))
 
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        losses = [head(features, labels) for head in self.heads]
-        return sum(weight * loss for weight, loss in zip(self.weights, losses, strict=True))
 
-    def chance(self, views: int) -> float:
-        """Return the weighted sum of the heads' chance levels."""
-        return sum(w * head.chance(views) for w, head in zip(self.weights, self.heads, strict=True))
+def cosface(dimension: int, classes: int, choices: Choices) -> nn.Module:
+    """Wang et al. 2018: the margin is subtracted from the cosine."""
+    from pytorch_metric_learning.losses import CosFaceLoss
+
+    margin, scale = choices["margin"], choices["scale"]
+    loss = CosFaceLoss(classes, dimension, margin=margin, scale=scale)
+    return MetricLearning(loss, lambda views: _chance_of_margin(scale * margin, classes))
+
+
+def _chance_of_margin(lead: float, classes: int) -> float:
+    """Return the cross-entropy if every other class leads the right one by `lead`.
+
+    >>> round(_chance_of_margin(0, 6) - math.log(6), 6)
+    0.0
+    """
+    return lead + math.log(classes - 1 + math.exp(-lead))
+
+
+def proxy_anchor(dimension: int, classes: int, choices: Choices) -> nn.Module:
+    """Kim et al. 2020."""
+    from pytorch_metric_learning.losses import ProxyAnchorLoss
+
+    margin, scale = choices["margin"], choices["scale"]
+
+    def chance(views: int) -> float:
+        """Return the loss of equally many views per class, all orthogonal to every proxy."""
+        own, far = views / classes, math.exp(scale * margin)
+        return math.log1p(own * far) + math.log1p((views - own) * far)
+
+    return MetricLearning(ProxyAnchorLoss(classes, dimension, margin, scale), chance)
+
+
+def triplet(dimension: int, classes: int, choices: Choices) -> nn.Module:
+    """Hermans et al. 2017: for each anchor the farthest positive and the nearest negative of the batch."""
+    from pytorch_metric_learning.losses import TripletMarginLoss
+    from pytorch_metric_learning.miners import BatchHardMiner
+
+    margin = choices["margin"]
+    return MetricLearning(TripletMarginLoss(margin), lambda views: margin, BatchHardMiner())

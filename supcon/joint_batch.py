@@ -46,18 +46,15 @@ def agree_on_memory() -> Iterator[None]:
         raise NoRoomError("out of memory in one of the processes")
 
 
-def largest_shard(rows: int) -> int:
-    """Return the number of rows of the largest shard of a joint batch."""
-    return -(-rows // distributed.world_size())
-
-
 def gather_features(own: Tensor, views: int) -> Tensor:
     """Gather the features (views × own rows, dimension) of every process as (views × rows, dimension).
 
     They carry no gradient. The order is that of one process: the first view of all rows, then the second.
     """
-    shards = distributed.all_gather(own.detach().cpu().unflatten(0, (views, -1)))
-    return torch.cat(shards, 1).flatten(0, 1).to(own.device)
+    if not distributed.several():
+        return own.detach()
+    shares = distributed.all_gather(own.detach().cpu().unflatten(0, (views, -1)))
+    return torch.cat(shares, 1).flatten(0, 1).to(own.device)
 
 
 def own_rows(joint: Tensor, views: int) -> Tensor:
@@ -72,7 +69,9 @@ def sum_gradients(of_shard: list[Tensor], of_batch: list[Tensor]) -> None:
     Gradients `of_shard` are summed. Gradients `of_batch` are already those of the joint batch, but for the
     order of additions: they are averaged, so that the weights of no two processes drift apart.
     """
-    gradients = of_shard + of_batch
+    if not distributed.several():
+        return
+    gradients = of_share + of_batch
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     group = _nccl_group() if flat.device.type == "cuda" else None
     travelling = flat if group else flat.cpu()

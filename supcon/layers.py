@@ -43,7 +43,7 @@ def _parts(network: nn.Module) -> Iterator[nn.Module]:
 
 
 def freeze(network: nn.Module, how: Freeze, word: str) -> list[list[nn.Parameter]]:
-    """Freeze a part of the network; return the trained weights of each stage, from the input to the output.
+    """Freeze a part of the network; return the weights of each stage that are trained, from the input on.
 
     "bn" freezes only the statistics of batch normalisations, which are always frozen; "stem" the first two
     fifths of the stages; "all_but_last" all stages but the last; "backbone" everything but the linear map on
@@ -55,15 +55,13 @@ def freeze(network: nn.Module, how: Freeze, word: str) -> list[list[nn.Parameter
     for number, stage in enumerate(every):
         for parameter in stage:
             parameter.requires_grad_(number >= frozen and parameter.is_floating_point())
-    trained = [[p for p in stage if p.requires_grad] for stage in every[frozen:]]
+    trained = [[p for p in stage if p.requires_grad] for stage in every]
     if not any(trained):
         raise InputError(f"--model {word} has no weights to train: give another word, or another --freeze")
     return trained
 
 
-def parameter_groups(
-    trained: list[list[nn.Parameter]], head: nn.Module, stages_in_all: int, settings: object
-) -> list[dict]:
+def parameter_groups(trained: list[list[nn.Parameter]], head: nn.Module, settings: object) -> list[dict]:
     """Return AdamW's parameter groups: a rate for each stage and the head, and no weight decay of vectors.
 
     The rate falls by `layer_decay` eight times from the output to the input. No rate exceeds MAX_CHANGE times
@@ -71,7 +69,7 @@ def parameter_groups(
     differ, and dlib's weights are a tenth of EfficientNet's.
     """
     groups = []
-    step = DEPTH / max(1, stages_in_all - 1)
+    step = DEPTH / max(1, len(trained) - 1)
     for from_the_end, stage in enumerate(reversed(trained)):
         sizes = [p.detach().square().mean().sqrt().item() for p in stage if p.ndim > 1]
         rate = settings.lr * settings.layer_decay ** (step * from_the_end)
@@ -81,13 +79,8 @@ def parameter_groups(
 
 
 def _with_and_without_decay(parameters: list[nn.Parameter], rate: float, decay: float) -> list[dict]:
-    matrices = [p for p in parameters if p.ndim > 1]
-    vectors = [p for p in parameters if p.ndim < 2]
-    groups = [
-        {"params": matrices, "lr": rate, "rate": rate, "weight_decay": decay},
-        {"params": vectors, "lr": rate, "rate": rate, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    kinds = ([p for p in parameters if p.ndim > 1], decay), ([p for p in parameters if p.ndim < 2], 0.0)
+    return [{"params": kind, "lr": rate, "rate": rate, "weight_decay": d} for kind, d in kinds if kind]
 
 
 def share_of_rate(progress: float, warmup: float) -> float:

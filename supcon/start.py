@@ -47,12 +47,11 @@ def load_start(settings: Form, files: list[ImageFile]) -> Start:
             raise InputError(f"--{given[0]} changes nothing: the checkpoint {settings.weights} knows it")
         backbone, recipe = load_tuned_alone(settings.weights, settings.model, settings.device)
         _warn_of_other_split(recipe, settings)
+        network, folded = backbone.network.cpu(), recipe.folded
     else:
         backbone = load_backbone(settings.model, settings.device, settings.weights, settings.crop,
                                  None, settings.face_margin, settings.min_face_size)  # fmt: skip
-    network, folded = backbone.network.cpu(), True
-    if not isinstance(network, Mapped):
-        size = backbone.transform.size
+        network, folded, size = backbone.network.cpu(), True, backbone.transform.size
         example = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
         try:
             network = fold_batch_norms(network, example)

@@ -4,29 +4,44 @@ from __future__ import annotations
 
 import math
 import time
-import zlib
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from retrieval.backbones.backbone import Backbone
-from retrieval.distributed import all_gather, from_rank_0, rank, rank_zero_only
+from retrieval.backbones.fine_tuned import write_checkpoint
+from retrieval.distributed import all_gather, from_rank_0, rank, rank_zero_only, world_size
 from retrieval.errors import InputError, RunError
 from retrieval.run import set_aside
 from retrieval.settings import Form
 from retrieval.tracking import Tracking, start_tracking
-from supcon.batches import LoadedImages, Split, check_shares, load_images
-from supcon.checkpoints import FILES, Progress, check_disk_space, digest_of_names, write_last
-from supcon.layers import freeze, parameter_groups, stages
+from supcon import heads
+from supcon.batches import LoadedImages, Split, load_images
+from supcon.checkpoints import FILES, LAST, check_disk_space, digest_of_names
+from supcon.layers import freeze, parameter_groups
 from supcon.start import Start
 from supcon.validation import Validation, load_validation
 from supcon.variants import VARIANTS, Choices, Variant
 
 FEATURE_LENGTH = 16.0  # of the features that a head sees, about: EfficientNet-Lite0's own
-FUSED = ("cpu", "cuda")  # devices on which one kernel updates all weights: half of the time on a CPU
 CROP_ROOM = 1.25  # the side of an image in memory / the side of a view: so a crop is not blurred
+
+
+@dataclass
+class Progress:
+    """How far a training has come. last.pth holds these names."""
+
+    epoch: int = 0  # completed
+    step: int = 0  # completed in this epoch
+    highest: dict[str, Any] | None = None  # the score and the points of each query of the best epoch
+    kept: float = -1.0  # the score of the chosen embedding
+    chosen: int = 0  # the number of epochs after which the embedding was chosen
+    losses: list[float] = field(default_factory=list)  # of this epoch's steps; NaN: skipped
+    spent: float = 0.0  # seconds in this epoch's steps
+    untuned: dict[str, Any] | None = None  # the metrics before the first epoch
+    history: list[dict[str, Any]] = field(default_factory=list)  # the lines of history.jsonl
 
 
 @dataclass
@@ -49,7 +64,7 @@ class TrainingState:
     scale: float  # of the features that the head sees
     started: float
     progress: Progress = field(default_factory=Progress)
-    micro_batch: int = 0
+    micro_batch: int = 0  # views that go through the network at once
     bad_steps: int = 0
     tracking: Tracking = field(default_factory=Tracking)
 
@@ -57,6 +72,11 @@ class TrainingState:
     def current(self) -> Backbone:
         """The tuned network as it would be kept now: with --ema, the average of its weights."""
         return replace(self.tuned, network=self.average.module) if self.average else self.tuned
+
+    @property
+    def batch_size(self) -> int:
+        """The images of a step, in all processes together."""
+        return min(self.settings.batch_size, len(self.images.names))
 
     @property
     def device(self) -> str:
@@ -90,21 +110,31 @@ def begin(
     if untuned.transform.detects_faces and settings.augmentation is None:
         choices = choices | {"augmentation": "gentle"}  # an aligned face is never seen turned or cut
     images = _load_training_images(settings, split, tuned, variant)
-    validation = _load_validation(settings, split, start, choices)
-    scale = from_rank_0(_feature_scale(validation, untuned) if validation else 0.0)
+    validation, scale = None, 0.0
+    if rank() == 0:
+        sizes = {untuned.transform.size, tuned.transform.size}
+        validation = load_validation(split, untuned, sizes, choices["augmentation"], settings.seed)
+        scale = _feature_scale(validation, untuned)
+    scale = from_rank_0(scale)
     torch.manual_seed(settings.seed)
-    head = variant.head(untuned.dimension, len(images.classes), choices).to(tuned.device)
+    head = getattr(heads, variant.head)(untuned.dimension, len(images.classes), choices).to(tuned.device)
     optimizer, scaler, average = _optimisation(settings, tuned, head)
     training = TrainingState(settings, choices, variant, digest_of_names(split), images, validation, untuned,
                              folded, tuned, head, optimizer, scaler, average, scale, started)  # fmt: skip
-    training.micro_batch = settings.micro_batch or settings.batch_size * variant.views
+    of_process = -(-training.batch_size // world_size()) * variant.views
+    training.micro_batch = min(settings.micro_batch or of_process, of_process)
     if saved:
         _restore(training, saved)
-    elif rank() == 0:
+    _check_processes(training)
+    if rank() == 0 and not saved:
         set_aside(settings.save_dir, FILES)  # only now that this training can begin
-    _check_same_weights(training)
-    if tracking := _track(training, saved or {}):
-        training.tracking = tracking
+    training.tracking = start_tracking(
+        settings.tracker if rank() == 0 else "none",
+        settings.save_dir,
+        f"{settings.model} {settings.loss}",
+        settings.model_dump(mode="json") | choices,
+        saved and saved.get("tracked"),
+    )
     return training
 
 
@@ -117,24 +147,16 @@ def _load_training_images(settings: Form, split: Split, tuned: Backbone, variant
             f"of {settings.train_dir}, {len(images.names)} images of {len(images.classes)} classes are "
             "left to learn from: give more that can be read, or a smaller --val_share"
         )
-    _check_same_images(settings, images)
     return images
-
-
-@rank_zero_only
-def _load_validation(settings: Form, split: Split, start: Start, choices: Choices) -> Validation:
-    sizes = {start.untuned.transform.size, start.tuned.transform.size}
-    return load_validation(split, start.untuned, sizes, choices["augmentation"], settings.seed)
 
 
 def _optimisation(
     settings: Form, tuned: Backbone, head: nn.Module
 ) -> tuple[torch.optim.Optimizer, torch.amp.GradScaler, nn.Module | None]:
     """Freeze a part of the network; return the optimiser of the rest, its scaler and the averaged weights."""
-    stage_count = len(stages(tuned.network))
     trained = freeze(tuned.network, settings.freeze, settings.model)
-    groups = parameter_groups(trained, head, stage_count, settings)
-    optimizer = torch.optim.AdamW(groups, fused=tuned.device in FUSED)
+    groups = parameter_groups(trained, head, settings)
+    optimizer = torch.optim.AdamW(groups, fused=True)  # half of the time on a CPU
     half = tuned.device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
     scaler = torch.amp.GradScaler(tuned.device, enabled=half)
     average = None
@@ -144,25 +166,26 @@ def _optimisation(
     return optimizer, scaler, average
 
 
-def _check_same_images(settings: Form, images: LoadedImages) -> None:
-    """Raise InputError if a batch has no share for a process, RunError if one has read other images."""
-    check_shares(settings.batch_size, len(images.names))
-    digest = zlib.crc32("\n".join(images.names).encode("utf-8", "surrogateescape"))
-    if digest != from_rank_0(digest):
+def _check_processes(training: TrainingState) -> None:
+    """Raise InputError if a batch has no share for a process, RunError if one has other images or weights."""
+    settings, names = training.settings, training.images.names
+    if training.batch_size < world_size():
+        raise InputError(
+            f"a batch of {training.batch_size} images has no share for each of {world_size()} processes: "
+            "give a larger --batch_size, more images, or torchrun a smaller --nproc_per_node"
+        )
+    if names != from_rank_0(names):
         raise RunError(
             f"process {rank() + 1} could read other images of {settings.train_dir} than the first one: see "
             "which are left out, and let all processes read the same"
         )
-
-
-def _check_same_weights(training: TrainingState) -> None:
-    """Raise RunError if a process begins with other weights: the difference would stay to the end."""
+    # A difference between weights would stay to the end.
     weights = [tensor for part in (training.tuned.network, training.head) for tensor in part.parameters()]
     length = math.sqrt(sum(tensor.detach().double().square().sum().item() for tensor in weights))
     if not math.isclose(length, from_rank_0(length), rel_tol=1e-6):  # machines round differently
         raise RunError(
-            f"process {rank() + 1} has other weights of {training.settings.model} than the first one: let "
-            "all processes read the same file, and the same --save_dir where they go on"
+            f"process {rank() + 1} has other weights of {settings.model} than the first one: let all "
+            "processes read the same file, and the same --save_dir where they go on"
         )
 
 
@@ -174,28 +197,17 @@ def _feature_scale(validation: Validation, untuned: Backbone) -> float:
 
 
 def _restore(training: TrainingState, saved: dict[str, Any]) -> None:
-    for group in saved["optimizer"]["param_groups"]:
-        group["fused"] = training.optimizer.defaults["fused"]  # it may have been saved on another device
     for name, part in training.parts().items():
         if saved[name]:  # a scaler has no state on another device
             part.load_state_dict(saved[name])
+    saved["progress"].pop("seconds", None)  # files of earlier versions have it
     training.progress = Progress(**saved["progress"])
-
-
-@rank_zero_only
-def _track(training: TrainingState, saved: dict[str, Any]) -> Tracking:
-    """Start the tracker, or continue its run at the step at which the training was saved."""
-    settings = training.settings
-    config = settings.model_dump(mode="json") | training.choices
-    name = f"{settings.model} {settings.loss}"
-    return start_tracking(settings.tracker, settings.save_dir, name, config, saved.get("tracked"))
 
 
 @rank_zero_only
 def save(training: TrainingState) -> None:
     """Write last.pth, from which --resume goes on."""
     state = {name: part.state_dict() for name, part in training.parts().items()}
-    settings = training.settings.model_dump(mode="json")
-    folder = training.settings.save_dir
-    write_last(folder, training.progress, settings=settings, images=training.files,
-               tracked=training.tracking.state, **state)  # fmt: skip
+    state |= {"settings": training.settings.model_dump(mode="json"), "images": training.files}
+    state |= {"tracked": training.tracking.state, "progress": asdict(training.progress)}
+    write_checkpoint(training.settings.save_dir / LAST, state)

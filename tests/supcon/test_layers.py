@@ -66,7 +66,8 @@ def test_what_is_frozen_does_not_learn(how, frozen):
 
 def test_of_a_network_with_a_linear_map_only_the_map_learns():
     network = Mapped(network_of("efficientnet_lite0"), 1280)
-    (learned,) = freeze(network, "backbone", "efficientnet_lite0")
+    *frozen, learned = freeze(network, "backbone", "efficientnet_lite0")
+    assert not any(frozen)
     assert names_of(network, learned) == {"map.weight"}
     assert [name for name, p in network.named_parameters() if p.requires_grad] == ["map.weight"]
     assert len(stages(network)) == 10
@@ -77,7 +78,7 @@ def test_no_rate_is_above_a_twentieth_of_a_weight():
     network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     nn.init.constant_(network[0].weight, 0.002)
     nn.init.constant_(network[1].weight, 1.0)
-    rates = [group["rate"] for group in parameter_groups(stages(network), nn.Linear(4, 2), 2, settings)]
+    rates = [group["rate"] for group in parameter_groups(stages(network), nn.Linear(4, 2), settings)]
     assert rates == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4, 5e-3, 5e-3])
 
 
@@ -89,7 +90,7 @@ def test_a_network_without_weights_cannot_be_trained():
 def test_rates_fall_towards_the_input_and_vectors_do_not_decay():
     network, head = network_of("efficientnet_lite0"), nn.Linear(8, 2)
     learned = freeze(network, "bn", "efficientnet_lite0")
-    groups = parameter_groups(learned, head, len(learned), SETTINGS)
+    groups = parameter_groups(learned, head, SETTINGS)
     rates = [group["rate"] for group in groups]
     assert rates[:4] == [
         1e-3,
@@ -108,7 +109,7 @@ def test_rates_fall_towards_the_input_and_vectors_do_not_decay():
 def test_the_decay_is_by_depth_whatever_the_number_of_stages():
     network, head = network_of("resnet50"), nn.Linear(8, 2)
     learned = freeze(network, "stem", "resnet50")
-    rates = {group["rate"] for group in parameter_groups(learned, head, 5, SETTINGS)}
+    rates = {group["rate"] for group in parameter_groups(learned, head, SETTINGS)}
     assert sorted(rates) == pytest.approx([1e-3 * 0.5**4, 1e-3 * 0.5**2, 1e-3, 5e-3])
 
 

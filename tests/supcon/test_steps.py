@@ -1,8 +1,6 @@
 """supcon/steps.py: one step has the gradients of its batch, whatever fits into the memory."""
 
 import logging
-import threading
-from contextlib import closing
 
 import numpy as np
 import pytest
@@ -84,57 +82,3 @@ def test_gradients_that_are_not_finite_change_nothing_and_end_in_a_sentence(tiny
     with pytest.raises(RunError, match=r"gradients of 10 steps in a row were not finite.*a smaller --lr"):
         steps.step(run, np.arange(8), seed=3)
     assert_same(before, run.tuned.network.state_dict())
-
-
-def view_threads():
-    return sum(thread.name.startswith("views") for thread in threading.enumerate())
-
-
-@pytest.mark.parametrize("loss", ["ce", "supcon"])
-def test_views_made_ahead_in_a_thread_are_those_that_the_step_makes(loss, tiny, tmp_path, monkeypatch):
-    run = begun(settings_of(tiny, tmp_path, loss=loss))
-    batches = [np.arange(8), np.arange(8, 16), np.arange(4, 12)]
-    plain = list(steps.planned_steps(run, batches))
-    assert [step.views for step in plain] == [None] * 3
-    monkeypatch.setattr(steps, "PREFETCHING", ("cpu",))
-    for done in (0, 1):  # also where a training goes on in the middle of an epoch
-        run.progress.step = done
-        ahead = list(steps.planned_steps(run, batches))
-        assert [(step.seed, list(step.rows)) for step in ahead] == [
-            (step.seed, list(step.rows)) for step in plain[done:]
-        ]
-        for step in ahead:
-            for made, wanted in zip(step.views, steps.make_views(run, step.rows, step.seed), strict=True):
-                assert torch.equal(made, wanted)
-    assert view_threads() == 0
-
-
-def test_the_thread_of_the_views_ends_with_the_epoch_however_that_ends(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "PREFETCHING", ("cpu",))
-    run = begun(settings_of(tiny, tmp_path))
-    with closing(steps.planned_steps(run, [np.arange(8)] * 9)) as coming:
-        next(coming)
-        assert view_threads() == 1
-    assert view_threads() == 0
-    monkeypatch.setattr(steps, "augment", lambda *_: (_ for _ in ()).throw(RuntimeError("broken")))
-    with pytest.raises(RuntimeError, match="broken"):
-        next(steps.planned_steps(run, [np.arange(8)] * 9))
-    assert view_threads() == 0
-
-
-def test_views_that_find_no_room_beside_the_step_before_are_made_by_their_own(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(steps, "PREFETCHING", ("cpu",))
-    run = begun(settings_of(tiny, tmp_path))
-    wanted = steps.step(begun(settings_of(tiny, tmp_path / "other")), np.arange(8), seed=3)
-    real = steps.augment
-
-    def augment(*arguments):
-        if threading.current_thread() is not threading.main_thread():
-            raise RuntimeError("CUDA out of memory")
-        return real(*arguments)
-
-    monkeypatch.setattr(steps, "augment", augment)
-    with closing(steps.planned_steps(run, [np.arange(8)])) as coming:
-        rows, _, views = next(coming)
-    assert views is None
-    assert steps.step(run, rows, 3, views) == wanted

@@ -6,12 +6,11 @@ import os
 import platform
 import re
 import signal
-import threading
 import time
 
 import pytest
 import torch
-from conftest import assert_same, begun, settings_of
+from conftest import SMALL, assert_same, begun, settings_of
 
 from retrieval.backbones.backbone import package_versions
 from retrieval.backbones.fine_tuned import ALONE, JOINED, load_fine_tuned, read_fine_tuned
@@ -30,23 +29,27 @@ def weights_of(settings):
     return {name: tensor for part in ("tuned", "head") for name, tensor in saved[part].items()}
 
 
-# Measured on the tiny set, first and last epoch: ce 2.0 → 0.4, supcon 2.8 → 2.2 (the logarithm of the
-# number of positives, 1.6, is its lower bound), nt_xent 2.3 → 0.03, arcface 6.4 → 0.0, cosface 5.4 → 0.1,
-# proxy_anchor 10.6 → 0.2, triplet 0.24 → 0.0, ce+supcon 3.2 → 1.4.
+# Measured on the tiny set, first and last epoch: ce 2.7 → 0.5, supcon 2.8 → 2.0 (the logarithm of the
+# number of positives, 1.6, is its lower bound), nt_xent 2.3 → 0.03, arcface 4.0 → 0.1, cosface 2.8 → 0.0,
+# proxy_anchor 8.0 → 0.3, triplet 0.12 → 0.0, ce+supcon 3.2 → 1.4.
 FALLS_BELOW = {"ce": 0.9, "supcon": 2.3, "nt_xent": 1.0, "arcface": 2.0, "cosface": 1.5, "proxy_anchor": 3.0,
                "triplet": 0.1, "ce+supcon": 2.0}  # fmt: skip
-FROM_RANDOM_WEIGHTS = {"epochs": 20, "batch_size": 12, "lr": 5e-3, "layer_decay": 1.0}
-OF_LITE0 = {"nt_xent": {"epochs": 25, "batch_size": 24, "model": "efficientnet_lite0"},
-            "triplet": {"epochs": 10, "batch_size": 12, "model": "efficientnet_lite0"}}  # fmt: skip
+# Copies make an epoch of more steps, so that fewer are validated; to nt_xent a copy is another image.
+FROM_RANDOM_WEIGHTS = {"copies": 5, "epochs": 4, "batch_size": 12, "lr": 5e-3, "layer_decay": 1.0}
+OF_LITE0 = {"nt_xent": {"copies": 1, "epochs": 25, "batch_size": 24, "model": "efficientnet_lite0"},
+            "triplet": {"copies": 5, "epochs": 2, "batch_size": 12, "model": "efficientnet_lite0"}}  # fmt: skip
 
 
 @pytest.mark.parametrize("loss", VARIANTS)
 def test_every_variant_overfits_a_tiny_set_and_then_retrieves_it_perfectly(loss, tiny, tmp_path):
-    settings = settings_of(tiny, tmp_path, loss=loss, image_size=48, augmentation="gentle", freeze="bn",
-                           **OF_LITE0.get(loss, FROM_RANDOM_WEIGHTS))  # fmt: skip
+    more = dict(OF_LITE0.get(loss, FROM_RANDOM_WEIGHTS))
+    copies = more.pop("copies")
+    settings = settings_of(
+        tiny, tmp_path, loss=loss, image_size=48, augmentation="gentle", freeze="bn", **more
+    )
     choices, split = choices_of(settings), find_and_split(settings)
     everything = sorted([*split.train, *split.validation], key=lambda file: file.name)
-    split = Split(everything, everything, split.by)  # to overfit: what it learns from is what it retrieves
+    split = Split(everything * copies, everything, split.by)  # it learns from what it retrieves
     with open_folder(settings, split) as saved:
         run = state.begin(settings, choices, split, load_start(settings, split.train), saved)
     training.fit(run)
@@ -85,33 +88,14 @@ def test_going_on_after_any_step_gives_bitwise_the_weights_of_the_undisturbed_ru
         assert undisturbed["score"] == gone_on["score"]
 
 
-def test_views_made_ahead_change_nothing_and_leave_no_thread(tiny, tmp_path, monkeypatch):
-    plain, ahead = (settings_of(tiny, tmp_path / word, loss="supcon") for word in ("plain", "ahead"))
-    training.fit(begun(plain))
-    monkeypatch.setattr(steps, "PREFETCHING", ("cpu",))
-    run, real = begun(ahead), steps.step
-
-    def step(*arguments):
-        os.kill(os.getpid(), signal.SIGINT)
-        return real(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training, "step", step)
-        with pytest.raises(KeyboardInterrupt):
-            training.fit(run)
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("views")]
-    training.fit(begun(ahead.model_copy(update={"resume": True})))
-    assert_same(weights_of(plain), weights_of(ahead))
-
-
 def test_the_checkpoint_embeds_as_it_was_validated(tiny, tmp_path, caplog):
-    settings = settings_of(tiny, tmp_path, epochs=1, model="efficientnet_lite0")
+    settings = settings_of(tiny, tmp_path, epochs=1)
     with caplog.at_level(logging.INFO):
         run = begun(settings)
         training.fit(run)
         training.choose(run)
     recipe, _, _ = read_fine_tuned(settings.save_dir / "fine_tuned_model.pth")
-    assert recipe.word == "efficientnet_lite0"
+    assert recipe.word == SMALL
     assert recipe.classes == list("0123")
     assert recipe.settings["lr"] == settings.lr
     assert recipe.settings["label_smoothing"] == 0.1  # the loss's own
@@ -305,14 +289,6 @@ def test_a_file_that_does_not_embed_as_it_was_chosen_is_refused(tiny, tmp_path, 
     monkeypatch.setattr(training, "validate", lambda *arguments: real(*arguments) | {"score": 3.0})
     with pytest.raises(RunError, match=r"fine_tuned_model\.pth scores 3 on the validation images where"):
         training.choose(run)
-
-
-def test_a_network_that_does_not_learn_is_noticed_at_the_first_step(tiny, tmp_path, monkeypatch):
-    run = begun(settings_of(tiny, tmp_path))
-    real = steps._features
-    monkeypatch.setattr(steps, "_features", lambda *arguments: real(*arguments).detach().requires_grad_())
-    with pytest.raises(RunError, match="a step has changed no weight of the network"):
-        training.fit(run)
 
 
 def test_collapsed_embeddings_are_noticed(tiny, tmp_path, monkeypatch, caplog):

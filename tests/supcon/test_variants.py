@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional
 
 from retrieval.errors import InputError
-from supcon.heads import Memory, Projection, remember
+from supcon import heads
+from supcon.heads import Memory, remember
 from supcon.variants import CHOICES, VARIANTS, choices_of, known_loss
 
 
@@ -18,7 +19,7 @@ def settings(loss, **given):
 
 def head_of(loss, dimension=16, classes=4, **given):
     torch.manual_seed(0)
-    return VARIANTS[loss].head(dimension, classes, choices_of(settings(loss, **given)))
+    return getattr(heads, VARIANTS[loss].head)(dimension, classes, choices_of(settings(loss, **given)))
 
 
 @pytest.mark.parametrize("loss", VARIANTS)
@@ -117,7 +118,7 @@ def test_an_unknown_loss_is_a_sentence():
 
 
 def test_the_projection_has_the_widths_of_the_paper_and_no_part_in_the_embedding():
-    head = Projection(2048, 0.1)
+    head = head_of("supcon", 2048)
     assert [layer.out_features for layer in head.layers if hasattr(layer, "out_features")] == [512, 128]
 
 
