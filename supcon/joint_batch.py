@@ -71,7 +71,7 @@ def sum_gradients(of_shard: list[Tensor], of_batch: list[Tensor]) -> None:
     """
     if not distributed.several():
         return
-    gradients = of_share + of_batch
+    gradients = of_shard + of_batch
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     group = _nccl_group() if flat.device.type == "cuda" else None
     travelling = flat if group else flat.cpu()
