@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,21 +28,25 @@ from supcon.state import TrainingState
 from supcon.views import AUGMENTATIONS, augment, draw
 
 MOST_BAD_STEPS = 10
+PREFETCHING = ("cuda",)  # devices that would wait for the views; on a CPU a thread makes a step 4 % slower
+
+Views = tuple[Tensor, Tensor]  # pixels and labels, as make_views returns them
 
 log = logging.getLogger("retrieval.steps")
 
 
-def step(training: TrainingState, rows: np.ndarray, seed: int) -> float:
+def step(training: TrainingState, rows: np.ndarray, seed: int, views: Views | None = None) -> float:
     """Take one step on the images `rows` and return the loss; everything random follows from the seed.
 
-    If the batch does not fit into the device's memory, fewer views go through the network at a time.
+    `views` are those of make_views, if they are made already. If the batch does not fit into the device's
+    memory, fewer views go through the network at a time.
     """
     training.head.train()
     while True:
         training.optimizer.zero_grad(set_to_none=True)
         try:
             with agree_on_memory():
-                views = make_views(training, rows, seed)
+                views = views or make_views(training, rows, seed)
             torch.manual_seed(seed)  # for a head's dropout
             return _update(training, _gradients(training, *views))
         except RuntimeError as error:
@@ -77,7 +84,39 @@ def planned_steps(training: TrainingState) -> list[tuple[np.ndarray, int]]:
     return [(rows, int(of_step.generate_state(1)[0])) for rows, of_step in zip(batches, seeds, strict=True)]
 
 
-def make_views(training: TrainingState, rows: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
+def prefetched_views(training: TrainingState, plan: list[tuple[np.ndarray, int]]) -> Iterator[Views | None]:
+    """Yield the views of each step, or None if the step has to make them itself.
+
+    On a GPU a thread makes them while the caller takes the step before: otherwise the GPU waits while the
+    images of each batch are copied from the CPU's memory. The thread ends with this iterator, which the
+    caller has to close.
+    """
+    if training.device not in PREFETCHING:
+        yield from (None for _ in plan)
+        return
+    use_device = None
+    if training.device == "cuda":  # whose current device each thread chooses for itself
+        use_device = partial(torch.cuda.set_device, torch.cuda.current_device())
+    with ThreadPoolExecutor(1, "views", use_device) as thread:
+        coming = [thread.submit(_views_if_they_fit, training, *arguments) for arguments in plan[:1]]
+        for following in [*plan[1:], None]:
+            views = coming.pop().result()
+            if following:
+                coming.append(thread.submit(_views_if_they_fit, training, *following))
+            yield views
+
+
+def _views_if_they_fit(training: TrainingState, rows: np.ndarray, seed: int) -> Views | None:
+    """Make the views; return None if the memory has no room for them beside the step before."""
+    try:
+        return make_views(training, rows, seed)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return None
+
+
+def make_views(training: TrainingState, rows: np.ndarray, seed: int) -> Views:
     """Make the views of the images `rows` on the device; everything random follows from the seed.
 
     Return the pixels, float32 (views, 3, size, size), of this process's shard of the rows as a single process

@@ -9,7 +9,7 @@ import platform
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -38,10 +38,11 @@ from retrieval.report.charts import draw_curves
 from supcon.checkpoints import BEST, BEST_EPOCH, CURVE, HISTORY
 from supcon.layers import share_of_rate
 from supcon.state import TrainingState, save
-from supcon.steps import planned_steps, step
+from supcon.steps import Views, planned_steps, prefetched_views, step
 from supcon.validation import COLLAPSED, Candidate, best_of, candidates, is_better, mixed, validate
 
 SAVE_EVERY = 300  # seconds
+FIRST_STEPS = 3  # which have to change the weights
 TRACKED = ("top_1", "top_3", "score", "mean_cosine")  # metrics that a tracker gets
 SCORE_TOLERANCE = 5.0  # points: a GPU need not give the same bits twice
 
@@ -51,9 +52,8 @@ log = logging.getLogger("retrieval.training")
 def fit(training: TrainingState) -> None:
     """Train until the epochs or the minutes are over, validate after each epoch, and keep the best one.
 
-    Raises KeyboardInterrupt after Ctrl-C, when everything is saved; RunError as step, or if the minutes are
-    over before the first step.
-    over before the first step.
+    Raises KeyboardInterrupt after Ctrl-C, when everything is saved; RunError as step, if a step
+    changes no weight, or if the minutes are over before the first step.
     """
     progress, settings = training.progress, training.settings
     if progress.untuned is None:
@@ -81,11 +81,11 @@ def _one_epoch(training: TrainingState, clock: _Clock, interrupts: list[bool]) -
     """Take the remaining steps of an epoch, as far as the minutes last."""
     progress, plan = training.progress, planned_steps(training)
     size, saved = training.batch_size, time.perf_counter()
-    with progress_bar(
+    with closing(prefetched_views(training, plan[progress.step :])) as coming, progress_bar(
         len(plan) * size, f"epoch {progress.epoch + 1}", initial=progress.step * size, leave=False
-    ) as bar:
+    ) as bar:  # fmt: skip
         while progress.step < len(plan) and (passed := clock.passed()) < 1:
-            _one_step(training, plan, passed)
+            _one_step(training, plan, next(coming), passed)
             bar.update(size)
             bar.set_postfix(loss=f"{torch.tensor(progress.losses[-20:]).nanmean():.3f}", refresh=False)
             if not all_agree(not interrupts):
@@ -122,8 +122,13 @@ def _time_left(training: TrainingState, clock: _Clock) -> str:
     return f" · about {seconds:.0f} s left" if seconds < 90 else f" · about {seconds / 60:.0f} min left"
 
 
-def _one_step(training: TrainingState, plan: list[tuple[np.ndarray, int]], passed: float) -> None:
-    """Take the next step of the plan at its learning rate, which has come down when the minutes are over."""
+def _one_step(
+    training: TrainingState, plan: list[tuple[np.ndarray, int]], views: Views | None, passed: float
+) -> None:
+    """Take the next step of the plan at its learning rate, which has come down when the minutes are over.
+
+    Raises RunError if one of the first steps changes no weight of the network.
+    """
     progress, settings, steps = training.progress, training.settings, len(plan)
     started = time.perf_counter()
     done = progress.epoch * steps + progress.step
@@ -131,11 +136,18 @@ def _one_step(training: TrainingState, plan: list[tuple[np.ndarray, int]], passe
     rate = share_of_rate(max(share, passed), settings.warmup)
     for group in training.optimizer.param_groups:
         group["lr"] = group["rate"] * rate
-    loss = step(training, *plan[progress.step])
+    before = [p.detach().clone() for p in _trained_weights(training)] if done < FIRST_STEPS else None
+    loss = step(training, *plan[progress.step], views)
     progress.losses.append(loss if math.isfinite(loss) else math.nan)
     progress.step += 1
     training.tracking.log({"train/loss": loss, "train/learning_rate": settings.lr * rate}, done + 1)
     progress.spent += time.perf_counter() - started
+    if before and not training.bad_steps and all(map(torch.equal, before, _trained_weights(training))):
+        raise RunError("a step has changed no weight of the network: its output does not depend on them")
+
+
+def _trained_weights(training: TrainingState) -> list[torch.nn.Parameter]:
+    return [p for p in training.tuned.network.parameters() if p.requires_grad]
 
 
 @rank_zero_only

@@ -1,6 +1,7 @@
 """supcon/steps.py: one step has the gradients of its batch, whatever fits into the memory."""
 
 import logging
+import threading
 
 import numpy as np
 import pytest
@@ -82,3 +83,19 @@ def test_gradients_that_are_not_finite_change_nothing_and_end_in_a_sentence(tiny
     with pytest.raises(RunError, match=r"gradients of 10 steps in a row were not finite.*a smaller --lr"):
         steps.step(run, np.arange(8), seed=3)
     assert_same(before, run.tuned.network.state_dict())
+
+
+def test_views_that_find_no_room_beside_the_step_before_are_made_by_their_own(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "PREFETCHING", ("cpu",))
+    run = begun(settings_of(tiny, tmp_path))
+    wanted = steps.step(begun(settings_of(tiny, tmp_path / "other")), np.arange(8), seed=3)
+    real = steps.augment
+
+    def augment(*arguments):
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError("CUDA out of memory")
+        return real(*arguments)
+
+    monkeypatch.setattr(steps, "augment", augment)
+    assert list(steps.prefetched_views(run, [(np.arange(8), 3)])) == [None]
+    assert steps.step(run, np.arange(8), 3) == wanted

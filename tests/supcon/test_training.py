@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import signal
+import threading
 import time
 
 import pytest
@@ -37,7 +38,8 @@ FALLS_BELOW = {"ce": 0.9, "supcon": 2.3, "nt_xent": 1.0, "arcface": 2.0, "cosfac
 # Copies make an epoch of more steps, so that fewer are validated; to nt_xent a copy is another image.
 FROM_RANDOM_WEIGHTS = {"copies": 5, "epochs": 4, "batch_size": 12, "lr": 5e-3, "layer_decay": 1.0}
 OF_LITE0 = {"nt_xent": {"copies": 1, "epochs": 25, "batch_size": 24, "model": "efficientnet_lite0"},
-            "triplet": {"copies": 5, "epochs": 2, "batch_size": 12, "model": "efficientnet_lite0"}}  # fmt: skip
+            "triplet": {"copies": 5, "epochs": 2, "batch_size": 12,
+                        "model": "efficientnet_lite0"}}  # fmt: skip
 
 
 @pytest.mark.parametrize("loss", VARIANTS)
@@ -289,6 +291,33 @@ def test_a_file_that_does_not_embed_as_it_was_chosen_is_refused(tiny, tmp_path, 
     monkeypatch.setattr(training, "validate", lambda *arguments: real(*arguments) | {"score": 3.0})
     with pytest.raises(RunError, match=r"fine_tuned_model\.pth scores 3 on the validation images where"):
         training.choose(run)
+
+
+def test_a_network_that_does_not_learn_is_noticed_at_the_first_step(tiny, tmp_path, monkeypatch):
+    run = begun(settings_of(tiny, tmp_path))
+    real = steps._features
+    monkeypatch.setattr(steps, "_features", lambda *arguments: real(*arguments).detach().requires_grad_())
+    with pytest.raises(RunError, match="a step has changed no weight of the network"):
+        training.fit(run)
+
+
+def test_views_made_ahead_change_nothing_and_leave_no_thread(tiny, tmp_path, monkeypatch):
+    plain, ahead = (settings_of(tiny, tmp_path / word, loss="supcon") for word in ("plain", "ahead"))
+    training.fit(begun(plain))
+    monkeypatch.setattr(steps, "PREFETCHING", ("cpu",))
+    run, real = begun(ahead), steps.step
+
+    def step(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            training.fit(run)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("views")]
+    training.fit(begun(ahead.model_copy(update={"resume": True})))
+    assert_same(weights_of(plain), weights_of(ahead))
 
 
 def test_collapsed_embeddings_are_noticed(tiny, tmp_path, monkeypatch, caplog):
