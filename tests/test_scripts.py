@@ -42,7 +42,8 @@ COMMANDS = [["model_not_tuned.py"], ["fine_tuning.py"], ["model_fine_tuned.py"],
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help(command, tmp_path):
-    ended = run_here(*command, "--help", cwd=tmp_path)
+    start = run_here if command[0] == "-m" else run
+    ended = start(*command, "--help", cwd=tmp_path)
     assert ended.returncode == 0
     assert ended.stdout.startswith("usage: ")
 
