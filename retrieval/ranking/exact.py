@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
 from retrieval.errors import InputError
+from retrieval.machine import cores
 from retrieval.records import UNREADABLE, Embeddings, Ranking, chunks, rows_of_chunk, zero_rows, zero_rows_of
 
 IMAGES = 8192  # gallery images in a chunk; more where k is large
@@ -75,9 +77,14 @@ def cosines_of(queries: np.ndarray, owners: np.ndarray, gallery: np.ndarray, row
     """
     cosines = np.empty(len(owners))
     step = max(1, PIECE // gallery.shape[1])
-    for pairs in (slice(i, i + step) for i in range(0, len(owners), step)):
+
+    def compute(start: int) -> None:
+        pairs = slice(start, start + step)
         query, image = queries[owners[pairs]], gallery[rows[pairs]]
         cosines[pairs] = np.einsum("nd,nd->n", query.astype(np.float64), image.astype(np.float64))
+
+    with ThreadPoolExecutor(cores()) as threads:  # numpy gives Python's lock away
+        list(threads.map(compute, range(0, len(owners), step)))
     return cosines
 
 
