@@ -28,19 +28,19 @@ from retrieval.console import run_script
 from retrieval.embedding import cache, embed
 
 rank = os.environ.get("RANK", "0")
-embedded, keep_vectors, embed.CACHED_AT_ONCE = embed._add, cache.Cache.keep_vectors, 4
+embedded, keep_vectors = embed._unit_vectors, cache.Cache.keep_vectors
 
-def add(results, batch, features):
+def unit_vectors(batch, features, notes):
     with open(f"embedded-{rank}.txt", "a") as noted:
         noted.writelines(f"{name}\\n" for name in batch.names)
-    return embedded(results, batch, features)
+    return embedded(batch, features, notes)
 
 def keep(self, maker, vectors):
     keep_vectors(self, maker, vectors)
     if vectors and rank == "1" and Path("kill").exists():
         os.kill(os.getpid(), signal.SIGKILL)
 
-embed._add, cache.Cache.keep_vectors = add, keep
+embed._unit_vectors, cache.Cache.keep_vectors = unit_vectors, keep
 run_script(model_not_tuned.main, model_not_tuned.Settings)
 """
 

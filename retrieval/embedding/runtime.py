@@ -37,7 +37,7 @@ ONNX_PACKAGES = ("onnxruntime", "onnx")
 
 @dataclass
 class Runtime:
-    """A backbone and how its network is run. The network is loaded with the first images."""
+    """A backbone and how its network is run. `settle` loads the network."""
 
     backbone: LazyBackbone
     name: str  # TORCH or ONNX; `settle` changes it to TORCH if ONNX Runtime gives other vectors
