@@ -164,15 +164,15 @@ class RetrievalSettings(Form):
     batch_size: PositiveInt = 32
     """images that the network takes at once
 
-    ONNX Runtime takes four a core instead. BATCH_SIZE in the environment or in `.env` is also that of
+    ONNX Runtime takes four per core instead. BATCH_SIZE in the environment or in `.env` is also that of
     `fine_tuning.py`.
     """
     engine: Runtime = "auto"
     """runtime of the network: torch, onnx (ONNX Runtime) or auto, the faster
 
     ONNX Runtime runs on a CPU, and needs an exported network, which is made once and kept in the cache
-    folder. If its vectors differ from those of torch (a cosine below 0.9999 on four images), a warning
-    says so and torch runs. `auto` is `onnx` if the network was exported before, or from 200 images on.
+    folder. If its vectors of four fixed images differ from torch's (a cosine below 0.9999), torch runs and
+    a warning says so. `auto` is `onnx` if the network was exported before, or from 200 images on.
     """
     search: Search = "exact"
     """search of the gallery: exact, or by FAISS: flat, ivf or hnsw
@@ -196,7 +196,7 @@ class RetrievalSettings(Form):
     verify_cache: bool = False
     """read every image, even if its size and time have not changed"""
     save_crops: NewFolder | None = None
-    """folder to save what the network sees of each image"""
+    """folder to save the network input of each image in, as PNG"""
     no_report: bool = False
     """draw no report.html and no pictures
 
@@ -215,12 +215,12 @@ class BackboneSettings(Form):
     model_type: str = "efficientnet_lite0"
     """model name; python -m retrieval.backbones lists them"""
     weights: File | None = None
-    """file of weights in the place of the network's own
+    """file of weights to load instead of the network's own
 
     It is a state dict, safetensors, or a checkpoint of SupContrast, lightly or Lightning.
     """
     image_size: Side | None = None
-    """side of the square image that the network sees (default: the network's own)"""
+    """side of the network's square input in pixels (default: the network's own)"""
 
 
 class FaceSettings(Form):

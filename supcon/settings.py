@@ -54,19 +54,19 @@ class TrainingSettings(Form):
     overwrite: bool = False
     """move the training in the save folder to earlier/ and start a new one"""
     minutes: PositiveAmount | None = None
-    """minutes after which the training ends with the best so far
+    """minutes after which the training ends, with the best epoch so far
 
-    The learning rate has come down by then.
+    The learning rate falls faster, so that it is low by then.
     """
     val_share: PositiveShare = 0.2
-    """share of the images to validate on; of the classes where there are many
+    """share of the images (or classes, if there are many) to set aside for validation
 
     It is a share of the classes if twenty or more of them have several images.
     """
     image_size: Side | None = None
-    """side of the square image that the network sees (default: what suits the images)
+    """side of the network's square input in pixels (default: what suits the images)
 
-    The tuned network sees images of this size, too.
+    The tuned network gets inputs of this size later, too.
     """
     device: Device = "auto"
     """device of the network: cuda, mps, cpu, or auto, the first that is there"""
@@ -92,7 +92,7 @@ class OptimizerSettings(Form):
     lr: PositiveAmount = 1e-3
     """highest learning rate of the last stage"""
     layer_decay: PositiveAmount = 0.7
-    """factor of the learning rate an eighth of the depth towards the input"""
+    """factor of the learning rate for each eighth of the depth towards the input"""
     head_lr: PositiveAmount = 5e-3
     """highest learning rate of the head on the network"""
     weight_decay: Amount = 0.02
@@ -103,7 +103,7 @@ class OptimizerSettings(Form):
     After them the rates fall as a cosine.
     """
     clip: PositiveAmount | None = 5.0
-    """longest gradient of all weights together; unset: no limit"""
+    """highest norm of the gradient of all weights together; unset: no limit"""
     ema: PositiveShare | None = None
     """decay of a moving average of the weights, such as 0.99 (default: no average)"""
     micro_batch: PositiveInt | None = None
@@ -114,15 +114,15 @@ class LossSettings(Form):
     """Settings of some losses only (default: the loss's own)."""
 
     augmentation: Augmentation | None = None
-    """difference between the views of an image: gentle (faces), plain or strong"""
+    """strength of the random changes in a view: gentle (faces), plain or strong"""
     label_smoothing: Share | None = None
-    """share of a label that goes to all classes"""
+    """share of a label that is spread over all classes"""
     dropout: Share | None = None
-    """share of the features that the classifier does not see"""
+    """share of the features that are hidden from the classifier in training"""
     temperature: PositiveAmount | None = None
     """temperature of the contrastive loss"""
     images_per_class: PositiveInt | None = None
-    """K of batches of P classes with K images each"""
+    """K, where a batch holds P classes with K images each"""
     memory: PositiveInt | None = None
     """embeddings of earlier batches to compare a batch with"""
     supcon_weight: PositiveAmount | None = None
