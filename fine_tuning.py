@@ -44,9 +44,9 @@ def main(settings: Settings) -> None:
     from supcon.state import begin
     from supcon.training import choose, fit
 
-    choices = choices_of(settings)  # the loss's own, and what is set above instead
+    choices = choices_of(settings)  # the settings of the loss: its defaults, unless set above
     split = find_and_split(settings)
-    with open_folder(settings, split) as saved:  # what --resume goes on from
+    with open_folder(settings, split) as saved:  # saved: the state that --resume continues from
         start = load_start(settings, split.train)
         training = begin(settings, choices, split, start, saved, started)
         with training.tracking:

@@ -145,7 +145,7 @@ def read_image(path: Path | str, enough: int | None = None) -> np.ndarray:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB, upright, over white."""
+    """Return an image as 8-bit RGB, upright, over white."""
     image.load()  # Pillow turns a TIFF by itself while loading, and then takes the tag away
     with suppress(Exception):  # anything, on broken metadata; the pixels may be sound
         ImageOps.exif_transpose(image, in_place=True)

@@ -3,8 +3,8 @@
     python benchmarks/break_even.py IMAGE_DIR --images 100,200,400 --pairs 5
 
 model_not_tuned.py with `--engine torch` and with `--engine onnx`, alternately and each with an empty cache,
-on so many images, a fifth of which are queries: whole processes on the CPU. Above 1, torch takes longer. A
-network that some run has exported before is taken by any number of images. ResNet-50 has random weights.
+on that many images, a fifth of them queries: whole processes on the CPU. Above 1, torch takes longer. A
+network that was exported before runs in ONNX Runtime for any number of images. ResNet-50 has random weights.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from first_run import ROWS, Folders, run_ours, spread, write_weights
 
 
 def some(paths: Sequence[Path], count: int, out: Path) -> Folders:
-    """Copies of so many images that are spread over a folder, as queries and gallery."""
+    """Copy `count` images, evenly spread over a folder, as queries and gallery."""
     chosen = [paths[i * len(paths) // count] for i in range(count)]
     for number, path in enumerate(chosen):
         part = out / ("query" if number % 5 == 0 else "gallery") / path.parent.name
@@ -56,7 +56,7 @@ def main() -> None:
                 taken = compare(row, folders, arguments.pairs)
                 torch, onnx = (spread(list(seconds)) for seconds in zip(*taken, strict=True))
                 ratio = spread([by_torch / by_onnx for by_torch, by_onnx in taken])
-                print(f"{ROWS[row].word}, {count} images: n = {len(taken)}: torch / onnx {ratio}; "
+                print(f"{ROWS[row].model_name}, {count} images: n = {len(taken)}: torch / onnx {ratio}; "
                       f"{torch} s and {onnx} s", flush=True)  # fmt: skip
 
 

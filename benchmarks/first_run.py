@@ -33,9 +33,9 @@ sys.path.insert(0, str(ROOT))
 
 
 class Row(NamedTuple):
-    """A comparison: our word, the other program and its flags, and the file of weights that they read."""
+    """A comparison: our model name, the other program and its flags, and the file of weights of both."""
 
-    word: str
+    model_name: str
     program: str
     flags: tuple[str, ...] = ()
     weights: str = ""
@@ -99,7 +99,7 @@ def lite0() -> Callable:
 
 
 def a_dozen(folder: Path, out: Path) -> Path:
-    """Copies of twelve images that are spread over a folder, all of which is read on the way."""
+    """Copy twelve images, evenly spread over a folder; read all its files, so that they are in memory."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in paths:
         path.read_bytes()
@@ -161,8 +161,9 @@ def run(command: list[str | Path], ranking: Path) -> Ended:
 
 def run_ours(row: Row, folders: Folders, place: Path, *more: str) -> Ended:
     """model_not_tuned.py, with the cache that lies in `place`."""
-    weights = ["--weights", folders.weights / row.weights] if row.word in ("resnet50", "facenet") else []
-    command = [sys.executable, "model_not_tuned.py", "--model_type", row.word, *weights, "--device", "cpu",
+    model = row.model_name
+    weights = ["--weights", folders.weights / row.weights] if model in ("resnet50", "facenet") else []
+    command = [sys.executable, "model_not_tuned.py", "--model_type", model, *weights, "--device", "cpu",
                "--query_dir", folders.query, "--gallery_dir", folders.gallery, "--custom_dataset",
                "--no_report", "--output_dir", place / "results", "--cache_dir", place / "cache",
                *more]  # fmt: skip
@@ -201,7 +202,7 @@ def compare(
     ratios = (theirs.seconds / ours.seconds, (theirs.seconds - start[0]) / (ours.seconds - start[1]),
               theirs.megabytes / ours.megabytes, again.seconds / ours.seconds)  # fmt: skip
     print(
-        f"{title}: theirs {told(theirs)}; ours {told(ours)}, again {again.seconds:.1f} s; "
+        f"{title}: theirs {timed(theirs)}; ours {timed(ours)}, again {again.seconds:.1f} s; "
         f"ratio {ratios[0]:.2f}; top-1 {right[0]} and {right[1]}, top-10 {right[2]} and {right[3]}, "
         f"{sum(alike) / len(alike):.1%} the same first name",
         flush=True,
@@ -219,7 +220,7 @@ def start_of(row: Row, few: Folders, python: Path) -> tuple[float, float]:
         )
 
 
-def told(run: Ended) -> str:
+def timed(run: Ended) -> str:
     return f"{run.seconds:.1f} s ({run.processor:.0f} of processor), {run.megabytes:.0f} MB"
 
 

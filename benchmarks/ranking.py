@@ -9,10 +9,9 @@ torch is imported; `topk` is torch's float32 product and topk, which decides nei
 `bare` is numpy's float32 product alone, which finds nothing; `flat` is FAISS's IndexFlatIP, its index
 included; `usual` sorts all similarities of one query after another, as most scripts do. The programs take
 turns, each in a process of its own that first ranks a few queries. Imports and making the vectors are not
-timed. A ratio above 1 means
-that ours takes longer. The memory is the maximum of what our process holds beyond what it held before,
-without the pages of mapped files, which the system takes back when it needs them; it is sampled twenty times
-a second, on Linux.
+timed. A ratio above 1 means that ours takes longer. The memory is the maximum of what our process holds
+beyond what it held before, without the pages of mapped files, which the system takes back when it needs
+them. It is sampled twenty times a second, on Linux.
 """
 
 import argparse

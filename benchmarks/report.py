@@ -2,9 +2,9 @@
 
     python benchmarks/report.py data/sample/test/query data/sample/test/gallery --queries 860 --gallery 1298
 
-The images are repeated under new names until there are as many as asked for. Their embeddings are the images
-themselves, 16 × 16 pixels, since the page does not care where they come from. With Debian's chromium the page
-is opened as well: until its script has drawn the first queries.
+The images are repeated under new names until there are as many as the flags ask for. Their embeddings are
+their pixels, at 16 × 16, since any vectors will do for the page. With Debian's chromium the page is opened
+as well, and timed until its script has drawn the first queries.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from retrieval.run import Outcome, Run  # noqa: E402
 
 
 def repeated(folder: Path, count: int) -> tuple[list[ImageFile], Embeddings]:
-    """So many images of a folder, and their pixels, slightly changed, as embeddings."""
+    """Return `count` images of a folder, and their slightly changed pixels as embeddings."""
     files = find_images(folder)
     small = [Image.open(file.path).convert("L").resize((16, 16)) for file in files]
     pixels = np.stack([np.asarray(image, dtype=np.float32).ravel() for image in small])

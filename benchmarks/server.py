@@ -1,12 +1,12 @@
-"""A hall of groups that submit at once; how long each waits, and what the server takes for it, out.
+"""Groups that submit at once in; how long each waits, and the server's processor time and memory, out.
 
     python benchmarks/server.py --rounds 5
 
 100 groups, each with a submission of its own, 1455 queries with 10 names, POST at the same moment. Ours is
-`python -m retrieval.server`, which keeps each on the disk before it answers; beside it stands the dozen lines
-that a course would write, which keep nothing: http.server's threads and the same score (and room for 128
-waiting connections in the place of 5, so that none is dropped). Each server is a fresh process that has
-answered one submission before; the two alternate; the client is a process of its own.
+`python -m retrieval.server`, which stores each submission on the disk before it answers. It is compared with
+the dozen lines that a course would write, which store nothing: http.server's threads and the same score
+(with room for 128 waiting connections instead of 5, so that none is dropped). Each server is a fresh process
+that has answered one submission before. The two servers alternate, and the client is a process of its own.
 """
 
 import argparse

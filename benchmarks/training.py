@@ -3,11 +3,11 @@
     python benchmarks/training.py data/intel_dataset/train --loss supcon --pairs 5
     python benchmarks/training.py --loss_only --pairs 5      # the contrastive loss alone, of 2 × 4096 views
 
-Both train EfficientNet-Lite0 from the same weights with the same part of it frozen, on squares of one size
+Both train EfficientNet-Lite0 from the same weights with the same part of it frozen, with inputs of one size
 and batches of 48. The usual loop is a Dataset of Pillow and torchvision's transforms, a DataLoader with two
 workers, the network as timm builds it, AdamW, and cross-entropy or pytorch-metric-learning's SupConLoss. Each
-run is a process of its own, and the two alternate. The steps are timed, after two that are not; what is read
-once before the first (by us: every image) is told beside.
+run is a process of its own, and the two alternate. The first two steps are not timed. The time to read images
+before the first step (ours reads all of them) is printed beside the ratio.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-WORD, BATCH, WARM_UP = "efficientnet_lite0", 48, 2
+MODEL, BATCH, WARM_UP = "efficientnet_lite0", 48, 2
 VIEWS, DIMENSION, OF_A_CLASS = 4096, 128, 4
 
 
@@ -41,7 +41,7 @@ def ours(form: argparse.Namespace) -> dict[str, float]:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         settings = fine_tuning.Settings(
-            train_dir=form.folder, save_dir=Path(folder), loss=form.loss, model=WORD, device=form.device,
+            train_dir=form.folder, save_dir=Path(folder), loss=form.loss, model=MODEL, device=form.device,
             batch_size=BATCH, image_size=form.image_size,
         )  # fmt: skip
         split = find_and_split(settings)
@@ -96,11 +96,11 @@ def usual(form: argparse.Namespace) -> dict[str, float]:
     from retrieval.backbones.backbone import choose_device, find_pretrained
     from supcon.layers import freeze
 
-    start, device, row = time.perf_counter(), choose_device(form.device), find_pretrained(WORD)
+    start, device, row = time.perf_counter(), choose_device(form.device), find_pretrained(MODEL)
     data = Images(form.folder, 2 if form.loss == "supcon" else 1, form.image_size, row.mean, row.std)
     loader = torch.utils.data.DataLoader(data, BATCH, shuffle=True, drop_last=True, num_workers=2)
     network = row.network(row.weights.fetch())
-    freeze(network, "stem", WORD)
+    freeze(network, "stem", MODEL)
     if form.loss == "supcon":
         head = nn.Sequential(nn.Linear(row.dimension, 512), nn.ReLU(), nn.Linear(512, 128))
         loss_of = SupConLoss(temperature=0.1)

@@ -72,7 +72,7 @@ def _title(form: type[BaseSettings]) -> str:
 
 
 def placeholder(field: FieldInfo) -> str:
-    """Return what stands for a flag's value in --help: a word of its type."""
+    """Return the placeholder of a flag's value in --help, which depends on its type."""
     parts = list(_parts(field.annotation, field.metadata))
     metavars = [part for part in parts if isinstance(part, Metavar)]
     return metavars[0] if metavars else next((PLACEHOLDERS[p] for p in parts if p in PLACEHOLDERS), "NAME")
@@ -88,7 +88,7 @@ def _parts(annotation: Any, metadata: list[Any]) -> Iterator[Any]:
 
 
 def choices_of(field: FieldInfo) -> list[str]:
-    """Return the words that a setting may be, or none where it may be anything."""
+    """Return the values that a setting may have; an empty list if it may have any value."""
     literals = [part for part in _parts(field.annotation, []) if get_origin(part) is Literal]
     return list(field.examples or (get_args(literals[0]) if literals else ()))
 

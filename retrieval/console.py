@@ -93,7 +93,7 @@ def _log_to_console() -> None:
 
 
 def progress_bar(total: int, what: str, **options: Any) -> tqdm:
-    """Return tqdm's bar over so many images; rank 0 alone shows it."""
+    """Return a tqdm progress bar for `total` images; only rank 0 shows it."""
     return tqdm(total=total, desc=what, unit="image", disable=rank() != 0, **options)
 
 

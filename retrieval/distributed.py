@@ -43,8 +43,8 @@ def several() -> bool:
 
 def rank() -> int:
     """Return the number of this process, from 0; a single process is 0, whatever RANK says."""
-    told = os.environ.get("RANK", "")
-    return int(told) if several() and told.isdecimal() else 0
+    text = os.environ.get("RANK", "")
+    return int(text) if several() and text.isdecimal() else 0
 
 
 def rank_zero_only(function: Callable[..., Any]) -> Callable[..., Any]:

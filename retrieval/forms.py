@@ -219,7 +219,7 @@ def _flag_sentence(problem: str, form: type[Form]) -> str:
 
 
 def _value_sentence(problem: dict[str, Any], arguments: list[str], form: type[Form]) -> str:
-    """Say where a wrong value stands, what it is, and what is wrong with it."""
+    """Return a sentence that says where a wrong value stands, what it is, and what is wrong with it."""
     name = str(problem["loc"][0])
     if problem["type"] == "missing":
         return f"give --{name}: {help_of(form.model_fields[name])}"

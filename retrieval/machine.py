@@ -30,8 +30,8 @@ ON_DISK = "/var/tmp"  # on Unix: Filesystem Hierarchy Standard 3.0, 5.15
 def zeros(shape: tuple[int, ...], dtype: type, what: str, processes: int = 1) -> np.ndarray:
     """Return an array of zeros, in memory or, if it is too large, in a temporary file (numpy.memmap).
 
-    `what` names the content for the log; so many processes of this machine make an array like it. Raises
-    RunError if the disk has no room for the file.
+    `what` names the content for the log. `processes` of this machine each make such an array, and share the
+    memory. Raises RunError if the disk has no room for the file.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size <= SHARE * memory() / processes:

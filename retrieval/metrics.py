@@ -200,7 +200,7 @@ def points_of(first: list[int]) -> list[int]:
 
 
 def compare(points: list[int], with_points: list[int]) -> tuple[float, list[float]]:
-    """Return by how much the first score of the same queries is higher, and the 95 % interval of this.
+    """Return the first score minus the second, of the same queries, and the 95 % interval of the difference.
 
     >>> compare([1000] * 8 + [300] * 2, [300] * 10)[0]
     560.0
@@ -210,7 +210,7 @@ def compare(points: list[int], with_points: list[int]) -> tuple[float, list[floa
 
 
 def competition_score(right_1: int, right_5: int, right_10: int, queries: int) -> float:
-    """600 · top-1 + 300 · top-5 + 100 · top-10, from the numbers of queries that are right within 1, 5, 10.
+    """Return 600 · top-1 + 300 · top-5 + 100 · top-10, from how many queries are right within 1, 5 and 10.
 
     >>> competition_score(194, 229, 243, queries=300)
     698.0

@@ -65,7 +65,7 @@ class Ranking:
 
 
 def chunks(vectors: np.ndarray, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the first row of each chunk, and the chunk of so many rows; copy a memmap's chunk into memory."""
+    """Yield the first row of each chunk and the chunk of `rows` rows, which is copied if it is a memmap."""
     for start in range(0, len(vectors), rows):
         chunk = vectors[start : start + rows]
         yield start, np.array(chunk) if isinstance(chunk, np.memmap) else chunk

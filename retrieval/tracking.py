@@ -69,7 +69,7 @@ class Tracking:
         return {"run": self.run, "step": self.step}
 
     def log(self, values: dict[str, Any], step: int | None = None) -> None:
-        """Track the numbers among these values at a step; without a step, at the latest."""
+        """Track the numeric values at `step`, by default at the latest step."""
         self.step = self.step if step is None else step
         with self.dropped_if_it_fails():
             if self.tracker:

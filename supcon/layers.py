@@ -42,7 +42,7 @@ def _parts(network: nn.Module) -> Iterator[nn.Module]:
             yield part
 
 
-def freeze(network: nn.Module, how: Freeze, word: str) -> list[list[nn.Parameter]]:
+def freeze(network: nn.Module, how: Freeze, model_name: str) -> list[list[nn.Parameter]]:
     """Freeze a part of the network; return the weights of each stage that are trained, from the input on.
 
     "bn" freezes only the statistics of batch normalisations, which are always frozen; "stem" the first two
@@ -57,7 +57,9 @@ def freeze(network: nn.Module, how: Freeze, word: str) -> list[list[nn.Parameter
             parameter.requires_grad_(number >= frozen and parameter.is_floating_point())
     trained = [[p for p in stage if p.requires_grad] for stage in every]
     if not any(trained):
-        raise InputError(f"--model {word} has no weights to train: give another word, or another --freeze")
+        raise InputError(
+            f"--model {model_name} has no weights to train: give another --model, or another --freeze"
+        )
     return trained
 
 

@@ -16,7 +16,7 @@ def supcon_loss(
     memory: Tensor | None = None,
     memory_labels: Tensor | None = None,
 ) -> Tensor:
-    """The supervised contrastive loss, L_out of Khosla et al. 2020 (eq. 2), a mean over the anchors.
+    """Return the supervised contrastive loss, L_out of Khosla et al. 2020 (eq. 2), a mean over the anchors.
 
         L = mean over i of  −1/|P(i)| Σ_{p ∈ P(i)} log( exp(z_i·z_p / τ) / Σ_{a ≠ i} exp(z_i·z_a / τ) )
 

@@ -62,7 +62,7 @@ def load_start(settings: Form, files: list[ImageFile]) -> Start:
         network = Mapped(network, backbone.dimension)
     untuned = place(replace(backbone, network=network.requires_grad_(False)))
     tuned = _to_be_tuned(untuned, settings.image_size, files)
-    log.info("loaded %s on %s; it learns from squares of %d pixels", untuned.model_name, untuned.device,
+    log.info("loaded %s on %s; it learns from inputs of %d pixels", untuned.model_name, untuned.device,
              tuned.transform.size)  # fmt: skip
     return Start(untuned, tuned, folded)
 
@@ -88,7 +88,7 @@ def _to_be_tuned(untuned: Backbone, image_size: int | None, files: list[ImageFil
     except InputError:
         if image_size:
             raise
-        log.info("%s sees squares of %d pixels only", untuned.model_name, untuned.transform.size)
+        log.info("%s takes inputs of %d pixels only", untuned.model_name, untuned.transform.size)
         return replace(backbone, transform=untuned.transform)
 
 

@@ -25,7 +25,7 @@ from supcon.start import Start
 from supcon.validation import Validation, load_validation
 from supcon.variants import VARIANTS, Choices, Variant
 
-FEATURE_LENGTH = 16.0  # of the features that a head sees, about: EfficientNet-Lite0's own
+FEATURE_LENGTH = 16.0  # mean length of the features that a head gets, about that of EfficientNet-Lite0's
 CROP_ROOM = 1.25  # the side of an image in memory / the side of a view: so a crop is not blurred
 
 
@@ -190,7 +190,7 @@ def _check_processes(training: TrainingState) -> None:
 
 
 def _feature_scale(validation: Validation, untuned: Backbone) -> float:
-    """Return the factor that makes features FEATURE_LENGTH long: there the heads' rates suit any network."""
+    """Return the factor that makes features FEATURE_LENGTH long, so that one head_lr suits every network."""
     with torch.inference_mode():
         lengths = untuned.embed(validation.images[untuned.transform.size].pixels[:64]).norm(dim=1)
     return FEATURE_LENGTH / lengths.mean().item()

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 LAMBDAS = (0.25, 0.5, 1.0, 2.0, 4.0)  # weights of the tuned embedding beside the untuned one
-USUAL, CAREFUL, NEAREST = 2.0, 0.5, 0.25
+USUAL, CAREFUL, NEAREST = 2.0, 0.5, 0.25  # λ that best_of chooses from
 ALPHAS = (0.25, 0.5, 0.75)  # shares of the tuned weights in a mix: WiSE-FT (Wortsman et al. 2022)
 COLLAPSED = 0.98  # mean cosine of two images' embeddings
-KEEP = 10
+KEEP = 10  # ranked images of each query: the score needs ten
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def metrics_of_vectors(validation: Validation, images: Tensor, views: Tensor | N
 
 
 def without_self(ranking: Ranking) -> Ranking:
-    """Remove each image from the matches of itself, or the last match where an image is not among its own."""
+    """Remove each image from its own matches; where it is not among them, remove the last match instead."""
     itself = ranking.rows == np.arange(len(ranking.rows))[:, None]
     others = np.argsort(itself, axis=1, kind="stable")[:, :-1]
     rows, cosines = (np.take_along_axis(x, others, 1) for x in (ranking.rows, ranking.cosines))

@@ -55,7 +55,7 @@ def choices_of(settings: Form) -> Choices:
     given = {name: getattr(settings, name) for name in CHOICES if getattr(settings, name) is not None}
     for name in given:
         if name not in variant.choices:
-            users = ", ".join(word for word, row in VARIANTS.items() if name in row.choices)
+            users = ", ".join(loss for loss, row in VARIANTS.items() if name in row.choices)
             raise InputError(f"--{name} changes nothing for --loss {settings.loss}: it is for {users}")
     choices = variant.choices | given
     if settings.batch_size < 2:
@@ -70,12 +70,12 @@ def choices_of(settings: Form) -> Choices:
     return choices
 
 
-def known_loss(word: str) -> str:
-    """The word itself, if it is a row of the table; otherwise InputError with the nearest one."""
-    if word not in VARIANTS:
-        hint = did_you_mean(word.lower(), VARIANTS) or ";"
-        raise InputError(f"there is no such loss{hint} the words are {', '.join(VARIANTS)}")
-    return word
+def known_loss(name: str) -> str:
+    """Return the name of a loss. Raises InputError, with the most similar name, if it is unknown."""
+    if name not in VARIANTS:
+        hint = did_you_mean(name.lower(), VARIANTS) or ";"
+        raise InputError(f"there is no such loss{hint} the losses are {', '.join(VARIANTS)}")
+    return name
 
 
 Loss = Annotated[str, AfterValidator(known_loss), Field(examples=list(VARIANTS))]

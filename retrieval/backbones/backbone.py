@@ -130,8 +130,8 @@ def cache_key(transform: Transform | FaceCrop, file: Path | None = None, *others
     """Return the digest of everything that changes a vector, or a crop.
 
     The key contains the transform, a file of weights, `others`, the versions of the installed packages, and a
-    version number of each part of this project that the backbone uses. Who changes what such a part makes of
-    an image raises its number, and no other edit of the code costs anybody the cache.
+    version number of each part of this project that the backbone uses. Raise the number when you change the
+    output of such a part; no other edit of the code invalidates the cache.
     """
     versions = {"image decoding": get_images.VERSION} | transform.versions
     digest = hashlib.sha256(repr((transform, others, versions, package_versions())).encode())
@@ -204,7 +204,7 @@ def _choose_transform(
 
 
 def _shape_of_one_vector(backbone: Backbone) -> tuple[int, ...]:
-    """Return the shape of the network's output for a black image. Raises InputError if it has no use."""
+    """Return the shape of the network's output for a black image. Raises InputError if it is no embedding."""
     import torch
 
     size = backbone.transform.size
@@ -225,7 +225,7 @@ def _shape_of_one_vector(backbone: Backbone) -> tuple[int, ...]:
 
 
 def choose_device(name: str) -> str:
-    """Return cuda, mps or cpu; auto is the first that is there. Raises InputError for one that is not."""
+    """Return cuda, mps or cpu; auto is the first available. Raises InputError if the device is not there."""
     if name == "cpu" or (name == "auto" and _no_accelerator()):
         return "cpu"
     import torch

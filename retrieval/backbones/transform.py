@@ -30,7 +30,7 @@ class Transform:
     crop_mode: str = "squash"
     resize: int = 0  # pixels; 0: as `size`, so that "squash" keeps the whole image
     detects_faces: ClassVar[bool] = False
-    module: ClassVar[str] = "torch"  # the slow import of a reader
+    module: ClassVar[str] = "torch"  # what reader processes import when they start
     versions: ClassVar[dict[str, int]] = {"transform": VERSION}  # for the cache key
 
     def __call__(self, image: np.ndarray) -> ModelInput:
@@ -67,7 +67,7 @@ class Transform:
 
 
 def _not_too_long(image: np.ndarray, most: int = 16) -> np.ndarray:
-    """Cut an image over 16 times as long as wide to its middle: resized as a whole it fills the memory."""
+    """Cut an image over 16 times as long as wide to its middle: resizing all of it would fill the memory."""
     longest = most * min(image.shape[:2])
     top, left = (max(0, (length - longest) // 2) for length in image.shape[:2])
     return np.ascontiguousarray(image[top : top + longest, left : left + longest])

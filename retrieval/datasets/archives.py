@@ -1,4 +1,4 @@
-"""A folder, or an archive that nobody vouches for, in; a folder with its images, or an InputError, out."""
+"""A folder or an untrusted archive in; a folder with its images, or an InputError, out."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ def lay_out_split(
 
 
 def lay_out_competition(out: Path, archive: Path, keep_duplicates: bool = False) -> None:
-    """Lay out what the organisers hand out: train/, test/query/ and test/gallery/, with or without a folder.
+    """Lay out what the organisers hand out: train/, test/query/ and test/gallery/, perhaps inside a folder.
 
     All test images stay, since the server asks for them; only train loses its duplicates of test images.
     Raises InputError if the folders are missing, and the errors of lay_out_split.

@@ -57,7 +57,7 @@ def embed(
     batch_size: int = 32,
     engine: str = "auto",
 ) -> Embeddings:
-    """Embed images in their order: `Embeddings` with float32 unit vectors (images, dimension).
+    """Embed images in their order; return `Embeddings` with float32 unit vectors (images, dimension).
 
     `images` are the files that find_images returned, or a folder. `backbone` is one that load_backbone or
     find_backbone returned, one of your own (its network is put on its device, in inference mode), or a

@@ -36,10 +36,11 @@ log = logging.getLogger("retrieval.runtime")
 
 
 def load_onnx(lazy: LazyBackbone, files: NetworkFiles, pixels: np.ndarray) -> Any | None:
-    """Return the onnxruntime.InferenceSession of a network: of the kept file, or of one that is made now.
+    """Return the onnxruntime.InferenceSession of a network, from the file of an earlier run or a new export.
 
-    A new one is kept if it gives the network's own vectors of a few images, `pixels`. If that is impossible,
-    warns, keeps the reason for the next runs, and returns None. Raises as the backbone's `load`.
+    A new export is kept if its vectors of the images `pixels` agree with those of torch. If the export or
+    this check fails, warns, keeps the reason for the next runs, and returns None. Raises as the backbone's
+    `load`.
     """
     kept = files.read(EXPORTED)
     if kept:
@@ -126,7 +127,7 @@ def export(backbone: Backbone) -> bytes:
     images = torch.zeros(2, 3, size, size, dtype=torch.uint8)
     buffer = io.BytesIO()
     with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tracer warns of constants: real images check the export
+        warnings.simplefilter("ignore")  # the tracer warns of constants: the check in load_onnx decides
         torch.onnx.export(_Whole().eval(), (images,), buffer, dynamo=False, opset_version=17,
                           input_names=["images"], output_names=["vectors"],
                           dynamic_axes={"images": {0: "n"}, "vectors": {0: "n"}})  # fmt: skip
@@ -155,7 +156,7 @@ class NetworkFiles:
         return self.folder is not None and self.path(kind).is_file()
 
     def read(self, kind: str) -> bytes:
-        """Return what an earlier run has written, b"" if none has. The file then counts as used."""
+        """Return what an earlier run has written, b"" if none has, and mark the file as used."""
         if not self.exists(kind):
             return b""
         with suppress(OSError):  # the folder may be read-only

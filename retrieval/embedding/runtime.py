@@ -75,7 +75,7 @@ class Runtime:
         return cores() if self.name == ONNX else 1
 
     def settle(self) -> None:
-        """Load the network, and check on a few images that the runtime gives the network's own vectors.
+        """Load the network, and check the runtime's vectors of four fixed images against those of torch.
 
         If one of several processes cannot use ONNX Runtime, all use torch. Raises as the backbone's `load`,
         and RunError if a single image does not fit into a GPU's memory, or another process has ended.
@@ -85,7 +85,7 @@ class Runtime:
         start = time.perf_counter()
         pixels = check_images(self.backbone.transform.size)
         session = load_onnx(self.backbone, self.files, pixels) if self.name == ONNX else None
-        if distributed.all_agree(session is not None):  # asks every process, whatever it found on its disk
+        if distributed.all_agree(session is not None):  # a collective, so that every process must call it
             self.run = partial(run_onnx, session)
         else:
             self.name = TORCH

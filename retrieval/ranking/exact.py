@@ -17,8 +17,8 @@ from retrieval.records import UNREADABLE, Embeddings, Ranking, chunks, rows_of_c
 
 IMAGES = 8192  # gallery images in a chunk; more where k is large
 TILE = 2**22  # float32 products of a query and an image in memory: 16 MiB
-CANDIDATES = 2**20  # pairs of a query and an image between which float64 decides at a time
-PIECE = 2**15  # numbers of an array of vectors in float64: as many as fit into a core's cache
+CANDIDATES = 2**20  # pairs of a query and an image whose float64 cosines are computed at a time
+PIECE = 2**15  # float64 components of a block of vectors: as many as fit into a core's cache
 UNIT = 1e-5  # a squared length within this of 1 differs from 1 by float32 rounding only
 SMALL = 2**36  # multiply-adds, about a second on two cores
 
@@ -175,7 +175,7 @@ def _update(
 
 @contextmanager
 def _choose_library(device: str, multiply_adds: int) -> Iterator[tuple[Callable, Callable]]:
-    """Yield two functions: a numpy array → what is multiplied on the device → what candidates are found in.
+    """Yield a function that moves a numpy array to the device, and one that prepares products for the search.
 
     torch multiplies, and on a GPU it also finds the candidates. While torch is not imported, numpy multiplies
     on the CPU up to SMALL multiply-adds: this saves the import of torch, 1 to 3 s, in a run that finds all

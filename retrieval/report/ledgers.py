@@ -95,7 +95,7 @@ class RunLine(BaseModel):
 
     @property
     def size(self) -> tuple[int, int]:
-        """The numbers of queries and gallery images."""
+        """How many queries and gallery images the run had."""
         return self.queries, self.gallery_images
 
     @property
@@ -118,7 +118,7 @@ class RunLine(BaseModel):
         return -1.0 if self.accuracy is None else self.accuracy
 
     def query_names(self) -> list[str]:
-        """Read the names of the queries; return their numbers if the file of names is lost."""
+        """Read the names of the queries; return their row numbers if the file of names is lost."""
         try:
             names = json.loads(self.ledger.with_name(f"names-{self.names}.json").read_bytes())
             if len(names["queries"]) == self.queries:

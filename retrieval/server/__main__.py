@@ -33,7 +33,7 @@ class Settings(Form):
     """Score submissions to labelled folders, and show the leaderboard."""
 
     query_dir: Folder = Path("data/test/query")
-    """folder of the query images, of which only the names are read"""
+    """folder of the query images; only their names are read"""
     gallery_dir: Folder = Path("data/test/gallery")
     """folder of the gallery images"""
     answers: File | None = None

@@ -126,7 +126,7 @@ def read_pairs(table: Path, *heads: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def repeated(names: Iterable[str]) -> list[str]:
-    """Return the names that stand there more than once.
+    """Return the names that occur more than once.
 
     >>> repeated(["a", "b", "a"])
     ['a']
@@ -135,7 +135,7 @@ def repeated(names: Iterable[str]) -> list[str]:
 
 
 def listed(what: str, names: list[str]) -> str:
-    """Say in a sentence what these names are, how many, and the first few.
+    """Return what these names are, how many there are, and the first few.
 
     >>> listed("unknown queries", ["a", "b", "c", "d"])
     'unknown queries: 4 (a, b, c, …)'

@@ -42,12 +42,12 @@ def make_app(key: AnswerKey, database: Database, rules: Rules) -> FastAPI:
     endpoint = SubmissionEndpoint(key, database, rules)
 
     def show(template: str, **values: Any) -> bytes:
-        """Render a page that may ask for the rules, for moments and for lines of scores."""
+        """Render a template, which may use `rules`, `moment` and `line`."""
         return render(TEMPLATES, template, rules=rules, line=line, moment=moment, **values)
 
     @lru_cache(maxsize=1)  # a hall full of browsers asks for the page, which seldom changes
     def leaderboard_page(*_: object) -> bytes:
-        """Render the leaderboard, once for each state that the arguments stand for."""
+        """Render the leaderboard. The arguments are a cache key: they change whenever the page does."""
         standings, queries = database.standings(rules.partly), rules.public if rules.partly else key.queries
         return show("leaderboard.html", standings=standings, queries=len(queries), gallery=len(key.gallery))
 

@@ -57,7 +57,7 @@ class Standing:
 
 
 class Database:
-    """A SQLite file. What `store` and `refuse` have returned from is on the disk."""
+    """A SQLite file. When `store` or `refuse` returns, its row is on the disk."""
 
     def __init__(self, path: Path, competition: str) -> None:
         """Open the file, or create it. `competition` is the digest of the answer key.

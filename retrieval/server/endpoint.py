@@ -32,7 +32,7 @@ log = logging.getLogger("retrieval.server")
 
 
 class SubmissionEndpoint:
-    """What answers a POST: each submission is scored and stored, or refused with a sentence."""
+    """Answers each POST: scores and stores the submission, or refuses it with a sentence."""
 
     def __init__(self, key: AnswerKey, database: Database, rules: Rules) -> None:
         self.key, self.database, self.rules = key, database, rules
@@ -42,7 +42,7 @@ class SubmissionEndpoint:
         self.addresses = RateLimit("address", rules.per_address or math.inf)
 
     async def answer(self, request: Request) -> Response:
-        """Score a submission and store it, or say why not and log that."""
+        """Score and store a submission, or answer and log why it is refused."""
         try:
             self.addresses.count(request.client.host if request.client else "")
             self._require_open()
@@ -98,7 +98,7 @@ class SubmissionEndpoint:
         self.groups.count(team)
 
     async def _refuse(self, refused: RefusedError) -> Response:
-        """Answer why, and add that to the group's history, unless it comes too fast or the disk fails."""
+        """Answer with the reason, and add it to the group's history unless the status is 429 or 503."""
         log.info("refused with %d: %s", refused.status, refused)
         if refused.status not in (429, 503):
             try:
@@ -110,12 +110,15 @@ class SubmissionEndpoint:
 
 
 class RateLimit:
-    """At most so many submissions of each group, or from each address; every minute the count starts anew."""
+    """A limit of `most` submissions a minute for each group, or each address.
+
+    One minute is counted for all: it begins with the first submission after the previous minute ended.
+    """
 
     def __init__(self, kind: str, most: float) -> None:
         self.kind, self.most = kind, most
         self.counts: Counter[str] = Counter()
-        self.ends = 0.0  # of this minute, by the monotonic clock
+        self.ends = 0.0  # when this minute ends, by the monotonic clock
 
     def count(self, who: str) -> None:
         """Count a submission. Raises RefusedError if there were too many in this minute."""

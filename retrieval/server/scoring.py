@@ -22,7 +22,7 @@ class RefusedError(Exception):
     def __init__(self, sentence: str, status: int = 422, headers: dict[str, str] | None = None) -> None:
         super().__init__(sentence)
         self.status, self.headers = status, headers or {}
-        self.team: str | None = None  # whose history lists it, if it is sure who has sent it
+        self.team: str | None = None  # the group whose history lists the refusal; None: not known for sure
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _check_shape(content: Any) -> Submission:
 
 
 def _is_readable(text: str) -> bool:
-    """Whether a text shows something, and holds no control character and no half of a surrogate pair."""
+    """Return whether a text shows something, without control characters and halves of surrogate pairs."""
     kinds = {unicodedata.category(letter) for letter in text}
     return not kinds & {"Cc", "Cs"} and any(kind[0] not in "CZ" for kind in kinds)
 
@@ -90,10 +90,10 @@ def _is_readable(text: str) -> bool:
 
 
 def judge(submission: Submission, key: AnswerKey) -> dict[str, int]:
-    """Return the rank of each query's first right image, from 1; 0 if none is right. Queries in key's order.
+    """Return the rank of each query's first right image, from 1; 0 if none is right.
 
-    Raises RefusedError, which names the first offenders, unless each query of the key has 1 to
-    NAMES_PER_QUERY different gallery images.
+    The queries are in the key's order. Raises RefusedError, which names the first offenders, unless each
+    query of the key has 1 to NAMES_PER_QUERY different gallery images.
     """
     queries, gallery = key.aliases["query"], key.aliases["gallery"]
     try:
@@ -109,7 +109,7 @@ def judge(submission: Submission, key: AnswerKey) -> dict[str, int]:
 
 
 def _problems(images: dict[str, list[str]], key: AnswerKey) -> list[str]:
-    """Say what is wrong with the names, a sentence each."""
+    """Return a sentence for each kind of wrong name in a submission."""
     queries, gallery = key.aliases["query"], key.aliases["gallery"]
     asked = {queries[query] for query in images if query in queries}
     every = {name for names in images.values() for name in names}
@@ -154,9 +154,9 @@ def score(
     (wrong1 …), and the three accuracies (results).
     """
     asked = list(key.queries if queries is None else queries)
-    told: dict[str, list] = {}
+    lists: dict[str, list] = {}
     for cut in POINTS:
-        told[f"right{cut}"] = [key.queries[query] for query in asked if 0 < first[query] <= cut]
-        told[f"wrong{cut}"] = [key.queries[query] for query in asked if not 0 < first[query] <= cut]
-    counts = [len(told[f"right{cut}"]) for cut in POINTS]
-    return competition_score(*counts, len(asked)), told | {"results": [n / len(asked) for n in counts]}
+        lists[f"right{cut}"] = [key.queries[query] for query in asked if 0 < first[query] <= cut]
+        lists[f"wrong{cut}"] = [key.queries[query] for query in asked if not 0 < first[query] <= cut]
+    counts = [len(lists[f"right{cut}"]) for cut in POINTS]
+    return competition_score(*counts, len(asked)), lists | {"results": [n / len(asked) for n in counts]}

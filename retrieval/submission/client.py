@@ -190,24 +190,25 @@ def _system_message(error: BaseException | None) -> str:
 def _read_reply(response: requests.Response, content: bytes, broken: str) -> Outcome:
     """Return the outcome that a reply stands for, with the score if there is one."""
     status = response.status_code
-    told = f"the server answered {status} {response.reason or ''}".strip()
+    answered = f"the server answered {status} {response.reason or ''}".strip()
     try:
         reply = json.loads(content)
     except (ValueError, RecursionError):
         reply = None
     if 300 <= status < 400:
-        return Outcome("failed", f"{told}, and points to {response.headers.get('Location')}", status=status)
+        target = response.headers.get("Location")
+        return Outcome("failed", f"{answered}, and points to {target}", status=status)
     if not response.ok or not isinstance(reply, dict):
         hint = " (check the URL, down to its last slash)" if status == 404 else ""
         kind = f" and {broken}" if broken else ", but not with the JSON of a score" if response.ok else ""
-        return Outcome("failed", f"{told}{kind}{hint}, {_excerpt(content)!r}", status=status)
+        return Outcome("failed", f"{answered}{kind}{hint}, {_excerpt(content)!r}", status=status)
     accuracy = reply.get("accuracy")
     if isinstance(accuracy, int | float) and not isinstance(accuracy, bool) and abs(accuracy) <= 1e9:
         sentence = f"the server's score: {accuracy:g} of 1000 (reply.txt holds its whole reply)"
         return Outcome("scored", sentence, float(accuracy), status)
     if "results" in reply:  # what an older server answered
         return Outcome("answered", f"the server's results: {_excerpt(content)}", status=status)
-    return Outcome("failed", f"{told} without a score, {_excerpt(content)!r}", status=status)
+    return Outcome("failed", f"{answered} without a score, {_excerpt(content)!r}", status=status)
 
 
 def _excerpt(content: bytes, length: int = 200) -> str:

@@ -74,7 +74,7 @@ def check_submission(submission: Any) -> None:
 
 
 def read_submission(path: Path) -> dict[str, Any]:
-    """Read a saved submission and check it. Raises FileNotFoundError, or InputError if it is none."""
+    """Read a saved submission and check it. Raises FileNotFoundError, or InputError for any other file."""
     try:
         submission = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
