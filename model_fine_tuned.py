@@ -14,6 +14,7 @@ from retrieval.console import run_script  # first, since it checks that the pack
 
 # isort: split
 from retrieval.settings import (
+    CheckpointSettings,
     File,
     Folder,
     GroupName,
@@ -24,11 +25,10 @@ from retrieval.settings import (
 )
 
 
-class Settings(RetrievalSettings):
+class Settings(RetrievalSettings, CheckpointSettings):
     """Rank a gallery for each query with a network of fine_tuning.py, and submit the ranking."""
 
-    weights: File = Path("checkpoints/fine_tuned_model.pth")
-    """checkpoint of fine_tuning.py, which knows its network and how to prepare images"""
+    weights: File = Path("checkpoints/fine_tuned_model.pth")  # it knows its network and its transform
     query_dir: Folder = Path("data/test/query")
     gallery_dir: Folder = Path("data/test/gallery")
     top_k: PositiveInt = 10

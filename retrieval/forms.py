@@ -90,8 +90,10 @@ class Form(BaseSettings, metaclass=_FormClass):
     def __pydantic_init_subclass__(cls, **options: Any) -> None:
         for name, field in cls.model_fields.items():
             shared = shared_field(cls, name)
-            field.description = field.description or (shared and shared.description)
-            if not field.description:
+            field.description = field.description or (shared.description if shared else "")
+            # A form of its own needs no shared field. (Python finds no help of a script that was run and then
+            # imported, as in a notebook: that is no mistake of the form.)
+            if not field.description and any(base.model_fields for base in cls.__bases__):
                 hint = did_you_mean(name.lower(), [known for known in cls.model_fields if known != name])
                 cls.mistakes += (f"there is no setting {name}{hint} (a new one needs its help below it)",)
 

@@ -223,6 +223,13 @@ class BackboneSettings(Form):
     """side of the network's square input in pixels (default: the network's own)"""
 
 
+class CheckpointSettings(Form):
+    """Settings of the fine-tuned network."""
+
+    weights: File = Path("checkpoints/fine_tuned_model.pth")
+    """checkpoint of fine_tuning.py, which knows its network and how to prepare images"""
+
+
 class FaceSettings(Form):
     """Settings of the face crop."""
 

@@ -97,6 +97,7 @@ def read_dlib_weights(file: Path) -> dict[str, Tensor]:
     data, at, around, state = file.read_bytes(), 0, hashlib.sha256(), {}
 
     def take(*sizes: int) -> Tensor:
+        """Return the next tensor of these sizes."""
         nonlocal at
         head = b"".join(map(_packed, (2, *sizes)))
         start, length = data.find(head, at) + len(head), 4 * math.prod(sizes)

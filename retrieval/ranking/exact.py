@@ -78,13 +78,13 @@ def cosines_of(queries: np.ndarray, owners: np.ndarray, gallery: np.ndarray, row
     cosines = np.empty(len(owners))
     step = max(1, PIECE // gallery.shape[1])
 
-    def compute(start: int) -> None:
+    def _compute(start: int) -> None:
         pairs = slice(start, start + step)
         query, image = queries[owners[pairs]], gallery[rows[pairs]]
         cosines[pairs] = np.einsum("nd,nd->n", query.astype(np.float64), image.astype(np.float64))
 
     with ThreadPoolExecutor(cores()) as threads:  # numpy gives Python's lock away
-        list(threads.map(compute, range(0, len(owners), step)))
+        list(threads.map(_compute, range(0, len(owners), step)))
     return cosines
 
 
