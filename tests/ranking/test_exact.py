@@ -229,6 +229,7 @@ def test_memory_grows_neither_with_the_queries_nor_with_the_gallery(tmp_path):
     assert peaks[1] < 1.2 * peaks[0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize(("kinds", "asked"), [(1, 40), (20, 300)])
 def test_many_copies_are_ranked_within_the_bound(kinds, asked):
