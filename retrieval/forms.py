@@ -91,8 +91,8 @@ class Form(BaseSettings, metaclass=_FormClass):
         for name, field in cls.model_fields.items():
             shared = shared_field(cls, name)
             field.description = field.description or (shared.description if shared else "")
-            # A form of its own needs no shared field. (Python finds no help of a script that was run and then
-            # imported, as in a notebook: that is no mistake of the form.)
+            # Only a form that repeats shared fields can misspell one. Elsewhere a missing help is no mistake:
+            # pydantic finds no attribute docstrings in a module that was run as a script before its import.
             if not field.description and any(base.model_fields for base in cls.__bases__):
                 hint = did_you_mean(name.lower(), [known for known in cls.model_fields if known != name])
                 cls.mistakes += (f"there is no setting {name}{hint} (a new one needs its help below it)",)

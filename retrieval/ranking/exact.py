@@ -83,7 +83,7 @@ def cosines_of(queries: np.ndarray, owners: np.ndarray, gallery: np.ndarray, row
         query, image = queries[owners[pairs]], gallery[rows[pairs]]
         cosines[pairs] = np.einsum("nd,nd->n", query.astype(np.float64), image.astype(np.float64))
 
-    with ThreadPoolExecutor(cores()) as threads:  # numpy gives Python's lock away
+    with ThreadPoolExecutor(cores()) as threads:  # numpy releases the GIL here
         list(threads.map(_compute, range(0, len(owners), step)))
     return cosines
 
