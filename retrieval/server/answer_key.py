@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from posixpath import basename
 
 import numpy as np
 
@@ -28,23 +29,14 @@ class AnswerKey:
     gallery: dict[str, str | None]  # None: of no query's identity
 
     @cached_property
-    def aliases(self) -> dict[str, dict[str, str]]:
-        """For "query" and "gallery": each accepted name of an image → its label and row, such as 7/41.
-
-        In that form metrics.py reads the label as it does from a path.
-        """
-        numbers = {identity: number for number, identity in enumerate(dict.fromkeys(self.queries.values()))}
-        aliases = {}
-        for side, identities in (("query", self.queries), ("gallery", self.gallery)):
-            rows = enumerate(identities.items())
-            aliases[side] = _aliases({name: f"{numbers.get(who, -1)}/{row}" for row, (name, who) in rows})
-        return aliases
+    def aliases(self) -> tuple[dict[str, str], dict[str, str]]:
+        """For the queries and the gallery: each accepted name of an image → its path."""
+        return _aliases(self.queries), _aliases(self.gallery)
 
     @cached_property
     def ambiguous(self) -> set[str]:
         """The base names that several images of a side have: only the whole path tells which is meant."""
-        counts = [Counter(map(_base, side)) for side in (self.queries, self.gallery)]
-        return {base for count_of in counts for base, count in count_of.items() if count > 1}
+        return {*repeated(map(basename, self.queries)), *repeated(map(basename, self.gallery))}
 
     def public_queries(self, share: float, seed: int) -> tuple[str, ...]:
         """Draw a share of the queries, at least one, seeded."""
@@ -59,14 +51,11 @@ class AnswerKey:
         return hashlib.sha256(answers.encode()).hexdigest()[:16]
 
 
-def _base(name: str) -> str:
-    return name.rpartition("/")[2]
-
-
-def _aliases(rows: dict[str, str]) -> dict[str, str]:
-    """Add the base name of each image as an alias, if no other image has that base name."""
-    counts = Counter(map(_base, rows))
-    return {_base(name): row for name, row in rows.items() if counts[_base(name)] == 1} | rows
+def _aliases(paths: Iterable[str]) -> dict[str, str]:
+    """Return the path that each name means: the path itself, and a base name that no other image has."""
+    ambiguous = {*repeated(map(basename, paths))}
+    bases = {basename(path): path for path in paths if basename(path) not in ambiguous}
+    return bases | {path: path for path in paths}
 
 
 def key_of_folders(queries: list[ImageFile], gallery: list[ImageFile]) -> AnswerKey:

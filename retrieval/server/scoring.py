@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from get_images import label_of
 from retrieval.metrics import POINTS, competition_score, first_hit
 from retrieval.server.answer_key import AnswerKey, listed, repeated
-from retrieval.submission.protocol import NAMES_PER_QUERY, SHAPE, can_be_scored, is_list_of_names
+from retrieval.submission.protocol import NAMES_PER_QUERY, SHAPE, is_list_of_names
 
 LONGEST_GROUP = 100  # characters
 
@@ -95,26 +95,21 @@ def judge(submission: Submission, key: AnswerKey) -> dict[str, int]:
     The queries are in the key's order. Raises RefusedError, which names the first offenders, unless each
     query of the key has 1 to NAMES_PER_QUERY different gallery images.
     """
-    queries, gallery = key.aliases["query"], key.aliases["gallery"]
-    try:
-        ranking = {queries[query]: [gallery[name] for name in names]
-                   for query, names in submission.images.items()}  # fmt: skip
-    except KeyError:
-        ranking = {}
-    complete = len(ranking) == len(submission.images) == len(key.queries)
-    if not complete or not all(map(can_be_scored, ranking.values())):
-        raise RefusedError("; ".join(_problems(submission.images, key)))
-    first = {query: first_hit(label_of(query), map(label_of, names)) for query, names in ranking.items()}
-    return {query: first[queries[query]] for query in key.queries}
+    problems = _problems(submission.images, key)
+    if problems:
+        raise RefusedError("; ".join(problems))
+    queries, gallery = key.aliases
+    ranked = {queries[query]: [key.gallery[gallery[name]] for name in names]
+              for query, names in submission.images.items()}  # fmt: skip
+    return {query: first_hit(identity, ranked[query]) for query, identity in key.queries.items()}
 
 
 def _problems(images: dict[str, list[str]], key: AnswerKey) -> list[str]:
     """Return a sentence for each kind of wrong name in a submission."""
-    queries, gallery = key.aliases["query"], key.aliases["gallery"]
-    asked = {queries[query] for query in images if query in queries}
-    every = {name for names in images.values() for name in names}
+    queries, gallery = key.aliases
+    asked = Counter(queries[query] for query in images if query in queries)
     unknown = [query for query in images if query not in queries]
-    unknown_images = sorted(name for name in every if name not in gallery)
+    unknown_images = sorted(set().union(*images.values()) - gallery.keys())
     both = list(dict.fromkeys([*unknown, *unknown_images]))
     paths = [name for name in both if "\\" in name]
     ambiguous = [name for name in both if name in key.ambiguous]
@@ -123,22 +118,17 @@ def _problems(images: dict[str, list[str]], key: AnswerKey) -> list[str]:
         "names with \\, which is no part of a path here": paths,
         "names that several images have, so that only their paths below the folder tell which": ambiguous,
         "unknown queries": [name for name in unknown if name not in explained],
-        "missing queries": [query for query in key.queries if queries[query] not in asked],
-        "queries that stand there twice, by two names": _repeated_by_an_alias(images, queries),
+        "missing queries": [query for query in key.queries if query not in asked],
+        "queries that stand there twice, by two names":
+            [query for query, count in asked.items() if count > 1],
         "unknown gallery images": [name for name in unknown_images if name not in explained],
         "queries without a name": [query for query, names in images.items() if not names],
         f"queries with more than {NAMES_PER_QUERY} names":
             [query for query, names in images.items() if len(names) > NAMES_PER_QUERY],
         "queries that name a gallery image twice":
-            [query for query, names in images.items() if repeated(gallery.get(name, name) for name in names)],
+            [query for query, names in images.items() if len({*map(gallery.get, names, names)}) < len(names)],
     }  # fmt: skip
     return [listed(what, names) for what, names in found.items() if names]
-
-
-def _repeated_by_an_alias(names: Iterable[str], aliases: dict[str, str]) -> list[str]:
-    """Return each name whose image already stands there by another name."""
-    seen: set[str] = set()
-    return [name for name in names if name in aliases and (aliases[name] in seen or seen.add(aliases[name]))]
 
 
 # ---- score ----------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import Any
 
 NAMES_PER_QUERY = 10  # gallery names, best first
@@ -13,8 +12,3 @@ TOKEN = "X-Group-Token"  # the header that holds a group's token
 def is_list_of_names(value: Any) -> bool:
     """Return whether this is what a query has in a submission: a list of texts."""
     return isinstance(value, list) and {str}.issuperset(map(type, value))
-
-
-def can_be_scored(images: list[Hashable]) -> bool:
-    """Return whether these are 1 to NAMES_PER_QUERY different images."""
-    return 1 <= len(set(images)) == len(images) <= NAMES_PER_QUERY

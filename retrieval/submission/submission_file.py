@@ -11,7 +11,7 @@ from retrieval.errors import InputError
 from retrieval.files import as_json, write_whole
 from retrieval.records import Ranking
 from retrieval.run import SUBMISSION, set_aside
-from retrieval.submission.protocol import NAMES_PER_QUERY, SHAPE, can_be_scored, is_list_of_names
+from retrieval.submission.protocol import NAMES_PER_QUERY, SHAPE, is_list_of_names
 
 log = logging.getLogger("retrieval.submission")
 
@@ -61,12 +61,12 @@ def check_submission(submission: Any) -> None:
             pass
         case _:
             raise InputError(f"a submission looks like {SHAPE}")
-    length = None
+    length = None  # of the first list
     for query, names in images.items():
         if not is_list_of_names(names):
             raise InputError(f"the query {query} has no list of names: a submission looks like {SHAPE}")
         length = len(names) if length is None else length
-        if not can_be_scored(names) or len(names) != length:
+        if not 1 <= len(set(names)) == len(names) == length <= NAMES_PER_QUERY:
             raise InputError(
                 f"the query {query} has {len(names)} names, {len(set(names))} of them different: each query "
                 f"needs the same number of different names, at most {NAMES_PER_QUERY}"

@@ -82,7 +82,7 @@ WRONG = {
     "queries that name a gallery image twice: 1 (c/4.jpg)": RIGHT | {"c/4.jpg": ["a/g0.jpg"] * 2},
     "queries with more than 10 names: 1 (c/4.jpg)": RIGHT | {"c/4.jpg": list(GALLERY)[:11]},
     "queries without a name: 1 (c/4.jpg)": RIGHT | {"c/4.jpg": []},
-    "queries that stand there twice, by two names: 1 (4.jpg)": RIGHT | {"4.jpg": ["a/g0.jpg"]},
+    "queries that stand there twice, by two names: 1 (c/4.jpg)": RIGHT | {"4.jpg": ["a/g0.jpg"]},
     r"names with \, which is no part of a path here: 1 (a\g0.jpg)": RIGHT | {"c/4.jpg": [r"a\g0.jpg"]},
     "unknown gallery images: 1 (/etc/passwd)": RIGHT | {"c/4.jpg": ["/etc/passwd"]},
     r"unknown gallery images: 1 (\ud800)": RIGHT | {"c/4.jpg": ["\ud800"]},
