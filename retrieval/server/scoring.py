@@ -39,16 +39,9 @@ class Submission:
 def parse(body: bytes) -> Submission:
     """Read the submission in a body. Raises RefusedError if it does not have the right shape."""
     try:
-        content = json.loads(body.decode("utf-8-sig"), object_pairs_hook=_without_repeats)
-    except UnicodeDecodeError:
-        raise RefusedError("the body is not UTF-8 text: send JSON") from None
-    except json.JSONDecodeError as error:
-        where = f"{error.msg.partition(':')[0]}, line {error.lineno}, column {error.colno}"
-        raise RefusedError(f"the body is not JSON ({where}): send {SHAPE}") from None
-    except ValueError:  # thousands of digits
-        raise RefusedError(f"the body holds a number that is too long: send {SHAPE}") from None
-    except RecursionError:
-        raise RefusedError(f"the body is nested too deeply: send {SHAPE}") from None
+        content = json.loads(body, object_pairs_hook=_without_repeats)
+    except (ValueError, RecursionError) as error:
+        raise RefusedError(f"the body is not JSON ({error}): send {SHAPE}") from None
     return _check_shape(content)
 
 

@@ -109,10 +109,10 @@ SHAPES = {
     "images is not a dict": b'{"groupname": "a", "images": 1}',
     "queries without a list of names: 2 (a, b)": b'{"groupname": "a", "images": {"a": "b", "b": [1]}}',
     "groupname is not a text": b'{"groupname": 1, "images": {}}',
-    "not JSON (Expecting value, line 1, column 1)": b"",
-    "is not UTF-8 text": b"\xff{}",
-    "nested too deeply": b"[" * 100_000,
-    "a number that is too long": b'{"a": ' + b"9" * 5000 + b"}",
+    "not JSON (Expecting value: line 1 column 1 (char 0))": b"",
+    "not JSON ('utf-8' codec can't decode byte 0xff": b"\xff{}",
+    "the body is not JSON (": b"[" * 100_000,
+    "not JSON (Exceeds the limit (4300 digits)": b'{"a": ' + b"9" * 5000 + b"}",
     "stand twice in one object: 1 (a)": b'{"images": {"a": [], "a": []}}',
     "the body has no groupname": b"null",
 }
@@ -123,7 +123,7 @@ def test_what_has_another_shape_is_told_the_right_one(sentence):
     with pytest.raises(RefusedError) as refused:
         parse(SHAPES[sentence])
     assert sentence in str(refused.value)
-    told = any(word in sentence for word in ("groupname is", "UTF-8", "twice"))
+    told = any(word in sentence for word in ("groupname is", "twice"))
     assert told or '{"groupname": "…", "images": {' in str(refused.value)
 
 
