@@ -56,15 +56,11 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _check_shape(content: Any) -> Submission:
     """Return the content as a submission, if it has the right shape."""
-    if isinstance(content, list):
-        raise RefusedError(f"the body is a list, as an older server took it, and not a dict: send {SHAPE}")
     if not isinstance(content, dict) or not {"groupname", "images"} <= content.keys():
         raise RefusedError(f"the body has no groupname and images: send {SHAPE}")
     group, images = content["groupname"], content["images"]
     if not isinstance(group, str) or len(group) > LONGEST_GROUP or not _is_readable(group):
         raise RefusedError(f"groupname is not a text of 1 to {LONGEST_GROUP} characters that can be read")
-    if isinstance(images, list):
-        raise RefusedError(f"images is a list, as an older server took it, and not a dict: send {SHAPE}")
     if not isinstance(images, dict):
         raise RefusedError(f"images is not a dict: send {SHAPE}")
     wrong = [query for query, names in images.items() if not is_list_of_names(names)]

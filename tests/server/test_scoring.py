@@ -103,9 +103,9 @@ def test_a_repeat_by_two_names_of_one_image_is_one():
 
 
 SHAPES = {
-    "is a list, as an older server took it": b'[{"query": "a"}]',
+    "the body has no groupname and images": b'[{"query": "a"}]',
     "no groupname and images": b'{"groupname": "a"}',
-    "images is a list, as an older": b'{"groupname": "a", "images": []}',
+    "images is not a dict: send": b'{"groupname": "a", "images": []}',
     "images is not a dict": b'{"groupname": "a", "images": 1}',
     "queries without a list of names: 2 (a, b)": b'{"groupname": "a", "images": {"a": "b", "b": [1]}}',
     "groupname is not a text": b'{"groupname": 1, "images": {}}',
