@@ -107,7 +107,7 @@ class Database:
         digest, packed = hashlib.sha256(body).hexdigest(), zlib.compress(body, 1)
         return self._run(STORE, team, received, digest, packed, accuracy, public_accuracy, ranks)[0]
 
-    def refuse(self, team: str | None, received: str, status: int, reason: str) -> None:
+    def refuse(self, team: str, received: str, status: int, reason: str) -> None:
         """Store a refused submission."""
         self._run(REFUSE, team, received, status, reason[:1000])
 

@@ -48,36 +48,33 @@ class SubmissionEndpoint:
             self._require_open()
             body = await _read(request)
             self._require_open()  # a body may take its time
-            received, token = self._now(), request.headers.get(TOKEN, "")
-            return json_answer(await self._in_thread(self._score, body, received, token))
+            received = self.rules.now().isoformat(timespec="milliseconds")
+            token = request.headers.get(TOKEN, "")
+            reply = await anyio.to_thread.run_sync(self._score, body, received, token, limiter=self.thread)
+            return json_answer(reply)
         except RefusedError as refused:
-            return await self._refuse(refused)
+            log.info("refused with %d: %s", refused.status, refused)
+            return json_answer({"detail": str(refused)}, refused.status, refused.headers)
         except asyncio.CancelledError:  # it may be on the disk already, and is then answered as a repeat
             return json_answer({"detail": "the server is ending: send it again when it is back"}, 503)
         except sqlite3.Error as error:  # such as a full disk
             log.error("a submission could not be kept: %s", error)
             sentence = "the submission could not be kept, and does not count: send it again"
-            return await self._refuse(RefusedError(sentence, 503))
-
-    def _now(self) -> str:
-        return self.rules.now().isoformat(timespec="milliseconds")
-
-    async def _in_thread(self, function: Any, *arguments: Any) -> Any:
-        return await anyio.to_thread.run_sync(function, *arguments, limiter=self.thread)
+            return json_answer({"detail": sentence}, 503)
 
     def _require_open(self) -> None:
         if self.rules.closed:
             raise RefusedError(f"the competition closed at {moment(self.rules.closes_at)}", 403)
 
     def _score(self, body: bytes, received: str, token: str) -> dict[str, Any]:
-        """Store a submission, and return the reply to it. Raises RefusedError."""
+        """Store a submission and return the reply, or store its refusal. Raises RefusedError."""
         submission = parse(body)
         team = submission.group
         self._admit(team, token)
         try:
             first = judge(submission, self.key)
-        except RefusedError as error:
-            error.team = team  # only after _admit: anybody can send under this name
+        except RefusedError as error:  # _admit has passed: the group itself sent it
+            self.database.refuse(team, received, error.status, str(error))
             raise
         accuracy, _ = score(first, self.key)
         public_accuracy, scores = score(first, self.key, self.rules.public)
@@ -96,17 +93,6 @@ class SubmissionEndpoint:
             if not hmac.compare_digest(token.encode(), wanted.encode()) or not wanted:
                 raise RefusedError(f"the header {TOKEN} does not hold this group's token", 403)
         self.groups.count(team)
-
-    async def _refuse(self, refused: RefusedError) -> Response:
-        """Answer with the reason, and add it to the group's history unless the status is 429 or 503."""
-        log.info("refused with %d: %s", refused.status, refused)
-        if refused.status not in (429, 503):
-            try:
-                kept = (refused.team, self._now(), refused.status, str(refused))
-                await self._in_thread(self.database.refuse, *kept)
-            except sqlite3.Error as error:
-                log.error("that could not be kept: %s", error)
-        return json_answer({"detail": str(refused)}, refused.status, refused.headers)
 
 
 class RateLimit:

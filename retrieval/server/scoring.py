@@ -22,7 +22,6 @@ class RefusedError(Exception):
     def __init__(self, sentence: str, status: int = 422, headers: dict[str, str] | None = None) -> None:
         super().__init__(sentence)
         self.status, self.headers = status, headers or {}
-        self.team: str | None = None  # the group whose history lists the refusal; None: not known for sure
 
 
 @dataclass(frozen=True)

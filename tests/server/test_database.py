@@ -103,7 +103,7 @@ def test_a_full_disk_is_said_and_keeps_what_there_is_room_for(tmp_path, monkeypa
 def test_the_version_changes_with_each_write(database):
     before = database.version()
     assert database.version() == before
-    database.refuse(None, "2026", 422, "no")
+    database.refuse("a", "2026", 422, "no")
     assert database.version() != before
 
 
