@@ -119,18 +119,15 @@ class RateLimit:
 
 
 async def _read(request: Request) -> bytes:
-    """Read the body, unless its Content-Length is too large already. Raises RefusedError."""
-    large = RefusedError(f"the body is larger than {MOST_BYTES / 2**20:g} MB", 413, {"Connection": "close"})
-    length = request.headers.get("Content-Length", "0")
-    if length.isdecimal() and float(length) > MOST_BYTES:  # float: of any number of digits
-        raise large
+    """Read the body. Raises RefusedError if it is too large, too slow or breaks off."""
     body = bytearray()
     try:
         async with asyncio.timeout(SECONDS_FOR_A_BODY):
             async for part in request.stream():
                 body += part
                 if len(body) > MOST_BYTES:
-                    raise large
+                    large = f"the body is larger than {MOST_BYTES / 2**20:g} MB"
+                    raise RefusedError(large, 413, {"Connection": "close"})
     except ClientDisconnect:
         raise RefusedError("the body broke off", 400) from None
     except TimeoutError:
