@@ -21,7 +21,7 @@ from retrieval.server.database import Database
 from retrieval.server.endpoint import SAFE, SubmissionEndpoint, json_answer
 from retrieval.server.leaderboard import as_csv, line, moment
 from retrieval.server.rules import Rules
-from retrieval.submission.protocol import NAMES_PER_QUERY, SHAPE, TOKEN
+from retrieval.submission.protocol import SHAPE, TOKEN
 
 DESCRIPTION = (
     f"POST /retrieval/ with {SHAPE}: the answer is the score, 600 · top-1 + 300 · top-5 + 100 · top-10."
@@ -29,6 +29,14 @@ DESCRIPTION = (
 SENTENCES = {
     404: "there is nothing here: submissions are POSTed to /retrieval/, with the slash at its end",
     405: "this is not how it is asked for: submissions are POSTed to /retrieval/, all else is GET",
+}
+REFUSALS = {
+    403: {"description": "the competition is over, or the token is wrong"},
+    408: {"description": "the body came too slowly"},
+    413: {"description": "the body is too large"},
+    422: {"description": "the submission cannot be scored: the sentence says why"},
+    429: {"description": "too many submissions: Retry-After says when"},
+    503: {"description": "the submission could not be kept: send it again"},
 }
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -51,7 +59,7 @@ def make_app(key: AnswerKey, database: Database, rules: Rules) -> FastAPI:
         standings, queries = database.standings(rules.partly), rules.public if rules.partly else key.queries
         return show("leaderboard.html", standings=standings, queries=len(queries), gallery=len(key.gallery))
 
-    @app.post("/retrieval/", summary="Score a submission", openapi_extra=_described_body())
+    @app.post("/retrieval/", summary="Score a submission", responses=REFUSALS)
     async def retrieval(request: Request) -> Response:
         return await endpoint.answer(request)
 
@@ -94,22 +102,6 @@ def make_app(key: AnswerKey, database: Database, rules: Rules) -> FastAPI:
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(sqlite3.Error, _answer_database_error)
     return app
-
-
-def _described_body() -> dict[str, Any]:
-    """Describe the body for /docs. FastAPI cannot: the body is read by hand, so as to refuse large ones."""
-    names = {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": NAMES_PER_QUERY}
-    images = {"type": "object", "additionalProperties": names}
-    schema = {"type": "object", "required": ["groupname", "images"],
-              "properties": {"groupname": {"type": "string"}, "images": images}}  # fmt: skip
-    answers = {403: "the competition is over, or the token is wrong", 408: "the body came too slowly",
-               413: "the body is too large", 422: "the submission cannot be scored: the sentence says why",
-               429: "too many submissions: Retry-After says when",
-               503: "the submission could not be kept: send it again"}  # fmt: skip
-    return {
-        "requestBody": {"required": True, "content": {"application/json": {"schema": schema}}},
-        "responses": {str(status): {"description": what} for status, what in answers.items()},
-    }
 
 
 # ---- answers --------------------------------------------------------------------------------------
