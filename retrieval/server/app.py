@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import logging
 import re
 import sqlite3
@@ -17,10 +19,9 @@ from starlette.exceptions import HTTPException
 
 from retrieval.html import render
 from retrieval.server.answer_key import AnswerKey
-from retrieval.server.database import Database
+from retrieval.server.database import Database, Standing
 from retrieval.server.endpoint import SAFE, SubmissionEndpoint, json_answer
-from retrieval.server.leaderboard import as_csv, line, moment
-from retrieval.server.rules import Rules
+from retrieval.server.rules import Rules, moment
 from retrieval.submission.protocol import SHAPE, TOKEN
 
 DESCRIPTION = (
@@ -39,6 +40,7 @@ REFUSALS = {
     503: {"description": "the submission could not be kept: send it again"},
 }
 
+LONGEST_LINE = 60  # scores
 TEMPLATES = Path(__file__).with_name("templates")
 log = logging.getLogger("retrieval.server")
 
@@ -51,7 +53,7 @@ def make_app(key: AnswerKey, database: Database, rules: Rules) -> FastAPI:
 
     def show(template: str, **values: Any) -> bytes:
         """Render a template, which may use `rules`, `moment` and `line`."""
-        return render(TEMPLATES, template, rules=rules, line=line, moment=moment, **values)
+        return render(TEMPLATES, template, rules=rules, line=_line, moment=moment, **values)
 
     @lru_cache(maxsize=1)  # a hall full of browsers asks for the page, which seldom changes
     def leaderboard_page(*_: object) -> bytes:
@@ -76,7 +78,7 @@ def make_app(key: AnswerKey, database: Database, rules: Rules) -> FastAPI:
     @app.head("/leaderboard.csv", include_in_schema=False)
     @app.get("/leaderboard.csv", response_class=PlainTextResponse, summary="The leaderboard as a table")
     def table() -> Response:
-        return Response(as_csv(database.standings(rules.partly)), headers=SAFE, media_type="text/csv")
+        return Response(_as_csv(database.standings(rules.partly)), headers=SAFE, media_type="text/csv")
 
     @app.head("/submissions/{group:path}", include_in_schema=False)
     @app.get("/submissions/{group:path}", response_class=HTMLResponse, summary="A group's own history")
@@ -128,3 +130,34 @@ async def _answer_http_error(_: Request, error: HTTPException) -> Response:
 async def _answer_database_error(_: Request, error: sqlite3.Error) -> Response:
     log.error("the database cannot be read: %s", error)
     return json_answer({"detail": "the database cannot be read now: ask again"}, 503)
+
+
+# ---- what the pages show --------------------------------------------------------------------------
+
+
+def _as_csv(standings: list[Standing]) -> str:
+    """Return the leaderboard as a CSV table."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["rank", "group", "score", "time", "submissions"])
+    for rank, standing in enumerate(standings, 1):
+        writer.writerow([rank, _no_formula(standing.team), standing.best, standing.when, standing.count])
+    return text.getvalue()
+
+
+def _no_formula(text: str) -> str:
+    """Return a text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+
+
+def _line(scores: list[float], width: int, height: int) -> str:
+    """Return the last LONGEST_LINE scores, 0 to 1000, as the points of an SVG polyline.
+
+    >>> _line([0, 1000], 106, 26)
+    '3.0,23.0 103.0,3.0'
+    """
+    shown = scores[-LONGEST_LINE:]
+    step = (width - 6) / max(1, len(shown) - 1)
+    return " ".join(
+        f"{3 + n * step:.1f},{height - 3 - (height - 6) * value / 1000:.1f}" for n, value in enumerate(shown)
+    )

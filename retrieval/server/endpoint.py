@@ -18,8 +18,7 @@ from starlette.requests import ClientDisconnect
 
 from retrieval.server.answer_key import AnswerKey
 from retrieval.server.database import Database
-from retrieval.server.leaderboard import moment
-from retrieval.server.rules import Rules
+from retrieval.server.rules import Rules, moment
 from retrieval.server.scoring import RefusedError, judge, parse, score
 from retrieval.submission.protocol import TOKEN
 

@@ -34,6 +34,12 @@ class Rules:
         return self.public is not None and not self.closed
 
 
+def moment(when: datetime | str) -> str:
+    """Return a moment in this machine's time zone, for people to read."""
+    taken = datetime.fromisoformat(when) if isinstance(when, str) else when
+    return taken.astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
 def read_tokens(table: Path) -> dict[str, str]:
     """Read the token of each group from a CSV table of lines `group,token`. Raises InputError for others."""
     tokens: dict[str, str] = {}
