@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 import threading
 from collections.abc import Iterator
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     import uvicorn
 
 LONGEST_END = 10  # seconds
-
-log = logging.getLogger("retrieval.server")
 
 
 def listen(host: str, port: int) -> socket.socket:
