@@ -303,14 +303,6 @@ def test_a_compressed_reply_is_read(saved):
         assert send(saved, server.url).accuracy == 698.0
 
 
-def test_a_flood_is_cut_off_by_its_size(saved, monkeypatch):
-    monkeypatch.setattr("retrieval.submission.client.REPLY_BYTES", 2**20)
-    with quiet(Server(flood)) as server:
-        outcome = send(saved, server.url, timeouts=(1, 30))
-    assert outcome.failed
-    assert 2**20 < saved.with_name("reply.txt").stat().st_size < 2**22
-
-
 def test_a_server_without_tls_is_not_asked_again(saved):
     with Server(answer()) as server:
         outcome = send(saved, server.url.replace("http:", "https:"))
