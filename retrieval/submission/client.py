@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urljoin, urlsplit
 
 import requests
-from urllib3.exceptions import HTTPError, LocationValueError, NewConnectionError, ReadTimeoutError
+from urllib3.exceptions import HTTPError, NewConnectionError, ReadTimeoutError
 
 from retrieval.files import write_whole
 from retrieval.run import Outcome, set_aside
@@ -116,7 +116,7 @@ def _post(
             if response.status_code not in (307, 308):
                 break
             url = urljoin(url, response.headers.get("Location", ""))
-    except (requests.RequestException, HTTPError, ValueError) as error:  # ValueError: redirected nowhere
+    except (requests.RequestException, ValueError) as error:  # ValueError: of a URL that leads nowhere
         sentence, fate, again = _network_failure(error, url)
         return Outcome("failed", sentence), fate, again
     reply = bytearray()
@@ -160,8 +160,6 @@ def _network_failure(error: Exception, url: str) -> tuple[str, str, bool]:
     wrapped = getattr(error.args[0] if error.args else None, "reason", None)
     cause = _system_message(error)
     match error:
-        case LocationValueError():
-            return f"{url} is no address ({error})", NOTHING_SENT, False
         case requests.ConnectTimeout():
             return f"nothing answers at {url} (check host, port and network)", NOTHING_SENT, True
         case requests.Timeout():
@@ -173,7 +171,7 @@ def _network_failure(error: Exception, url: str) -> tuple[str, str, bool]:
             return f"the proxy in http_proxy or https_proxy failed ({cause})", NOTHING_SENT, True
         case requests.ConnectionError() if isinstance(wrapped, NewConnectionError):
             return f"{url} cannot be reached ({cause}; check host and port)", NOTHING_SENT, True
-        case requests.ConnectionError() | HTTPError():
+        case requests.ConnectionError():
             return f"{url} broke the connection off ({cause})", MAYBE_COUNTED, True
     return f"{url} cannot be opened ({error})", NOTHING_SENT, False
 

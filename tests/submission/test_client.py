@@ -68,6 +68,7 @@ def test_an_older_server_answers_results(saved):
         (answer(200, b"[" * 200_000), "not with the JSON of a score"),
         (answer(307, b"", headers=[("Location", "http://[")]), "cannot be opened"),
         (answer(307, b"", headers=[("Location", "ftp://a/")]), "cannot be opened"),
+        (answer(307, b"", headers=[("Location", "http://a..b/")]), "cannot be opened"),
         (answer(422, b'{"detail": "q9.jpg is unknown"}'), "422 Unprocessable"),
         (answer(301, b"", headers=[("Location", "/x/")]), "and points to /x/: the submission was refused"),
         (answer(302, b"", headers=[("Location", "/x/")]), "and points to /x/: the submission may have been"),
