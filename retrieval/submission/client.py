@@ -200,7 +200,7 @@ def _read_reply(response: requests.Response, content: bytes, broken: str) -> Out
         kind = f" and {broken}" if broken else ", but not with the JSON of a score" if response.ok else ""
         return Outcome("failed", f"{answered}{kind}{hint}, {_excerpt(content)!r}", status=status)
     accuracy = reply.get("accuracy")
-    if isinstance(accuracy, int | float) and not isinstance(accuracy, bool) and abs(accuracy) <= 1e9:
+    if isinstance(accuracy, int | float) and abs(accuracy) <= 1e9:
         sentence = f"the server's score: {accuracy:g} of 1000 (reply.txt holds its whole reply)"
         return Outcome("scored", sentence, float(accuracy), status)
     if "results" in reply:  # what an older server answered

@@ -73,7 +73,6 @@ def test_an_older_server_answers_results(saved):
         (answer(301, b"", headers=[("Location", "/x/")]), "and points to /x/: the submission was refused"),
         (answer(302, b"", headers=[("Location", "/x/")]), "and points to /x/: the submission may have been"),
         (answer(303, b"", headers=[("Location", "/x/")]), "and points to /x/: the submission may have been"),
-        (answer(200, b'{"accuracy": true}'), "without a score"),
     ],
 )  # fmt: skip
 def test_replies_without_a_score_fail_with_a_sentence_and_are_sent_once(saved, behaviour, sentence):
