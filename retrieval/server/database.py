@@ -12,8 +12,7 @@ from pathlib import Path
 
 from retrieval.errors import InputError
 
-APPLICATION = 0x52657472  # in the file's header: it tells our files from other programs'
-SCHEMA = f"""
+SCHEMA = """
 BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS submissions (
     id INTEGER PRIMARY KEY,
@@ -32,7 +31,6 @@ CREATE TABLE IF NOT EXISTS refused (
 );
 CREATE INDEX IF NOT EXISTS refused_of ON refused (team);
 CREATE TABLE IF NOT EXISTS competition (digest TEXT PRIMARY KEY);
-PRAGMA application_id = {APPLICATION};
 COMMIT;
 """
 STORE = """
@@ -76,9 +74,8 @@ class Database:
     def _open(self, competition: str) -> sqlite3.Connection:
         """Return a connection to the file, after creating the tables and checking the competition."""
         with closing(sqlite3.connect(self.path)) as plain:  # another program's file is not touched
-            (application,) = plain.execute("PRAGMA application_id").fetchone()
-            (tables,) = plain.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()
-        if application != APPLICATION and tables:
+            tables = plain.execute("SELECT name FROM sqlite_schema").fetchall()
+        if tables and ("competition",) not in tables:
             raise InputError(f"{self.path} is another program's database: give another --database")
         connection = self._connect()
         connection.executescript(SCHEMA)
