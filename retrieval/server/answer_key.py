@@ -36,7 +36,7 @@ class AnswerKey:
     @cached_property
     def ambiguous(self) -> set[str]:
         """The base names that several images of a side have: only the whole path tells which is meant."""
-        return {*repeated(map(basename, self.queries)), *repeated(map(basename, self.gallery))}
+        return _repeated(map(basename, self.queries)) | _repeated(map(basename, self.gallery))
 
     def public_queries(self, share: float, seed: int) -> tuple[str, ...]:
         """Draw a share of the queries, at least one, seeded."""
@@ -53,7 +53,7 @@ class AnswerKey:
 
 def _aliases(paths: Iterable[str]) -> dict[str, str]:
     """Return the path that each name means: the path itself, and a base name that no other image has."""
-    ambiguous = {*repeated(map(basename, paths))}
+    ambiguous = _repeated(map(basename, paths))
     bases = {basename(path): path for path in paths if basename(path) not in ambiguous}
     return bases | {path: path for path in paths}
 
@@ -71,9 +71,9 @@ def key_of_table(table: Path, queries: list[ImageFile], gallery: list[ImageFile]
     or if a name has two identities, belongs to no image, or to both a query and a gallery image.
     """
     names = [image.name for image in [*queries, *gallery]]
-    twice = repeated(names)
+    twice = _repeated(names)
     if twice:
-        raise InputError(f"a line of {table} would mean a query and a gallery image: rename {twice[0]}")
+        raise InputError(f"a line of {table} would mean a query and a gallery image: rename {min(twice)}")
     identities = _identities(table, set(names))
     missing = [image.name for image in queries if image.name not in identities]
     if missing:
@@ -114,13 +114,8 @@ def read_pairs(table: Path, *heads: str) -> Iterator[tuple[str, list[str]]]:
         yield where, cells
 
 
-def repeated(names: Iterable[str]) -> list[str]:
-    """Return the names that occur more than once.
-
-    >>> repeated(["a", "b", "a"])
-    ['a']
-    """
-    return [name for name, count in Counter(names).items() if count > 1]
+def _repeated(names: Iterable[str]) -> set[str]:
+    return {name for name, count in Counter(names).items() if count > 1}
 
 
 def listed(what: str, names: list[str]) -> str:
