@@ -29,7 +29,7 @@ DESCRIPTION = (
 )
 SENTENCES = {
     404: "there is nothing here: submissions are POSTed to /retrieval/, with the slash at its end",
-    405: "this is not how it is asked for: submissions are POSTed to /retrieval/, all else is GET",
+    405: "this address does not take this method: submissions are POSTed to /retrieval/, all else is GET",
 }
 REFUSALS = {
     403: {"description": "the competition is over, or the token is wrong"},

@@ -103,11 +103,11 @@ def _problems(images: dict[str, list[str]], key: AnswerKey) -> list[str]:
     ambiguous = [name for name in both if name in key.ambiguous]
     explained = {*paths, *ambiguous}
     found = {
-        "names with \\, which is no part of a path here": paths,
+        "names with \\ in place of /": paths,
         "names that several images have, so that only their paths below the folder tell which": ambiguous,
         "unknown queries": [name for name in unknown if name not in explained],
         "missing queries": [query for query in key.queries if query not in asked],
-        "queries that stand there twice, by two names":
+        "queries given twice, by path and by base name":
             [query for query, count in asked.items() if count > 1],
         "unknown gallery images": [name for name in unknown_images if name not in explained],
         "queries without a name": [query for query, names in images.items() if not names],

@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+import requests
 from conftest import RANKING, Server, answer, ranking_of
 
 from retrieval.submission.client import send_submission
@@ -341,8 +342,6 @@ def test_a_reply_that_cannot_be_kept_hides_no_score(saved, caplog):
 def test_folders_in_names_are_warned_of_for_other_machines(
     tmp_path, caplog, monkeypatch, url, warned, nested
 ):
-    import requests
-
     def refuse(*_, **__):
         raise requests.ConnectionError("no network in this test")
 
