@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 # Before the imports that need a package: in a fresh checkout a sentence takes the place of a traceback.
@@ -19,11 +18,10 @@ if missing := [name for name in ("numpy", "PIL", "pydantic_settings", "dotenv", 
     hint = "run `make demo` once and `source .venv/bin/activate`, or `pip install -r requirements.txt`"
     raise SystemExit(f"error: No module named {missing[0]!r}: {hint}")
 
-from tqdm import tqdm
-
 from retrieval.distributed import rank
 from retrieval.errors import InputError, OthersEndedError, RunError, StopError, did_you_mean
 from retrieval.forms import Form, FormType, read_form
+from retrieval.machine import program
 
 
 def run_script(main: Callable[[FormType], None], form: type[FormType]) -> None:
@@ -56,12 +54,6 @@ def run_command(commands: dict[str, tuple[type[Form], Callable[[Any], None]]]) -
         gc.freeze()  # without it Python searches all of torch for garbage as it ends, for a second
 
 
-def program() -> str:
-    """Return the name of the running program: that of the script, or `python -m` and the module's."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
-
-
 def _choose(commands: dict[str, tuple], arguments: list[str]) -> tuple[str, list[str]]:
     if "" in commands:
         return "", arguments
@@ -90,11 +82,6 @@ def _log_to_console() -> None:
     # Rank 0 logs for all processes; the others print errors only.
     package.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
     package.handlers = [output, errors]
-
-
-def progress_bar(total: int, what: str, **options: Any) -> tqdm:
-    """Return a tqdm progress bar for `total` images; only rank 0 shows it."""
-    return tqdm(total=total, desc=what, unit="image", disable=rank() != 0, **options)
 
 
 def _stop(error: BaseException | str, status: int) -> None:

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+from tqdm import tqdm
+
 from retrieval.errors import InputError, OthersEndedError, RunError
 from retrieval.machine import cores
 
@@ -55,6 +57,11 @@ def rank_zero_only(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*arguments, **named) if rank() == 0 else None
 
     return _on_rank_zero
+
+
+def progress_bar(total: int, what: str, **options: Any) -> tqdm:
+    """Return a tqdm progress bar for `total` images; only rank 0 shows it."""
+    return tqdm(total=total, desc=what, unit="image", disable=rank() != 0, **options)
 
 
 def shard(count: int) -> slice:

@@ -1,4 +1,4 @@
-"""What this machine has: processor cores, memory, installed packages."""
+"""What this machine has and runs: memory, processor cores, installed packages, the program."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def cores() -> int:
     return max(1, usable // local_world_size())
 
 
-# ---- packages -------------------------------------------------------------------------------------
+# ---- packages and the program ---------------------------------------------------------------------
 
 
 def require(package: str, module: str) -> None:
@@ -119,3 +119,9 @@ def version_of(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return ""
+
+
+def program() -> str:
+    """Return the name of the running program: that of the script, or `python -m` and the module's."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name

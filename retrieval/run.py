@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from get_images import ImageFile
-from retrieval.console import program
 from retrieval.distributed import rank_zero_only
 from retrieval.errors import InputError, RunError, StopError
 from retrieval.files import as_json, lock, write_through, write_whole
+from retrieval.machine import program
 from retrieval.records import Embeddings
 from retrieval.settings import Form
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from get_images import HIDDEN, ImageFile, find_images, label_of
-from retrieval.console import progress_bar
+from retrieval.distributed import progress_bar
 from retrieval.embedding.loader import read_batches
 from retrieval.errors import InputError
 from retrieval.machine import local_world_size, zeros

@@ -29,8 +29,7 @@ from retrieval.backbones.fine_tuned import (
 )
 from retrieval.backbones.timm_zoo import hub_config
 from retrieval.backbones.weights import unpickle
-from retrieval.console import progress_bar
-from retrieval.distributed import all_agree, from_rank_0, rank, rank_zero_only
+from retrieval.distributed import all_agree, from_rank_0, progress_bar, rank, rank_zero_only
 from retrieval.errors import RunError
 from retrieval.files import as_json, write_whole
 from retrieval.metrics import compare

@@ -62,6 +62,18 @@ def test_the_package_imports_nothing_until_a_name_is_used():
         retrieval.embedd  # noqa: B018
 
 
+def test_the_library_never_imports_the_console_which_exits_if_a_package_is_missing(few):
+    code = (
+        "import sys, retrieval; everything = [getattr(retrieval, name) for name in retrieval.__all__]; "
+        "backbone = retrieval.load_backbone('efficientnet_lite0', 'cpu'); "
+        "queries, gallery = (retrieval.embed(folder, backbone, engine='torch') for folder in sys.argv[1:]); "
+        "print(len(retrieval.rank(queries, gallery).names()), 'retrieval.console' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, few / "query", few / "gallery"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert ended.stdout.split() == ["8", "False"], ended.stderr
+
+
 def test_a_folder_and_a_loaded_backbone_give_what_files_and_a_lazy_one_give(few):
     files = find_images(few / "query")
     by_files = retrieval.embed(files, find_backbone("efficientnet_lite0", "cpu"), engine="torch")

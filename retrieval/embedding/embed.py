@@ -18,7 +18,7 @@ from tqdm import tqdm
 from get_images import ImageFile, find_images
 from retrieval.backbones.backbone import Backbone, LazyBackbone, place
 from retrieval.backbones.transform import ModelInput
-from retrieval.console import progress_bar
+from retrieval.distributed import progress_bar
 from retrieval.embedding.cache import Cache, CachedVector, CacheKey
 from retrieval.embedding.loader import Batch, in_batches, read_ahead
 from retrieval.embedding.runtime import TORCH, Runtime, choose_runtime
