@@ -174,8 +174,8 @@ def _reason(error: Exception, path: Path | str) -> str:
 
 if __name__ == "__main__":
     print(
-        "error: get_images.py lays out no data sets any more: "
+        "error: get_images.py has no commands; to lay out a data set, "
         "run `python -m retrieval.datasets sample --out data/sample` (or intel, split, competition)",
         file=sys.stderr,
     )
-    sys.exit(1)
+    sys.exit(2)

@@ -4,6 +4,7 @@ import zlib
 
 import numpy as np
 import pytest
+from conftest import run_here
 from PIL import Image, ImageOps
 
 from get_images import (
@@ -259,7 +260,7 @@ def test_unreadable_files_say_why(photo, tmp_path):
             read_image(tmp_path / name)
 
 
-# ---- sample
+# ---- a part of the size
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
@@ -291,3 +292,13 @@ def test_a_broken_large_photograph_is_unreadable_in_part_of_its_size_too(tmp_pat
     for enough in (None, 300):
         with pytest.raises(UnreadableImageError):
             read_image(tmp_path / "photo.jpg", enough)
+
+
+# ---- the command line
+
+
+def test_a_command_is_refused_with_status_2_and_the_command_that_lays_out_data_sets(tmp_path):
+    ended = run_here("get_images.py", "sample", "--out", "data", cwd=tmp_path)
+    assert ended.returncode == 2
+    assert "error: get_images.py has no commands" in ended.stderr
+    assert "run `python -m retrieval.datasets sample --out data/sample`" in ended.stderr
