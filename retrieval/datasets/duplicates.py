@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -32,59 +33,35 @@ class Duplicate:
 def find_duplicates(groups: list[Mapping[str, Path]]) -> dict[str, Duplicate]:
     """Find the images {name: path} that also occur in an earlier group.
 
-    Two images are the same if their bytes are equal, or if their perceptual hashes (pHash of the ImageHash
-    library, 256 bits) differ in at most SAME bits. An unreadable image is compared by its bytes.
+    Two images are the same if their perceptual hashes (pHash of the ImageHash library, 256 bits) differ in at
+    most SAME bits. An unreadable image is the same as another one whose bytes are equal.
     """
-    everything = {name: path for group in groups for name, path in group.items()}
-    with ThreadPoolExecutor() as pool, tqdm(total=len(everything), desc="duplicates", unit="image",
-                                            leave=False) as bar:  # fmt: skip
-        seen = {}
-        for name, print_ in zip(everything, pool.map(_prints, everything.values()), strict=True):
-            seen[name] = print_
-            bar.update()
+    paths = {name: path for group in groups for name, path in group.items()}
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(_hash_of, paths.values())
+        shown = tqdm(hashes, "duplicates", len(paths), leave=False, unit="image")
+        bits = dict(zip(paths, shown, strict=True))
     duplicates: dict[str, Duplicate] = {}
-    before: list[str] = []
+    earlier: list[str] = []
     for group in groups:
-        kept = {seen[name].digest: name for name in reversed(before)}
-        found = {name: Duplicate(kept[seen[name].digest], "the same bytes")
-                 for name in group if seen[name].digest in kept}  # fmt: skip
-        found |= _same_pictures([name for name in group if name not in found], before, seen)
-        duplicates |= found
-        before += [name for name in group if name not in found]
+        of_earlier = np.array([bits[name] for name in earlier])  # (earlier images, 4)
+        for name in group if earlier else ():
+            differing = np.bitwise_count(bits[name] ^ of_earlier).sum(axis=1)
+            nearest = int(differing.argmin())
+            if differing[nearest] <= SAME:
+                other = earlier[nearest]
+                same_bytes = filecmp.cmp(paths[name], paths[other], shallow=False)
+                duplicates[name] = Duplicate(other, "the same bytes" if same_bytes else "the same picture")
+        earlier += [name for name in group if name not in duplicates]
     return duplicates
 
 
-@dataclass(frozen=True)
-class _Prints:
-    """The digest of an image's bytes, and the perceptual hash of its picture."""
-
-    digest: bytes
-    picture: np.ndarray | None  # uint8 (SIDE² / 8,); None for an unreadable image
-
-
-def _prints(path: Path) -> _Prints:
+def _hash_of(path: Path) -> np.ndarray:
+    """Return a picture's perceptual hash, or a digest of the bytes of an unreadable file: uint64 (4,)."""
     import imagehash
 
-    digest = hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
     try:
         picture = Image.fromarray(read_image(path))
     except UnreadableImageError:
-        return _Prints(digest, None)
-    bits = imagehash.phash(picture, hash_size=SIDE).hash
-    return _Prints(digest, np.packbits(bits))
-
-
-def _same_pictures(names: list[str], before: list[str], seen: dict[str, _Prints]) -> dict[str, Duplicate]:
-    """Find the images among `names` whose picture is among `before`."""
-    names = [name for name in names if seen[name].picture is not None]
-    before = [name for name in before if seen[name].picture is not None]
-    if not names or not before:
-        return {}
-    others = np.array([seen[name].picture for name in before]).view(np.uint64)  # (before, 4)
-    found = {}
-    for name in names:
-        differing = np.bitwise_count(seen[name].picture.view(np.uint64) ^ others).sum(axis=1)
-        nearest = int(differing.argmin())
-        if differing[nearest] <= SAME:
-            found[name] = Duplicate(before[nearest], "the same picture")
-    return found
+        return np.frombuffer(hashlib.blake2b(path.read_bytes(), digest_size=SIDE**2 // 8).digest(), np.uint64)
+    return np.packbits(imagehash.phash(picture, hash_size=SIDE).hash).view(np.uint64)
