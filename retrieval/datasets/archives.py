@@ -7,10 +7,11 @@ import stat
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from get_images import is_image
 from retrieval.errors import InputError, RunError
@@ -25,7 +26,7 @@ class Member(NamedTuple):
     name: str
     size: int  # bytes when unpacked, as the archive says
     is_link: bool
-    content: object  # the handle that its archive opens it by
+    open: Callable[[], IO[bytes]]
 
 
 @contextmanager
@@ -51,22 +52,22 @@ def unpacked(source: Path, beside: Path) -> Iterator[Path]:
 def _unpack(source: Path, folder: Path) -> None:
     if zipfile.is_zipfile(source):
         with zipfile.ZipFile(source) as archive:
-            for info in archive.infolist():
-                if info.flag_bits & 1:
-                    raise InputError(f"{source} is locked by a password: unpack it, and give the folder")
-            members = [Member(info.filename, info.file_size, stat.S_ISLNK(info.external_attr >> 16), info)
-                       for info in archive.infolist() if not info.is_dir()]  # fmt: skip
-            _write(source, members, archive.open, folder)
+            files = [info for info in archive.infolist() if not info.is_dir()]
+            if any(info.flag_bits & 1 for info in files):
+                raise InputError(f"{source} is locked by a password: unpack it, and give the folder")
+            members = [Member(info.filename, info.file_size, stat.S_ISLNK(info.external_attr >> 16),
+                              partial(archive.open, info)) for info in files]  # fmt: skip
+            _write(source, members, folder)
     elif tarfile.is_tarfile(source):
         with tarfile.open(source) as archive:
-            members = [Member(info.name, info.size, not info.isfile(), info)
+            members = [Member(info.name, info.size, not info.isfile(), partial(archive.extractfile, info))
                        for info in archive.getmembers() if not info.isdir()]  # fmt: skip
-            _write(source, members, archive.extractfile, folder)
+            _write(source, members, folder)
     else:
         raise InputError(f"{source} is neither a zip nor a tar archive: unpack it, and give the folder")
 
 
-def _write(source: Path, members: list[Member], read, folder: Path) -> None:  # noqa: ANN001
+def _write(source: Path, members: list[Member], folder: Path) -> None:
     """Write the images among the members, all of them below the folder."""
     for member in members:
         _refuse_unless_plain(source, member)
@@ -89,7 +90,7 @@ def _write(source: Path, members: list[Member], read, folder: Path) -> None:  # 
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             raise InputError(f"{source} holds {member.name} twice: unpack it yourself, and give the folder")
-        with read(member.content) as packed, open(path, "wb") as file:
+        with member.open() as packed, open(path, "wb") as file:
             shutil.copyfileobj(packed, file)  # zipfile and tarfile read no more than the size they say
 
 
