@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,6 @@ INTEL = ["buildings", "forest", "glacier", "mountain", "sea", "street"]
 INTEL_ON_KAGGLE = "puneet6060/intel-image-classification"
 
 Places = dict[str, ImageFile]  # a name in the new folder → the image that goes there
-Files = dict[str, Callable[[Path], object]]  # a name in the new folder → the function that writes the file
 
 log = logging.getLogger("retrieval.layout")
 
@@ -40,7 +39,7 @@ def lay_out_intel(out: Path, archive: Path | None, seed: int = 0, keep_duplicate
     `archive` is the zip of Kaggle or the folder it was unpacked to; with None kagglehub downloads it. Raises
     InputError for another data set, RunError if the download fails, and the errors of lay_out_split.
     """
-    refuse_full(out)
+    _refuse_full(out)
     source = archive or _download_intel()
     with unpacked(source, out) as folder:
         files = find_images(folder)
@@ -64,7 +63,7 @@ def lay_out_split(
     A class too small for a query and a gallery image goes to train as a whole. Raises InputError for another
     layout, and FileExistsError if `out` holds a data set already.
     """
-    refuse_full(out)
+    _refuse_full(out)
     with unpacked(source, out) as folder:
         files = _without_wrapping(find_images(folder))
         bare = [image.name for image in files if label_of(image.name) is None]
@@ -87,7 +86,7 @@ def lay_out_competition(out: Path, archive: Path, keep_duplicates: bool = False)
     All test images stay, since the server asks for them; only train loses its duplicates of test images.
     Raises InputError if the folders are missing, and the errors of lay_out_split.
     """
-    refuse_full(out)
+    _refuse_full(out)
     with unpacked(archive, out) as folder:
         files = find_images(folder)
         if not _of_side(QUERY, files):
@@ -104,7 +103,7 @@ def lay_out_competition(out: Path, archive: Path, keep_duplicates: bool = False)
         _lay_out(out, places, archive, {}, keep_duplicates, all_of_the_test=True)
 
 
-def lay_out_sample(out: Path, seed: int = 0) -> None:
+def lay_out_sample(out: Path) -> None:
     """Write scikit-learn's 1797 handwritten digits (8 × 8 px, ten classes) as PNG files below `out`.
 
     Each class gives 20 images to test/query, 80 to test/gallery and the rest to train, no image twice.
@@ -115,26 +114,24 @@ def lay_out_sample(out: Path, seed: int = 0) -> None:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    random = np.random.default_rng(seed)
-    files: Files = {}
+    random = np.random.default_rng(0)
+    names: dict[int, str] = {}  # a row of the digits → the name of its file
     for label in np.unique(digits.target):
         rows = random.permutation(np.flatnonzero(digits.target == label))
         for place, part in ((QUERY, rows[:20]), (GALLERY, rows[20:100]), (TRAIN, rows[100:])):
-            names = {row: f"{place}/{label}/digit_{row:04d}.png" for row in part}
-            files |= {name: partial(_draw, digits.images[row]) for row, name in names.items()}
+            names |= {row: f"{place}/{label}/digit_{row:04d}.png" for row in part}
     if out.exists() and any(out.iterdir()):
         there = {image.name for image in find_images(out)}
-        if there != set(files):
+        if there != set(names.values()):
             raise FileExistsError(f"{out} holds something else than this sample: give another --out")
-        log.info("%d images already lie in %s", len(files), out)
+        log.info("%d images already lie in %s", len(names), out)
         return
-    _write_whole(out, files)
-    log.info("wrote %d images to %s", len(files), out)
-
-
-def _draw(levels: np.ndarray, path: Path) -> None:
-    """Save a digit as a grey image: the data set counts ink from 0 to 16."""
-    Image.fromarray((levels * (255 / 16)).round().astype(np.uint8)).save(path)
+    grey = (digits.images * (255 / 16)).round().astype(np.uint8)  # the data set counts ink from 0 to 16
+    with _unfinished(out) as folder:
+        for row, name in names.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(grey[row]).save(folder / name)
+    log.info("wrote %d images to %s", len(names), out)
 
 
 def _download_intel() -> Path:
@@ -222,9 +219,11 @@ def _lay_out(
     counts = {side: sum(name not in left_out for name in names) for side, names in sides.items()}
     plan = {"source": source.name, **notes, "counts": counts, "left_out": left_out,
             "files": {name: image.name for name, image in kept.items()}}  # fmt: skip
-    files: Files = {name: partial(_link, image.path) for name, image in kept.items()}
-    files[PLAN] = lambda path: path.write_bytes(as_json(plan, indent=1))
-    _write_whole(out, files)
+    with _unfinished(out) as folder:
+        for name, image in kept.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            _link(image.path, folder / name)
+        (folder / PLAN).write_bytes(as_json(plan, indent=1))
     log.info("laid out %s in %s; %s says what went where",
              ", ".join(f"{count} {side}" for side, count in counts.items()), out, PLAN)  # fmt: skip
 
@@ -232,7 +231,7 @@ def _lay_out(
 # ---- write ----------------------------------------------------------------------------------------
 
 
-def refuse_full(out: Path) -> None:
+def _refuse_full(out: Path) -> None:
     """Raise FileExistsError if the folder holds one of the names that are laid out."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file: give a folder as --out")
@@ -242,14 +241,13 @@ def refuse_full(out: Path) -> None:
         raise FileExistsError(f"{out} holds {what} already: give another --out, or remove what is there")
 
 
-def _write_whole(out: Path, files: Files) -> None:
-    """Write each file below `out` by its function; each folder in `out` appears whole or not at all."""
+@contextmanager
+def _unfinished(out: Path) -> Iterator[Path]:
+    """Yield a folder to write into. Its content moves to `out` at the end; after an error it is removed."""
     out = out.absolute()
     unfinished = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
     try:
-        for name, write in files.items():
-            (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
-            write(unfinished / name)
+        yield unfinished
         out.mkdir(parents=True, exist_ok=True)
         for part in unfinished.iterdir():
             part.rename(out / part.name)
