@@ -23,8 +23,7 @@ from retrieval.embedding.runtime import choose_runtime
 from retrieval.embedding.shards import embed_shard, gather_shards
 from retrieval.machine import cores
 from retrieval.metrics import measure, require_labels
-from retrieval.ranking.approximate import check_search, rank_by
-from retrieval.ranking.shards import merge_shards
+from retrieval.ranking.approximate import check_search, merge_shards, rank_by
 from retrieval.records import Embeddings, Ranking, ShardedEmbeddings
 from retrieval.report.embedding_map import sample_rows
 from retrieval.report.results import Results, Sample

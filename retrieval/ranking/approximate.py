@@ -1,5 +1,7 @@
 """Embeddings of queries and gallery, and a choice of search, in; a ranking and the search's metrics out.
 
+If several processes hold the gallery, each ranks its shard, and rank 0 merges the rankings.
+
 `exact` is retrieval/ranking/exact.py. The others are indexes of FAISS (Douze et al., The Faiss library,
 2024) for galleries beyond a million images: `flat` compares all vectors in float32, `ivf` searches the cells
 nearest to the query, `hnsw` walks a graph.
@@ -14,9 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from retrieval.distributed import gather
 from retrieval.errors import InputError
 from retrieval.ranking.exact import cosines_of, merge, rank
-from retrieval.records import UNREADABLE, Embeddings, Ranking, chunks, rows_of_chunk, zero_rows
+from retrieval.records import (
+    UNREADABLE,
+    Embeddings,
+    Ranking,
+    ShardedEmbeddings,
+    chunks,
+    rows_of_chunk,
+    zero_rows,
+)
 from retrieval.settings import Search
 
 if TYPE_CHECKING:
@@ -73,6 +84,26 @@ def rank_by(
     if len(short):
         log.info("%d queries that the index could not answer in full were ranked exactly", len(short))
     return ranking, metrics
+
+
+def merge_shards(
+    ranking: Ranking, metrics: dict[str, float], gallery: ShardedEmbeddings, k: int
+) -> tuple[Ranking, dict[str, float]] | None:
+    """Merge what rank_by returned for the shards of all processes; None on other ranks than 0.
+
+    The k best images of a shard are ranked there, so the k best of all are among them. The recall is the mean
+    of the shards, the seconds are the slowest process's. Raises RunError if another process has ended.
+    """
+    shards = gather((ranking.cosines, ranking.rows + gallery.start, metrics))
+    if shards is None:
+        return None
+    *candidates, metrics_of_shards = zip(*shards, strict=True)
+    cosines, rows = merge(*(np.concatenate(parts, axis=1) for parts in candidates), k)
+    merged = {}
+    for name in metrics:
+        values = [metrics[name] for metrics in metrics_of_shards if name in metrics]
+        merged[name] = max(values) if name.endswith("seconds") else round(sum(values) / len(values), 4)
+    return Ranking(ranking.queries, gallery.names, rows, cosines), merged
 
 
 def _exact_order(queries: Embeddings, gallery: Embeddings, found: np.ndarray) -> tuple[Ranking, np.ndarray]:

@@ -10,8 +10,8 @@ from conftest import run_here
 from test_exact import embeddings, unit
 
 from retrieval.errors import InputError
-from retrieval.ranking import approximate, shards
-from retrieval.ranking.approximate import cells_for, check_search, rank_by
+from retrieval.ranking import approximate
+from retrieval.ranking.approximate import cells_for, check_search, merge_shards, rank_by
 from retrieval.ranking.exact import rank
 from retrieval.records import Embeddings, ShardedEmbeddings
 
@@ -141,10 +141,8 @@ def test_the_recall_of_shards_is_their_mean_and_the_seconds_are_the_slowest(clus
     for (ranking, _), start, figure in zip(results, (0, 1000), (1, 0.5), strict=True):
         metrics = {"search_recall": figure, "index_seconds": figure, "search_seconds": 0}
         values.append((ranking.cosines, ranking.rows + start, metrics))
-    monkeypatch.setattr(shards, "gather", lambda _: values)
-    merged, metrics = shards.merge_shards(
-        *results[0], ShardedEmbeddings(gallery.names, parts[0], 0, [], None), 10
-    )
+    monkeypatch.setattr(approximate, "gather", lambda _: values)
+    merged, metrics = merge_shards(*results[0], ShardedEmbeddings(gallery.names, parts[0], 0, [], None), 10)
     assert same(merged, rank(queries, gallery))
     assert (metrics["search_recall"], metrics["index_seconds"]) == (0.75, 1)
 
