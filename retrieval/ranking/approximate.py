@@ -45,8 +45,7 @@ log = logging.getLogger("retrieval.neighbours")
 
 def check_search(search: Search) -> None:
     """Raise InputError, which says what to do, if this search needs FAISS and FAISS is not installed."""
-    found = find_spec("faiss") if search != "exact" else None
-    if search != "exact" and not (found and found.origin):  # a folder of that name is not the package
+    if search != "exact" and find_spec("faiss") is None:
         raise InputError(
             f"--search {search} needs the package faiss: run `pip install faiss-cpu`, or use --search exact"
         )

@@ -159,14 +159,6 @@ def test_a_missing_package_is_a_sentence(monkeypatch):
             check_search(search)
 
 
-def test_a_folder_of_that_name_is_not_the_package(tmp_path, monkeypatch):
-    (tmp_path / "faiss").mkdir()
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    monkeypatch.delitem(sys.modules, "faiss", raising=False)
-    with pytest.raises(InputError, match="pip install faiss-cpu"):
-        check_search("flat")
-
-
 @pytest.mark.slow
 @pytest.mark.usefixtures("exported")
 def test_a_run_says_what_its_search_found_and_keeps_it(few, tmp_path):
