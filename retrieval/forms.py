@@ -99,9 +99,9 @@ class Form(BaseSettings, metaclass=_FormClass):
 
     @classmethod
     def settings_customise_sources(cls, settings_cls, init_settings, **others) -> tuple:  # noqa: ANN001, ANN003
-        """Return the sources after the command line: arguments, environment, .env."""
-        environment = InitSettingsSource(cls, _settings_in(cls, os.environ))
-        return init_settings, environment, InitSettingsSource(cls, _settings_in(cls, _dotenv()))
+        """Return the sources after the command line: arguments, then the environment and .env."""
+        outside = {name: value for name, (value, _) in _set_outside(cls, _dotenv()).items()}
+        return init_settings, InitSettingsSource(cls, outside)
 
 
 FormType = TypeVar("FormType", bound=Form)
@@ -127,10 +127,17 @@ def _untyped(field: str, value: Any, bases: tuple[type[Form], ...]) -> str:
 # ---- environment and .env -------------------------------------------------------------------------
 
 
-def _settings_in(form: type[Form], names: dict[str, str | None]) -> dict[str, str]:
-    """Return the form's settings among the names of the environment or of .env, without the empty ones."""
-    fields = [field for field in form.model_fields if field in IN_ENVIRONMENT]
-    return {field: names[field.upper()] for field in fields if names.get(field.upper())}
+def _set_outside(form: type[Form], dotenv: dict[str, str | None]) -> dict[str, tuple[str, str]]:
+    """Return the value of each setting that .env or the environment sets, and where it stands.
+
+    An empty value counts as unset.
+    """
+    return {
+        field: (names[field.upper()], f"{field.upper()} in {place}")
+        for place, names in ((".env", dotenv), ("the environment", os.environ))
+        for field in form.model_fields
+        if field in IN_ENVIRONMENT and names.get(field.upper())
+    }
 
 
 def _dotenv() -> dict[str, str | None]:
@@ -151,9 +158,9 @@ def _dotenv() -> dict[str, str | None]:
     return dotenv_values(stream=io.StringIO(text))
 
 
-def _warn_of_unknown_names(form: type[Form]) -> None:
+def _warn_of_unknown_names(form: type[Form], dotenv: dict[str, str | None]) -> None:
     known = [name.upper() for name in IN_ENVIRONMENT]
-    for name in _dotenv():
+    for name in dotenv:
         if name not in known:
             is_flag = name.lower() in form.model_fields and name.lower() not in IN_ENVIRONMENT
             hint = f": it is a flag only, --{name.lower()}" if is_flag else did_you_mean(name.upper(), known)
@@ -172,7 +179,11 @@ def read_form(form: type[FormType], arguments: list[str], program: str | None = 
     if form.mistakes:
         script = Path(sys.modules[form.__module__].__file__).name
         raise InputError("\nerror: ".join(f"{script}: {mistake}" for mistake in form.mistakes))
-    _warn_of_unknown_names(form)
+    dotenv = _dotenv()
+    _warn_of_unknown_names(form, dotenv)
+    given = {argument.partition("=")[0] for argument in arguments}
+    origins = {name: origin for name, (_, origin) in _set_outside(form, dotenv).items()}
+    origins |= {name: f"--{name}" for name in form.model_fields if {f"--{name}", f"--no-{name}"} & given}
     parser = FormParser(form, program)
     source = CliSettingsSource(form, root_parser=parser, add_argument_method=parser.add_flag)
     try:
@@ -180,27 +191,16 @@ def read_form(form: type[FormType], arguments: list[str], program: str | None = 
     except SettingsError as error:
         raise InputError(_flag_sentence(str(error), form)) from None
     except ValidationError as error:
-        sentences = [_value_sentence(problem, arguments, form) for problem in error.errors()]
+        sentences = [_value_sentence(problem, arguments, origins, form) for problem in error.errors()]
         raise InputError("\nerror: ".join(sentences)) from None
-    _tell_overridden(settings, arguments)
+    _log_overridden(settings, origins)
     return settings
 
 
-def _origin(name: str, arguments: list[str]) -> str | None:
-    """Return where the value of a setting stands, unless it is the script's default."""
-    if {f"--{name}", f"--no-{name}"} & {argument.partition("=")[0] for argument in arguments}:
-        return f"--{name}"
-    if name in IN_ENVIRONMENT and os.environ.get(name.upper()):
-        return f"{name.upper()} in the environment"
-    if name in IN_ENVIRONMENT and _dotenv().get(name.upper()):
-        return f"{name.upper()} in .env"
-    return None
-
-
-def _tell_overridden(settings: Form, arguments: list[str]) -> None:
+def _log_overridden(settings: Form, origins: dict[str, str]) -> None:
     """Log each default that was edited in the script and has no effect, because the environment wins."""
     for name, field in type(settings).model_fields.items():
-        shared, origin = shared_field(type(settings), name), _origin(name, arguments)
+        shared, origin = shared_field(type(settings), name), origins.get(name)
         edited = shared is not None and field.default != shared.default
         if edited and origin and not origin.startswith("--"):
             value = getattr(settings, name)
@@ -220,15 +220,16 @@ def _flag_sentence(problem: str, form: type[Form]) -> str:
     return f"there is no flag {unknown[2]}{hint} (--help lists the flags)"
 
 
-def _value_sentence(problem: dict[str, Any], arguments: list[str], form: type[Form]) -> str:
+def _value_sentence(
+    problem: dict[str, Any], arguments: list[str], origins: dict[str, str], form: type[Form]
+) -> str:
     """Return a sentence that says where a wrong value stands, what it is, and what is wrong with it."""
     name = str(problem["loc"][0])
     if problem["type"] == "missing":
         return f"give --{name}: {help_of(form.model_fields[name])}"
     what = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
     value = str(problem["input"])
-    where = _origin(name, arguments)
-    if not where:
-        where = "the argument" if value in arguments else f"the script's default for --{name}"
+    default = "the argument" if value in arguments else f"the script's default for --{name}"
+    where = origins.get(name, default)
     shown = repr(value) if re.search(CONTROL, value) else f"'{value}'"
     return f"{where} is {shown}: {what}"
