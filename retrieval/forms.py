@@ -38,7 +38,7 @@ IN_ENVIRONMENT = (
     "cache_dir",
 )  # fmt: skip
 
-CONTROL = r"[\x01-\x1f]"  # characters that "C:\\new\\table" holds once Python has read it
+CONTROL = r"[\x00-\x1f]"  # characters that "C:\\new\\table" holds once Python has read it
 
 log = logging.getLogger("retrieval.settings")
 

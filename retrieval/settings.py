@@ -31,11 +31,9 @@ log = logging.getLogger("retrieval.settings")
 def _path(value: Any) -> Path:
     if not str(value):
         raise ValueError("it may not be empty")  # Path("") would be the current folder
-    if "\0" in str(value):
-        raise ValueError("it holds a character that no path can have")
     if re.search(CONTROL, str(value)) and not os.path.exists(value):
         raise ValueError(
-            "it holds a tab or a line break, since Python reads a \\ as the start of one: "
+            "it holds a control character, such as a tab: Python reads a \\ as the start of one, so "
             'write r"…" around the path, or forward slashes'
         )
     try:

@@ -249,6 +249,11 @@ def test_a_windows_path_with_single_backslashes_is_a_sentence():
         query_dir: Folder = Path("C:\new\table")
         gallery_dir: Folder = Path()
 
+    class Zero(RetrievalSettings):
+        query_dir: Folder = Path("C:\0_images")
+        gallery_dir: Folder = Path()
+
+    assert mistake_in(Zero).startswith(r"the script's default for --query_dir is 'C:\x00_images': ")
     sentence = mistake_in(Edited)
     assert sentence.startswith(r"the script's default for --query_dir is 'C:\new\table': ")
     assert 'write r"…" around the path, or forward slashes' in sentence
