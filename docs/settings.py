@@ -16,7 +16,6 @@ import fine_tuning
 import model_not_tuned
 from retrieval.command_line import default_of, sentence_of
 from retrieval.forms import IN_ENVIRONMENT, Form
-from retrieval.settings import FaceSettings
 from supcon.variants import VARIANTS
 
 ROOT = Path(__file__).parent.parent
@@ -42,8 +41,6 @@ checkpoint knows.
 ## `fine_tuning.py`
 
 {training}
-
-`--crop`, `--face_margin` and `--min_face_size` are those of the retrieval scripts.
 """
 
 ENVIRONMENT = """\
@@ -61,7 +58,7 @@ NOTES = {
 
 def settings_page() -> str:
     """Return the text of docs/settings.md."""
-    return PAGE.format(retrieval=_table(RETRIEVAL), training=_table(TRAINING, FaceSettings))
+    return PAGE.format(retrieval=_table(RETRIEVAL), training=_table(TRAINING))
 
 
 def env_example() -> str:
@@ -75,9 +72,9 @@ def env_example() -> str:
     return "\n".join(blocks)
 
 
-def _table(form: type[Form], said: type[Form] | None = None) -> str:
-    """Return a row for each setting, the script's own first, but none for those of the form `said`."""
-    shared = [name for base in form.__bases__ if base is not said for name in base.model_fields]
+def _table(form: type[Form]) -> str:
+    """Return a row for each setting, the script's own first."""
+    shared = [name for base in form.__bases__ for name in base.model_fields]
     rows = ["| flag | default | what it means |", "|---|---|---|"]
     names = dict.fromkeys([*get_annotations(form), *shared])
     return "\n".join(rows + [_row(name, form.model_fields[name]) for name in names])
