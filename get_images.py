@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-HIDDEN = (".", "__MACOSX")  # names that begin so are left out
+HIDDEN = (".", "__MACOSX")  # files and folders whose names begin so are skipped
 BY_WINDOWS = ("thumbs.db", "desktop.ini")  # what Windows leaves in folders
 VERSION = 1  # part of the cache key: raise it when read_image moves pixels by more than rounding
 
@@ -62,7 +62,7 @@ def find_images(folder: Path | str) -> list[ImageFile]:
     """Return every image in `folder` and the folders below it, sorted by name.
 
     An image is a file whose name ends in one of SUFFIXES, in any letter case. Hidden files and folders are
-    left out silently, other files with a warning. Links are followed, but no folder is entered twice, so that
+    skipped silently, other files with a warning. Links are followed, but no folder is entered twice, so that
     a loop of links ends. The files are not opened: a broken image is found, and fails when it is read.
 
     Raises NotADirectoryError if there is no such folder, FileNotFoundError if it holds no image.
@@ -123,10 +123,10 @@ class UnreadableImageError(OSError):
 def read_image(path: Path | str, enough: int | None = None) -> np.ndarray:
     """Return the pixels of an image file as a viewer shows them: uint8 RGB, (height, width, 3).
 
-    EXIF orientation is applied, transparency lies over white, 16 bits are scaled to 8, and of an animation
-    the first frame is read. Colour profiles are ignored, since the networks were trained without them. If
-    `enough` is given, a JPEG whose shorter side is at least twice as long is decoded at 1/2, 1/4 or 1/8 of
-    its size, as long as `enough` pixels are left.
+    EXIF orientation is applied, transparent pixels are blended with white, 16 bits are scaled to 8, and only
+    the first frame of an animation is read. Colour profiles are ignored, since the networks were trained
+    without them. If `enough` is given, a JPEG whose shorter side is at least twice as long is decoded at 1/2,
+    1/4 or 1/8 of its size, as long as `enough` pixels are left.
 
     Raises UnreadableImageError if the file is broken, is no image, or has more pixels than Pillow's limit for
     a decompression bomb (about 179 million).

@@ -23,10 +23,10 @@ from retrieval.errors import InputError, OthersEndedError, RunError
 from retrieval.machine import cores
 
 NUMBERS = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
-TIMEOUT = timedelta(days=7)  # for a slower process: gloo notices a process that has ended at once
+TIMEOUT = timedelta(days=7)  # to wait for a slower process; gloo detects at once that a process has ended
 ENDED = (
-    "another process of this run has ended or cannot be reached; unless it was killed, it says why itself. "
-    "Start the same command again: it goes on from what is on the disk"
+    "another process of this run has ended or cannot be reached; unless it was killed, its own error message "
+    "says why. Start the same command again: it reuses the results that are saved on disk"
 )
 
 
@@ -79,9 +79,9 @@ def shard(count: int) -> slice:
 
 
 def set_up() -> None:
-    """Check torchrun's environment, and end this process with a sentence if another one of the run ends.
+    """Check torchrun's environment, and make SIGTERM end this process with an error message.
 
-    Raises InputError if the environment announces several processes, but not how they meet.
+    Raises InputError if WORLD_SIZE says several processes, and another variable of torchrun is missing.
     """
     if not several():
         return
@@ -89,8 +89,8 @@ def set_up() -> None:
     unclear += [] if os.environ.get("MASTER_ADDR") else ["MASTER_ADDR"]
     if unclear:
         raise InputError(
-            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, as of several processes, but {', '.join(unclear)} is "
-            "not set as torchrun sets it: start the script with torchrun, or unset WORLD_SIZE"
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(unclear)} is not set as torchrun sets "
+            "it: start the script with torchrun, or unset WORLD_SIZE"
         )
 
     def _end(*_: Any) -> None:
@@ -140,13 +140,13 @@ def from_rank_0(value: Any) -> Any:
 
 
 def all_agree(yes: bool) -> bool:
-    """Return whether every process says yes. Raises as all_gather."""
+    """Return whether `yes` is true in every process. Raises as all_gather."""
     return all(all_gather(yes))
 
 
 @contextmanager
 def explain_lost_process() -> Iterator[None]:
-    """Turn the error of a collective, whose other process has ended, into a RunError."""
+    """Turn the error that a collective raises when another process has ended into a RunError."""
     try:
         yield
     except RuntimeError as error:  # torch.distributed's errors have no narrower class in common

@@ -15,14 +15,14 @@ class RunError(RuntimeError):
 
 
 class OthersEndedError(BaseException):
-    """Another process of this run has ended, so this one ends too. Status 1.
+    """Another process of this run has ended, so this one ends too. Exit status 1.
 
-    It is not an Exception, so that no `except Exception` holds it up, as with Ctrl-C.
+    Like KeyboardInterrupt, it is no Exception, so that no `except Exception` catches it.
     """
 
 
 class StopError(BaseException):
-    """The command ends now, with this exit status: what there was to say has been logged."""
+    """The command ends now, with this exit status; the reason has been logged."""
 
     def __init__(self, status: int) -> None:
         super().__init__(status)

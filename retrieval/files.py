@@ -21,7 +21,7 @@ LOCK = ".lock"  # the file in an output folder that a run locks
 def lock(folder: Path, flag: str) -> Iterator[None]:
     """Lock the folder that a flag names, inside a `with` block.
 
-    Raises InputError if another run has locked it. On a disk without locks, warns and goes on.
+    Raises InputError if another run has locked it. Only warns on a disk without locks.
     """
     from filelock import FileLock, Timeout
 

@@ -72,7 +72,7 @@ class Form(BaseSettings, metaclass=_FormClass):
     """
 
     refused: ClassVar[dict[str, str]] = {}  # flags of other scripts that this one cannot have, and why
-    mistakes: ClassVar[tuple[str, ...]] = ()  # sentences about what was edited wrongly
+    mistakes: ClassVar[tuple[str, ...]] = ()  # error messages about wrong edits
 
     model_config = SettingsConfigDict(
         extra="forbid",
@@ -114,7 +114,7 @@ def shared_field(form: type[Form], name: str) -> FieldInfo | None:
 
 
 def _untyped(field: str, value: Any, bases: tuple[type[Form], ...]) -> str:
-    """Say how to write a field that lost its type, or which field a misspelt name may mean."""
+    """Return how to write a field that lost its type, or which field a misspelt name may mean."""
     known = [name for base in bases for name in getattr(base, "model_fields", {})]
     if field not in known:
         return f"there is no setting {field}{did_you_mean(field.lower(), known)}"

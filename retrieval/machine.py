@@ -21,8 +21,8 @@ log = logging.getLogger("retrieval.machine")
 
 # ---- memory ---------------------------------------------------------------------------------------
 
-SHARE = 0.25  # of the memory, for one array: queries and gallery have one each, and other parts need some
-UNKNOWN_MEMORY = 2**32  # bytes, assumed where the system does not tell
+SHARE = 0.25  # of the memory, for one array: queries and gallery have one each, and the rest needs memory too
+UNKNOWN_MEMORY = 2**32  # bytes, assumed where the system does not report its memory
 MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of a container, in bytes or "max"
 ON_DISK = "/var/tmp"  # on Unix: Filesystem Hierarchy Standard 3.0, 5.15
 
@@ -30,8 +30,8 @@ ON_DISK = "/var/tmp"  # on Unix: Filesystem Hierarchy Standard 3.0, 5.15
 def zeros(shape: tuple[int, ...], dtype: type, what: str, processes: int = 1) -> np.ndarray:
     """Return an array of zeros, in memory or, if it is too large, in a temporary file (numpy.memmap).
 
-    `what` names the content for the log. `processes` of this machine each make such an array, and share the
-    memory. Raises RunError if the disk has no room for the file.
+    `what` names the content for the log. `processes` is how many processes on this machine allocate such an
+    array and share the memory. Raises RunError if the disk has no room for the file.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size <= SHARE * memory() / processes:
@@ -40,10 +40,10 @@ def zeros(shape: tuple[int, ...], dtype: type, what: str, processes: int = 1) ->
     free = shutil.disk_usage(folder).free
     if size > free:
         raise RunError(
-            f"{size / 1e9:.1f} GB of {what} do not fit into {folder}, which has {free / 1e9:.1f}: make room, "
-            "or set TMPDIR to another folder"
+            f"{size / 1e9:.1f} GB of {what} do not fit into {folder}, where {free / 1e9:.1f} GB are free: "
+            "make room, or set TMPDIR to another folder"
         )
-    log.info("%.1f GB of %s lie in %s while this runs", size / 1e9, what, folder)
+    log.info("%.1f GB of %s are stored in %s during the run", size / 1e9, what, folder)
     with tempfile.TemporaryFile(dir=folder) as file:
         return np.memmap(file, dtype=dtype, mode="w+", shape=shape)
 

@@ -137,9 +137,9 @@ class RetrievalSettings(Form):
     gallery_dir: Folder = Path("data/test/gallery")
     """folder of the gallery images"""
     top_k: PositiveInt = 10
-    """k of the top_k metric; a submission always holds ten names a query
+    """k of the top_k metric; a submission always holds ten names per query
 
-    The pictures of the report show as many matches.
+    The report shows k matches of each query.
     """
     custom_dataset: bool = False
     """score by the folder labels and send nothing; --no-custom_dataset undoes it"""
@@ -158,9 +158,9 @@ class RetrievalSettings(Form):
     One run at a time writes into it, and holds `.lock` there; the file stays when the run has ended.
     """
     device: Device = "auto"
-    """device of the network: cuda, mps, cpu, or auto, the first that is there"""
+    """device of the network: cuda, mps, cpu, or auto, the first that is available"""
     batch_size: PositiveInt = 32
-    """images that the network takes at once
+    """images per batch of the network
 
     ONNX Runtime takes four per core instead. BATCH_SIZE in the environment or in `.env` is also that of
     `fine_tuning.py`.
@@ -176,7 +176,7 @@ class RetrievalSettings(Form):
     """search of the gallery: exact, or by FAISS: flat, ivf or hnsw
 
     After `pip install faiss-cpu`, `flat` compares everything in float32, `ivf` looks into the nearest cells,
-    and `hnsw` walks a graph. The run logs how much of the exact ranking FAISS finds. The exact search takes
+    and `hnsw` walks a graph. The run logs the recall against the exact ranking. The exact search takes
     seconds up to a million gallery images ([scale.md](scale.md)).
     """
     cache_dir: NewFolder = CACHE_DIR

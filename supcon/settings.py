@@ -69,7 +69,7 @@ class TrainingSettings(Form):
     The tuned network gets inputs of this size later, too.
     """
     device: Device = "auto"
-    """device of the network: cuda, mps, cpu, or auto, the first that is there"""
+    """device of the network: cuda, mps, cpu, or auto, the first that is available"""
     tracker: Tracker = "none"
     """where to track the training: none, tensorboard or wandb
 

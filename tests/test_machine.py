@@ -17,7 +17,7 @@ def test_memory_is_that_of_the_container_and_what_does_not_fit_lies_in_a_file(tm
     caplog.set_level("INFO")
     large = machine.zeros((1000, 100), np.float32, "vectors")
     assert isinstance(large, np.memmap)
-    assert "0.0 GB of vectors lie in" in caplog.text
+    assert "0.0 GB of vectors are stored in" in caplog.text
     for word in ("TMPDIR", "TEMP", "TMP"):
         monkeypatch.delenv(word, raising=False)
     monkeypatch.setattr(machine, "ON_DISK", str(tmp_path))

@@ -234,9 +234,9 @@ def known_model_name(name: str) -> str:
     Whether timm has the model of timm:NAME is checked later, since timm takes seconds to import.
     """
     if name not in PRETRAINED and name not in ALIASES and not re.fullmatch(r"timm:\S+", name):
-        hint = did_you_mean(name.lower(), [*PRETRAINED, *ALIASES]) or ";"
+        hint = did_you_mean(name.lower(), [*PRETRAINED, *ALIASES])
         raise InputError(
-            f"there is no such backbone{hint} the words are {', '.join(PRETRAINED)}, and timm:NAME"
+            f"there is no such backbone{hint} (model names: {', '.join(PRETRAINED)}, and timm:NAME)"
         )
     return name
 

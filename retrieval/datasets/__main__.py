@@ -34,7 +34,7 @@ class Intel(Form):
     archive: FileOrFolder | None = None
     """zip of Kaggle, or the folder it was unpacked to (default: kagglehub downloads it)"""
     keep_duplicates: bool = False
-    """keep the images that lie on two sides"""
+    """keep images that occur in two of train, query and gallery"""
     seed: int = 0
     """seed of the random split"""
 
@@ -43,26 +43,26 @@ class Split(Form):
     """Lay out any images that lie in a folder per class."""
 
     source: FileOrFolder
-    """a folder, or an archive, with a folder a class"""
+    """folder or archive with one folder per class"""
     out: NewFolder
     """folder to lay the data set out in"""
     train: Share = 0.7
     """share of each class to train on; of the rest 40 % are queries and 60 % gallery"""
     keep_duplicates: bool = False
-    """keep the images that lie on two sides"""
+    """keep images that occur in two of train, query and gallery"""
     seed: int = 0
     """seed of the random split"""
 
 
 class Competition(Form):
-    """Lay out what the organisers hand out: train, test/query and test/gallery."""
+    """Lay out the organisers' archive: train, test/query and test/gallery."""
 
     archive: FileOrFolder
     """zip or tar archive, or the folder it was unpacked to"""
     out: NewFolder = Path("data")
     """folder to lay the data set out in"""
     keep_duplicates: bool = False
-    """keep the images that lie on two sides"""
+    """keep images that occur in two of train, query and gallery"""
 
 
 def _with_all(lay_out: Callable[..., None]) -> Callable[[Form], None]:

@@ -81,7 +81,7 @@ def lay_out_split(
 
 
 def lay_out_competition(out: Path, archive: Path, keep_duplicates: bool = False) -> None:
-    """Lay out what the organisers hand out: train/, test/query/ and test/gallery/, perhaps inside a folder.
+    """Lay out the organisers' archive: train/, test/query/ and test/gallery/, possibly inside one folder.
 
     All test images stay, since the server asks for them; only train loses its duplicates of test images.
     Raises InputError if the folders are missing, and the errors of lay_out_split.
@@ -151,7 +151,7 @@ def _download_intel() -> Path:
         ) from error
 
 
-# ---- what goes where ------------------------------------------------------------------------------
+# ---- the places of the images ---------------------------------------------------------------------
 
 
 def _below(files: list[ImageFile], part: str) -> list[ImageFile]:
@@ -161,7 +161,7 @@ def _below(files: list[ImageFile], part: str) -> list[ImageFile]:
 
 
 def _inside(files: list[ImageFile]) -> list[ImageFile]:
-    """Return the images that lie in a folder, with names that begin inside it."""
+    """Return the images below the first folders of their names, with names that begin there."""
     return [ImageFile(image.name.partition("/")[2], image.path) for image in files if "/" in image.name]
 
 
@@ -203,18 +203,18 @@ def _lay_out(
     keep_duplicates: bool,
     all_of_the_test: bool = False,
 ) -> None:
-    """Write the images to their places, without the duplicates between two sides, and write split.json."""
+    """Write the images to their places, and split.json; leave out images that an earlier part has too."""
     sides = {side: {name: image.path for name, image in sorted(places.items()) if name.startswith(f"{side}/")}
              for side in (QUERY, GALLERY, TRAIN)}  # fmt: skip
     duplicates = {} if keep_duplicates else find_duplicates(list(sides.values()))
     left_out = {name: asdict(duplicate) for name, duplicate in duplicates.items()
                 if not all_of_the_test or name in sides[TRAIN]}  # fmt: skip
     for name, duplicate in list(duplicates.items())[:5]:
-        stays = "" if name in left_out else ", and stays: the server asks for it"
-        log.warning("%s is %s as %s%s", name, duplicate.because, duplicate.of, stays)
+        stays = "" if name in left_out else ", and is kept: the server asks for it"
+        log.warning("%s has %s as %s%s", name, duplicate.because, duplicate.of, stays)
     if duplicates:
-        log.warning("on two sides: %d images, of which %d are left out (--keep_duplicates keeps them)",
-                    len(duplicates), len(left_out))  # fmt: skip
+        log.warning("%d images are duplicates of images in another part, and %d of them are left out "
+                    "(--keep_duplicates keeps them)", len(duplicates), len(left_out))  # fmt: skip
     kept = {name: image for name, image in sorted(places.items()) if name not in left_out}
     counts = {side: sum(name not in left_out for name in names) for side, names in sides.items()}
     plan = {"source": source.name, **notes, "counts": counts, "left_out": left_out,
@@ -224,7 +224,7 @@ def _lay_out(
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             _link(image.path, folder / name)
         (folder / PLAN).write_bytes(as_json(plan, indent=1))
-    log.info("laid out %s in %s; %s says what went where",
+    log.info("laid out %s in %s; %s lists where each image went",
              ", ".join(f"{count} {side}" for side, count in counts.items()), out, PLAN)  # fmt: skip
 
 

@@ -81,7 +81,7 @@ def rank_by(
         search, metrics["search_recall"], k, metrics["index_seconds"], metrics["search_seconds"],
     )  # fmt: skip
     if len(short):
-        log.info("%d queries that the index could not answer in full were ranked exactly", len(short))
+        log.info("%d queries for which the index found too few images were ranked exactly", len(short))
     return ranking, metrics
 
 
@@ -106,9 +106,9 @@ def merge_shards(
 
 
 def _exact_order(queries: Embeddings, gallery: Embeddings, found: np.ndarray) -> tuple[Ranking, np.ndarray]:
-    """Order what the index found by the float64 cosines, and ties by the gallery's order.
+    """Order the images that the index found by their float64 cosines, and ties by the gallery's order.
 
-    Return the ranking, and the queries that it cannot answer.
+    Return the ranking, and the rows of the queries for which it lacks images.
     """
     zeros = zero_rows(gallery.vectors)
     rows, cosines = np.empty_like(found), np.empty(found.shape)

@@ -39,7 +39,7 @@ def make_submission(ranking: Ranking, group_name: str) -> dict[str, Any]:
     """
     length = min(NAMES_PER_QUERY, len(ranking.gallery))
     if length < NAMES_PER_QUERY:
-        log.warning("the gallery has %d images, so each query gets so many names and not %d",
+        log.warning("the gallery has %d images, so each query gets fewer than %d names",
                     length, NAMES_PER_QUERY)  # fmt: skip
     images = {}
     for query, rows in zip(ranking.queries, ranking.rows[:, :NAMES_PER_QUERY].tolist(), strict=False):

@@ -349,7 +349,7 @@ def test_an_unknown_word_is_a_sentence_with_the_nearest():
         "efficientnet-lite": "did you mean efficientnet_lite",
         "face_net": "did you mean facenet",
         "resnet": "did you mean resnet50",
-        "zzzz": "the words are efficientnet_lite0",
+        "zzzz": "model names: efficientnet_lite0",
         "DLIB": "did you mean dlib",
         "timm:": "and timm:NAME",
     }.items():

@@ -1,4 +1,4 @@
-"""retrieval/archives.py: what is in an archive comes out, and nothing goes where it should not."""
+"""retrieval/datasets/archives.py: what is in an archive comes out, and nothing goes where it should not."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""retrieval/duplicates.py: the same bytes and the same picture are found, similar pictures are not."""
+"""retrieval/datasets/duplicates.py: equal bytes and equal pictures are found, similar pictures are not."""
 
 import numpy as np
 from PIL import Image

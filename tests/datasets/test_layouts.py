@@ -1,4 +1,4 @@
-"""retrieval/layout.py: train, test/query and test/gallery, the same everywhere; no image is on two sides."""
+"""retrieval/datasets/layouts.py: the same layout everywhere; no image in two of train, query and gallery."""
 
 import json
 import os
@@ -212,7 +212,7 @@ def test_what_the_organisers_hand_out_keeps_its_names(around, tmp_path, caplog):
     lay_out_competition(tmp_path / "data", zipped(handed, tmp_path / "x.zip"))
     assert names(tmp_path / "data") == [
         "test/gallery/g.png", "test/gallery/h.png", "test/query/q.png", "train/ann/1.png"]  # fmt: skip
-    assert "test/gallery/h.png is the same bytes as test/query/q.png, and stays" in caplog.text
+    assert "test/gallery/h.png has the same bytes as test/query/q.png, and is kept" in caplog.text
 
 
 def test_test_folders_without_train_will_do_and_train_without_them_will_not(tmp_path):
@@ -312,7 +312,7 @@ def test_the_sample_overwrites_nothing_and_is_never_half_there(tmp_path, monkeyp
 def test_a_missing_flag_and_a_mistyped_command_are_sentences(tmp_path):
     ended = run_here("-m", "retrieval.datasets", "split", "--out", "y", cwd=tmp_path)
     assert ended.returncode == 2
-    assert ended.stderr == "error: give --source: a folder, or an archive, with a folder a class\n"
+    assert ended.stderr == "error: give --source: folder or archive with one folder per class\n"
     ended = run_here("-m", "retrieval.datasets", "spilt", cwd=tmp_path)
     assert ended.returncode == 2
     assert "give one of these commands first; did you mean split?" in ended.stderr

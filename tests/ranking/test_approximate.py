@@ -112,7 +112,7 @@ def test_what_the_cells_do_not_hold_is_ranked_exactly(clustered, monkeypatch, ca
     monkeypatch.setattr(approximate, "PROBED", 1)
     ranking, _ = rank_by("ivf", *clustered, k=1000)
     assert {len(set(rows)) for rows in ranking.rows.tolist()} == {1000}
-    assert "queries that the index could not answer in full were ranked exactly" in caplog.text
+    assert "queries for which the index found too few images were ranked exactly" in caplog.text
 
 
 def test_too_few_images_for_many_cells_are_said(caplog):
