@@ -137,8 +137,6 @@ def _build(search: Search, vectors: np.ndarray, k: int) -> faiss.Index:
     description = {"flat": "Flat", "ivf": f"IVF{cells},Flat", "hnsw": f"HNSW{NEIGHBOURS}"}[search]
     index = faiss.index_factory(dimension, description, faiss.METRIC_INNER_PRODUCT)
     if search == "ivf":
-        if cells < round(4 * images**0.5):
-            log.info("--search ivf makes %d cells: %d images are too few for more", cells, images)
         index.nprobe = min(cells, max(PROBED, cells // 16))
         most = min(images, 2 * TRAINING_IMAGES * cells)
         taken = np.sort(np.random.default_rng(SEED).choice(images, most, replace=False))
