@@ -27,7 +27,7 @@ INTEL_ON_KAGGLE = "puneet6060/intel-image-classification"
 
 Places = dict[str, ImageFile]  # a name in the new folder → the image that goes there
 
-log = logging.getLogger("retrieval.layout")
+log = logging.getLogger("retrieval.datasets")
 
 
 # ---- the data sets --------------------------------------------------------------------------------

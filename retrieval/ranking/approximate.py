@@ -40,7 +40,7 @@ PROBED = 16  # the search probes at least this many cells, and at least a sixtee
 NEIGHBOURS = 32  # edges of an image in the graph: the M of HNSW
 BUILD_BREADTH, SEARCH_BREADTH = 200, 128  # candidates that a walk through the graph keeps, at least
 
-log = logging.getLogger("retrieval.neighbours")
+log = logging.getLogger("retrieval.ranking")
 
 
 def check_search(search: Search) -> None:
