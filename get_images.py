@@ -146,15 +146,15 @@ def read_image(path: Path | str, enough: int | None = None) -> np.ndarray:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Return an image as 8-bit RGB, upright, over white."""
-    image.load()  # Pillow turns a TIFF by itself while loading, and then takes the tag away
-    with suppress(Exception):  # anything, on broken metadata; the pixels may be sound
+    image.load()  # Pillow rotates a TIFF while loading it, and removes the orientation tag
+    with suppress(Exception):  # broken metadata raises anything; the pixels may be intact
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] in "IF":  # one channel of 16 or 32 bits, or of floats
         image = _to_8_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert would copy an RGB image
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

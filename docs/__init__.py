@@ -1,1 +1,1 @@
-"""The pages on the project, and what writes those of them that follow from the code."""
+"""The project's pages, and the module that writes the pages on the settings."""

@@ -107,7 +107,7 @@ def sentence_of(field: FieldInfo) -> str:
 
 
 def default_of(field: FieldInfo) -> str:
-    """Return the default as one types it, or nothing for a switch, for None and for an empty text."""
+    """Return the default as one types it, or "" for a switch, for None and for an empty text."""
     if field.is_required() or field.default is None or field.default is False or field.default == []:
         return ""
     return f"{field.default:g}" if isinstance(field.default, float) else str(field.default)

@@ -33,7 +33,7 @@ def run_script(main: Callable[[FormType], None], form: type[FormType]) -> None:
 
 
 def run_command(commands: dict[str, tuple[type[Form], Callable[[Any], None]]]) -> None:
-    """Do the same as run_script, for a script whose first argument chooses one of several commands."""
+    """Run the command {name: (form, main)} that the first argument names, as run_script does."""
     _log_to_console()
     gc.set_threshold(100_000)  # collect less often: importing torch and timm then takes about 10 % less time
     try:
@@ -71,8 +71,8 @@ def _log_to_console() -> None:
     """Print what the package logs: information on standard output, warnings on standard error."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's stream has no such method
-            stream.reconfigure(errors="backslashreplace")  # no file name in another script stops a run
-    logging.raiseExceptions = False  # nor does a reader that closes the pipe, as with `| head`
+            stream.reconfigure(errors="backslashreplace")  # a file name in another script must not stop a run
+    logging.raiseExceptions = False  # nor must a reader that closes the pipe, as `| head` does
     output, errors = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
     output.addFilter(lambda record: record.levelno < logging.WARNING)
     errors.setLevel(logging.WARNING)
@@ -90,8 +90,8 @@ def _stop(error: BaseException | str, status: int) -> None:
         error = f"{error.filename or 'the system'}: {error.strerror.lower()}"
     by_torchrun = "LOCAL_RANK" in os.environ
     if by_torchrun:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it now; the sentence comes first
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it now; print the error first
     print(f"process {rank() + 1}: error: {error}" if rank() else f"error: {error}", file=sys.stderr)
     if by_torchrun:
-        time.sleep(1)  # time for the other processes to print their own sentences
+        time.sleep(1)  # time for the other processes to print their own errors
     raise SystemExit(status)

@@ -1,6 +1,6 @@
-"""Command line, environment and `.env` in; one typed, checked form out, or one sentence and status 2.
+"""Command line, environment and `.env` in; one typed, checked form out, or an InputError.
 
-The command line wins over the environment, that over `.env`, and that over the defaults in the script.
+The precedence is: command line, environment, `.env`, defaults in the script.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class Member(NamedTuple):
     """A file in an archive."""
 
     name: str
-    size: int  # bytes when unpacked, as the archive says
+    size: int  # bytes when unpacked, according to the archive
     is_link: bool
     open: Callable[[], IO[bytes]]
 
@@ -77,13 +77,13 @@ def _write(source: Path, members: list[Member], folder: Path) -> None:
     needed, free = sum(member.size for member in images), shutil.disk_usage(folder).free
     if needed > max(ALWAYS_ALLOWED, MOST_GROWTH * source.stat().st_size):
         raise InputError(
-            f"{source} would grow from {source.stat().st_size / 1e6:.1f} MB to {needed / 1e6:.0f}, as no "
-            "archive of images does: unpack it yourself if you trust it, and give the folder"
+            f"{source} would grow from {source.stat().st_size / 1e6:.1f} MB to {needed / 1e6:.0f} MB, more "
+            "than archives of images do: unpack it yourself if you trust it, and give the folder"
         )
     if needed > free:
         raise RunError(
             f"{source} takes {needed / 1e9:.1f} GB when unpacked, and the disk of {folder.parent} has "
-            f"{free / 1e9:.1f} left: make room, or give another --out"
+            f"{free / 1e9:.1f} GB free: make room, or give another --out"
         )
     for member in images:
         path = folder / member.name
@@ -91,7 +91,7 @@ def _write(source: Path, members: list[Member], folder: Path) -> None:
         if path.exists():
             raise InputError(f"{source} holds {member.name} twice: unpack it yourself, and give the folder")
         with member.open() as packed, open(path, "wb") as file:
-            shutil.copyfileobj(packed, file)  # zipfile and tarfile read no more than the size they say
+            shutil.copyfileobj(packed, file)  # zipfile and tarfile read no more than the stated size
 
 
 def _refuse_unless_plain(source: Path, member: Member) -> None:
@@ -102,5 +102,5 @@ def _refuse_unless_plain(source: Path, member: Member) -> None:
         )
     if member.is_link:
         raise InputError(
-            f"{source} holds {member.name!r}, which is a link and no file: unpack it, and give the folder"
+            f"{source} holds {member.name!r}, which is a link, not a file: unpack it, and give the folder"
         )

@@ -119,7 +119,7 @@ def _exact_order(queries: Embeddings, gallery: Embeddings, found: np.ndarray) ->
         of_pairs[np.isin(found[part], zeros)] = UNREADABLE
         cosines[part], rows[part] = merge(of_pairs, found[part], found.shape[1])
     short = (found < 0).any(axis=1)
-    if len(zeros):  # which FAISS finds nearer than an image with a negative cosine
+    if len(zeros):  # FAISS ranks a row of zeros above an image with a negative cosine
         short |= (cosines < 0).any(axis=1)
     short = np.union1d(np.flatnonzero(short), zero_rows(queries.vectors))
     return Ranking(queries.names, gallery.names, rows, cosines), short

@@ -88,7 +88,7 @@ def test_links_are_refused(png, tmp_path):
 def test_a_bomb_is_refused_before_it_grows(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "ALWAYS_ALLOWED", 10**6)
     bomb = zip_of(tmp_path / "a.zip", **{"x.png": bytes(10**7)})
-    refused(bomb, tmp_path, "would grow from 0.0 MB to 10, as no archive of images does")
+    refused(bomb, tmp_path, "would grow from 0.0 MB to 10 MB, more than archives of images do")
 
 
 def test_a_zip_that_says_less_than_it_holds_is_refused(tmp_path, png):
