@@ -73,9 +73,9 @@ def compare_ledgers(folders: list[Path]) -> Path:
 
 def _grouped(runs: list[RunLine]) -> list[list[RunLine]]:
     """Group the runs by their images, the best first; the newest of equal runs stands for all of them."""
-    groups: dict[tuple, dict[tuple, list[RunLine]]] = {}
+    groups: dict[str, dict[tuple, list[RunLine]]] = {}
     for run in sorted(runs, key=lambda run: run.time):
-        groups.setdefault(run.images, {}).setdefault(run.identity, []).append(run)
+        groups.setdefault(run.names, {}).setdefault(run.identity, []).append(run)
     newest = [[runs[-1].model_copy(update={"count": len(runs)}) for runs in group.values()]
               for group in groups.values()]  # fmt: skip
     return [sorted(runs, key=lambda run: -run.sort_score) for runs in newest]
@@ -143,8 +143,7 @@ def holm(p_values: list[float]) -> list[float]:
 
 def _title(rows: list[Row]) -> str:
     newest = max((row.run for row in rows), key=lambda run: run.time)
-    queries, gallery = newest.size
-    return f"{newest.query_dir or 'unknown images'}: {queries} queries × {gallery} images"
+    return f"{newest.query_dir}: {newest.queries} queries × {newest.gallery_images} images"
 
 
 def _row_names(rows: list[Row]) -> list[str]:

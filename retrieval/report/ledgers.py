@@ -6,9 +6,9 @@ import json
 import logging
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import AfterValidator, AliasPath, BaseModel, Field, field_validator, model_validator
+from pydantic import AfterValidator, AliasPath, BaseModel, Field, field_validator
 
 from retrieval.errors import InputError
 from retrieval.metrics import CUTS
@@ -34,9 +34,9 @@ class Settings(BaseModel):
     weights: str | None = None
 
 
-def _within(part: str, name: str, **default: Any) -> Any:
+def _within(part: str, name: str) -> Any:
     """Return a field that stands within a part of the line."""
-    return Field(validation_alias=AliasPath(part, name), **default)
+    return Field(validation_alias=AliasPath(part, name))
 
 
 class RunLine(BaseModel):
@@ -44,18 +44,16 @@ class RunLine(BaseModel):
 
     time: Annotated[datetime, AfterValidator(datetime.astimezone)]
     settings: Settings
-    query_dir: str | None = _within("settings", "query_dir", default=None)
-    gallery_dir: str | None = _within("settings", "gallery_dir", default=None)
-    model_type: str | None = _within("settings", "model_type", default=None)
+    query_dir: str = _within("settings", "query_dir")
     queries: int = _within("metrics", "queries")
     gallery_images: int = _within("metrics", "gallery_images")
-    backbone: str | None = _within("metrics", "backbone", default=None)
-    fine_tuned: bool | None = _within("metrics", "tuned", default=None)
-    names: str | None = _within("metrics", "names", default=None)  # the digest in names-DIGEST.json
+    backbone: str = _within("metrics", "backbone")  # the model name
+    tuned: bool = _within("metrics", "tuned")
+    names: str = _within("metrics", "names")  # the digest in names-DIGEST.json: the same for the same images
     estimates: dict[str, Estimate] = Field(validation_alias="metrics")  # empty without labels
     accuracy: float | None = _within("outcome", "accuracy")  # the server's score
-    seconds: float | None = _within("seconds", "total", default=None)
-    first: tuple[int, ...] | None = None  # the rank of each query's first right image, 0: none; None: unknown
+    seconds: float = _within("seconds", "total")
+    first: tuple[int, ...] | None = None  # the rank of each query's first right image, or 0; None: no labels
     ledger: Path = Path()
     count: int = 1  # of runs that gave the same
 
@@ -68,17 +66,6 @@ class RunLine(BaseModel):
         shown = [name for name in ("score", *(f"top_{cut}" for cut in CUTS)) if name in metrics]
         return {name: (metrics[name], metrics.get(f"{name}_interval")) for name in shown}
 
-    @model_validator(mode="after")
-    def _a_rank_for_each_query(self) -> Self:
-        if self.first is not None and len(self.first) != self.queries:
-            raise ValueError("first holds another number of queries than metrics")
-        return self
-
-    @property
-    def network(self) -> str:
-        """The model name, as far as it is known."""
-        return self.backbone or self.model_type or "a fine-tuned network"
-
     @property
     def name(self) -> str:
         """The model name and the settings that were given; a weights file is named by the end of its path."""
@@ -86,29 +73,13 @@ class RunLine(BaseModel):
         if given["weights"]:
             given["weights"] = "/".join(Path(given["weights"]).parts[-2:])
         given = {name: value for name, value in given.items() if value not in (None, "", "auto")}
-        return ", ".join([self.network, *(f"{name} {value}" for name, value in given.items())])
-
-    @property
-    def tuned(self) -> bool:
-        """Whether the network is fine-tuned: only model_not_tuned.py has the setting model_type."""
-        return self.model_type is None if self.fine_tuned is None else self.fine_tuned
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """How many queries and gallery images the run had."""
-        return self.queries, self.gallery_images
-
-    @property
-    def images(self) -> tuple:
-        """What runs must have in common to be compared: the names of the images, or else the folders."""
-        return self.names or (self.query_dir, self.gallery_dir), self.size
+        return ", ".join([self.backbone, *(f"{name} {value}" for name, value in given.items())])
 
     @property
     def identity(self) -> tuple:
         """What a repeated run has in common with the first: network, settings, and results."""
-        server = self.accuracy if self.first is None else None  # sending changes no ranking
-        score = self.estimates.get("score")
-        return self.network, self.settings.model_dump_json(), self.first, score and score.value, server
+        results = self.accuracy if self.first is None else self.first  # sending changes no ranking
+        return self.backbone, self.settings.model_dump_json(), results
 
     @property
     def sort_score(self) -> float:
@@ -119,13 +90,10 @@ class RunLine(BaseModel):
 
     def query_names(self) -> list[str]:
         """Read the names of the queries; return their row numbers if the file of names is lost."""
-        try:
-            names = json.loads(self.ledger.with_name(f"names-{self.names}.json").read_bytes())
-            if len(names["queries"]) == self.queries:
-                return names["queries"]
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        return [f"query {number}" for number in range(1, self.queries + 1)]
+        path = self.ledger.with_name(f"names-{self.names}.json")
+        if not path.exists():
+            return [f"query {number}" for number in range(1, self.queries + 1)]
+        return json.loads(path.read_bytes())["queries"]
 
 
 def read_ledgers(folders: list[Path]) -> list[RunLine]:
@@ -159,6 +127,6 @@ def _read_ledger(ledger: Path) -> list[RunLine]:
             if isinstance(content, dict) and "metrics" not in content:  # a submission sent again
                 continue
             runs.append(RunLine.model_validate(content).model_copy(update={"ledger": ledger}))
-        except (ValueError, RecursionError):  # no JSON, or pydantic's ValidationError
+        except ValueError:  # no JSON, or pydantic's ValidationError
             log.warning("%s, line %d is no line of a ledger, and is passed over", ledger, number)
     return runs
