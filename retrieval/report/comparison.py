@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
@@ -32,16 +32,17 @@ log = logging.getLogger("retrieval.comparison")
 class Row:
     """A run beside the best one on the same images."""
 
+    name: str
     run: RunLine
     difference: tuple[float, list[float]] | None = None  # of the score, with its 95 % interval
-    p: float | None = None  # of McNemar's test on the first matches, corrected by Holm
+    p: float = 1.0  # of McNemar's test on the first matches, corrected by Holm
     only_best: list[str] | None = None  # queries whose first match is right in the best run only
     only_this: list[str] | None = None  # and in this run only
 
     @property
     def significant(self) -> str:
         """Name the metrics in which the run differs significantly from the best one."""
-        if self.difference is None or self.p is None:
+        if self.difference is None:
             return "–"
         low, high = self.difference[1]
         differs = {"score": high < 0 or low > 0, "top-1": self.p < ALPHA}
@@ -54,19 +55,14 @@ def compare_ledgers(folders: list[Path]) -> Path:
     Reads every runs.jsonl in and below the folders; a ledger can stand for its folder. Raises InputError if
     there is no ledger, or no run in any.
     """
-    groups = [_beside_the_best(runs) for runs in _grouped(read_ledgers(folders))]
-    tables = [f"**{_escaped(_title(rows))}**\n\n{_markdown(_cells(rows))}" for rows in groups]
+    groups = [{"title": _title(rows), "rows": rows, "cells": _cells(rows)}
+              for rows in map(_beside_the_best, _grouped(read_ledgers(folders)))]  # fmt: skip
+    tables = [f"**{_escaped(group['title'])}**\n\n{_markdown(group['cells'])}" for group in groups]
     text = "\n\n".join([*tables, NOTE])
     log.info("%s", text)
     out = folders[0].parent if folders[0].is_file() else folders[0]
     write_whole(out / TABLE, f"{text}\n".encode("utf-8", "replace"))
-    shown = [{"title": _title(rows), "cells": _cells(rows),
-              "rows": list(zip(_row_names(rows), rows, strict=True)),
-              "scores": [(name, row.run.estimates["score"])
-                         for name, row in zip(_row_names(rows), rows, strict=True)
-                         if "score" in row.run.estimates],
-              "runs": sum(row.run.count for row in rows)} for rows in groups]  # fmt: skip
-    write_whole(out / PAGE, render(TEMPLATES, "comparison.html", title="Runs compared", groups=shown,
+    write_whole(out / PAGE, render(TEMPLATES, "comparison.html", title="Runs compared", groups=groups,
                                    most=MOST_NAMES, note=NOTE))  # fmt: skip
     return out / PAGE
 
@@ -85,25 +81,26 @@ def _grouped(runs: list[RunLine]) -> list[list[RunLine]]:
 
 
 def _beside_the_best(runs: list[RunLine]) -> list[Row]:
-    """Compare each run with the first one, and correct the p-values for their number."""
+    """Compare each run with the first one, query by query, if the images have labels."""
     best, *others = runs
-    names = best.query_names()
-    rows = [Row(best), *(_compared(run, best, names) for run in others)]
-    corrected = iter(holm([row.p for row in rows if row.p is not None]))
-    return [row if row.p is None else replace(row, p=next(corrected)) for row in rows]
+    names = _row_names(runs)
+    if best.first is None:
+        return [Row(name, run) for name, run in zip(names, runs, strict=True)]
+    queries = best.query_names()
+    p_values = holm([mcnemar(best.first, run.first) for run in others])
+    compared = zip(names[1:], others, p_values, strict=True)
+    return [Row(names[0], best), *(_compared(name, run, p, best, queries) for name, run, p in compared)]
 
 
-def _compared(run: RunLine, best: RunLine, names: list[str]) -> Row:
-    """Compare a run with the best one, query by query, if the labels are known for both."""
-    if not (best.first and run.first):
-        return Row(run)
-    pairs = list(zip(names, best.first, run.first, strict=True))
+def _compared(name: str, run: RunLine, p: float, best: RunLine, queries: list[str]) -> Row:
+    first_matches = list(zip(queries, best.first, run.first, strict=True))
     return Row(
+        name,
         run,
         compare(points_of(list(run.first)), points_of(list(best.first))),
-        mcnemar(best.first, run.first),
-        only_best=[name for name, of_best, of_run in pairs if of_best == 1 != of_run],
-        only_this=[name for name, of_best, of_run in pairs if of_run == 1 != of_best],
+        p,
+        only_best=[query for query, of_best, of_run in first_matches if of_best == 1 != of_run],
+        only_this=[query for query, of_best, of_run in first_matches if of_run == 1 != of_best],
     )
 
 
@@ -146,12 +143,11 @@ def _title(rows: list[Row]) -> str:
     return f"{newest.query_dir}: {newest.queries} queries × {newest.gallery_images} images"
 
 
-def _row_names(rows: list[Row]) -> list[str]:
-    """Name each row, with its time if another has the same name, such as a network trained again."""
-    names = [row.run.name for row in rows]
-    times = [f"{row.run.time:%Y-%m-%d %H:%M:%S}" for row in rows]
-    return [name if names.count(name) == 1 else f"{name}, {time}"
-            for name, time in zip(names, times, strict=True)]  # fmt: skip
+def _row_names(runs: list[RunLine]) -> list[str]:
+    """Name each run, with its time if another has the same name, such as a network trained again."""
+    names = [run.name for run in runs]
+    return [name if names.count(name) == 1 else f"{name}, {run.time:%Y-%m-%d %H:%M:%S}"
+            for name, run in zip(names, runs, strict=True)]  # fmt: skip
 
 
 def _cells(rows: list[Row]) -> list[list[str]]:
@@ -160,11 +156,10 @@ def _cells(rows: list[Row]) -> list[list[str]]:
     heads = ["network", "tuned", *shares, "score", "to the best", "told apart by", "s"]
     if any(row.run.accuracy is not None for row in rows):
         heads.insert(-3, "server")
-    named = zip(_row_names(rows), rows, strict=True)
-    return [heads, *(_cells_of(name, row, "server" in heads) for name, row in named)]
+    return [heads, *(_cells_of(row, "server" in heads) for row in rows)]
 
 
-def _cells_of(name: str, row: Row, with_server: bool) -> list[str]:
+def _cells_of(row: Row, with_server: bool) -> list[str]:
     run = row.run
     again = f" ({run.count} runs)" if run.count > 1 else ""
     shares = [_estimate(run, f"top_{cut}", lambda share: f"{share:.3f}".removeprefix("0")) for cut in CUTS]
@@ -172,11 +167,11 @@ def _cells_of(name: str, row: Row, with_server: bool) -> list[str]:
     if row.difference:
         by, (low, high) = row.difference
         difference = f"{by:+.0f} [{low:+.0f}, {high:+.0f}]"
-    server, seconds = run.accuracy, run.seconds
-    return [name + again, "yes" if run.tuned else "no", *shares,
+    server = run.accuracy
+    return [row.name + again, "yes" if run.tuned else "no", *shares,
             _estimate(run, "score", lambda score: f"{score:.0f}"),
             *(["–" if server is None else f"{server:g}"] if with_server else []), difference, row.significant,
-            "–" if seconds is None else f"{seconds:.0f}"]  # fmt: skip
+            f"{run.seconds:.0f}"]  # fmt: skip
 
 
 def _estimate(run: RunLine, metric: str, as_text: Callable[[float], str]) -> str:
