@@ -27,8 +27,7 @@ from get_images import ImageFile, find_images  # noqa: E402
 from retrieval.metrics import measure  # noqa: E402
 from retrieval.ranking.exact import rank  # noqa: E402
 from retrieval.records import Embeddings  # noqa: E402
-from retrieval.report.embedding_map import sample_rows  # noqa: E402
-from retrieval.report.results import Results, Sample  # noqa: E402
+from retrieval.report.results import Results, Sample, sample_rows  # noqa: E402
 from retrieval.report.run_report import write_report  # noqa: E402
 from retrieval.run import Outcome, Run  # noqa: E402
 

@@ -25,9 +25,7 @@ from retrieval.machine import cores
 from retrieval.metrics import measure, require_labels
 from retrieval.ranking.approximate import check_search, merge_shards, rank_by
 from retrieval.records import Embeddings, Ranking, ShardedEmbeddings
-from retrieval.report.embedding_map import sample_rows
-from retrieval.report.results import Results, Sample
-from retrieval.report.run_report import write_report
+from retrieval.report.results import Results, Sample, sample_rows
 from retrieval.run import SUBMISSION, Outcome, Run, stop_if_failed
 from retrieval.server.answer_key import key_of_folders
 from retrieval.server.serve import local_server
@@ -164,6 +162,8 @@ def show(run: Run, results: Results, outcome: Outcome) -> None:
     """Draw the report, unless it is not wanted, tell the tracker, and end with the outcome's status."""
     metrics = results.metrics | outcome.metrics
     if not run.settings.no_report and outcome.word != "interrupted":
+        from retrieval.report.run_report import write_report  # imports matplotlib and scikit-learn
+
         try:
             run.done("report", f"drew {write_report(run, results, outcome)}")
             run.write_metrics(metrics)

@@ -33,7 +33,7 @@ from retrieval.distributed import all_agree, from_rank_0, progress_bar, rank, ra
 from retrieval.errors import RunError
 from retrieval.files import as_json, write_whole
 from retrieval.metrics import compare
-from retrieval.report.charts import draw_curves
+from retrieval.report.charts import curves
 from supcon.checkpoints import BEST, BEST_EPOCH, CURVE, HISTORY
 from supcon.layers import share_of_rate
 from supcon.state import TrainingState, save
@@ -284,7 +284,7 @@ def choose(training: TrainingState) -> None:
     progress.chosen, progress.kept = progress.epoch, chosen.metrics["score"]
     save(training)
     training.tracking.log({"chosen": _tracked(chosen.metrics)})
-    draw_curves(progress.history, progress.untuned, folder / CURVE)
+    write_whole(folder / CURVE, curves(progress.history, progress.untuned).png)
     _log_before_and_after(progress.untuned, chosen.metrics)
     log.info("wrote %s", folder / BEST)
 

@@ -11,8 +11,7 @@ from get_images import find_images, label_of
 from retrieval.backbones.backbone import Trained
 from retrieval.metrics import measure
 from retrieval.ranking.exact import rank
-from retrieval.report.embedding_map import sample_rows
-from retrieval.report.results import Results, Sample
+from retrieval.report.results import Results, Sample, sample_rows
 from retrieval.report.run_report import write_report
 from retrieval.run import Outcome, Run
 from retrieval.settings import Form, GroupToken, NewFolder

@@ -254,10 +254,10 @@ def test_no_report_draws_nothing(flat):
 @AFTER_A_FIRST_RUN
 def test_a_page_that_cannot_be_drawn_costs_only_itself(few, monkeypatch, tmp_path, caplog):
     import model_not_tuned
-    from retrieval import pipeline
+    from retrieval.report import run_report
 
     monkeypatch.setattr(
-        pipeline, "write_report", lambda *_: (tmp_path / "none" / "report.html").write_bytes(b"")
+        run_report, "write_report", lambda *_: (tmp_path / "none" / "report.html").write_bytes(b"")
     )
     folders = {"query_dir": few / "query", "gallery_dir": few / "gallery", "output_dir": tmp_path}
     model_not_tuned.main(model_not_tuned.Settings(**folders, custom_dataset=True))  # and does not end with 1

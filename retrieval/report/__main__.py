@@ -13,7 +13,6 @@ from retrieval.console import run_script  # first, since it checks that the pack
 from pydantic_settings import CliPositionalArg
 
 from retrieval.forms import Form
-from retrieval.report.comparison import compare_ledgers
 from retrieval.settings import FileOrFolder
 
 log = logging.getLogger("retrieval.report")
@@ -27,6 +26,8 @@ class Settings(Form):
 
 
 def main(form: Settings) -> None:
+    from retrieval.report.comparison import compare_ledgers
+
     log.info("wrote %s", compare_ledgers(form.folders))
 
 

@@ -9,17 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import matplotlib as mpl
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.font_manager import get_font_names
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
-from retrieval.files import write_whole
 from retrieval.report.thumbnails import RIGHT, UNKNOWN, WRONG
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 # All about as bright: each has a contrast of at least 3 : 1 on a white and on a dark page (WCAG 2.2, 1.4.11).
 COLOURS = ("#0969da", "#1a7f37", "#cf222e", "#8250df", "#9a6700", "#bf3989", "#1b7c83", "#bc4c00", "#6e7781",
@@ -51,8 +51,6 @@ class Chart:
 
 def chart_of(figure: Figure, name: str, description: str) -> Chart:
     """Render a figure in both forms. The ids in its SVG begin with its name, since a page holds several."""
-    import matplotlib as mpl
-
     with warnings.catch_warnings(), mpl.rc_context({"svg.hashsalt": name}):
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for it in the PNG
         figure.savefig(png := io.BytesIO(), format="png", dpi=110)
@@ -73,9 +71,6 @@ def chart_of(figure: Figure, name: str, description: str) -> Chart:
 @contextmanager
 def style() -> Iterator[None]:
     """Draw in INK, and in installed fonts where matplotlib's own font lacks a letter."""
-    import matplotlib as mpl
-    from matplotlib.font_manager import get_font_names
-
     installed = set(get_font_names())
     fonts = ["DejaVu Sans", *(font for font in MORE_FONTS if font in installed)]
     with mpl.rc_context(STYLE | {"font.family": fonts}):
@@ -84,8 +79,6 @@ def style() -> Iterator[None]:
 
 def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
     """Return a figure of this size in inches, with `columns` axes beside each other."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
@@ -202,8 +195,6 @@ def embedding_map(
 
 
 def _legend(figure: Figure, colours: dict[str, str], others: bool) -> None:
-    from matplotlib.lines import Line2D
-
     marks = [("s", colour, _short(label)) for label, colour in colours.items()]
     marks += [("s", UNKNOWN, "others" if colours else "all")] if others else []
     marks += [("^", INK, "query"), ("o", INK, "gallery")]
@@ -223,8 +214,6 @@ def _short(label: str) -> str:
 @style()
 def curves(history: list[dict[str, Any]], untuned: dict[str, Any]) -> Chart:
     """Draw the training loss by epoch, and top-1 and top-3 on validation; epoch 0 is the untuned network."""
-    from matplotlib.ticker import MaxNLocator
-
     figure, (losses, shares) = new_figure(9, 3.5, 2)
     epochs = [line["epoch"] for line in history]
     losses.plot(
@@ -246,8 +235,3 @@ def curves(history: list[dict[str, Any]], untuned: dict[str, Any]) -> Chart:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     description = f"Top-1 on validation from {untuned['top_1']:.3f} untuned to {history[-1]['top_1']:.3f}"
     return chart_of(figure, "loss", description)
-
-
-def draw_curves(history: list[dict[str, Any]], untuned: dict[str, Any], path: Path) -> None:
-    """Draw `curves` and write them as a PNG."""
-    write_whole(path, curves(history, untuned).png)

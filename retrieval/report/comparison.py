@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import binomtest
 
 from retrieval.files import write_whole
 from retrieval.html import render
@@ -113,8 +114,6 @@ def mcnemar(first: tuple[int, ...], other: tuple[int, ...]) -> float:
     >>> mcnemar((1, 1, 1, 1, 1, 1, 2, 1), (2, 0, 3, 2, 2, 4, 1, 1))  # 6 against 1: 2 · (1 + 7) / 2⁷
     0.125
     """
-    from scipy.stats import binomtest
-
     one, two = np.array(first) == 1, np.array(other) == 1
     only_one, only_two = int((one & ~two).sum()), int((two & ~one).sum())
     if not only_one + only_two:

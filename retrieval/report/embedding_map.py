@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
 
 from get_images import label_of
-from retrieval.records import Embeddings, ShardedEmbeddings
 from retrieval.report import charts
 from retrieval.report.charts import Chart
 from retrieval.report.results import Results
 
-MOST_POINTS, FEWEST_POINTS = 1000, 5
-
-
-def sample_rows(queries: Embeddings, gallery: Embeddings | ShardedEmbeddings, seed: int = 0) -> np.ndarray:
-    """Return up to MOST_POINTS rows of the queries and gallery images together, the classes in turn.
-
-    Images that could not be embedded are left out.
-    """
-    names, embedded = queries.names + gallery.names, []
-    for side in (queries, gallery):
-        unreadable = set(side.unreadable)
-        embedded += [name not in unreadable for name in side.names]
-    of_class: dict[str | None, list[int]] = {}
-    for row in np.random.default_rng(seed).permutation(np.flatnonzero(embedded)).tolist():
-        of_class.setdefault(label_of(names[row]), []).append(row)
-    turns = [(turn, row) for rows in of_class.values() for turn, row in enumerate(rows)]
-    in_turn = sorted(turns, key=lambda turn_and_row: turn_and_row[0])
-    return np.array(sorted(row for _, row in in_turn[:MOST_POINTS]), dtype=int)
+FEWEST_POINTS = 5
 
 
 def draw_map(results: Results) -> tuple[list[Chart], list[list[int]]]:
@@ -56,7 +40,8 @@ def _colours(results: Results, rows: np.ndarray) -> tuple[list[str | None], dict
     """
     if not results.labelled:
         return [None] * len(rows), {}
-    labels = [label_of(results.names[row]) for row in rows]
+    names = results.query_vectors.names + results.gallery_vectors.names
+    labels = [label_of(names[row]) for row in rows]
     classes = sorted({label for label in labels if label is not None})
     if len(classes) <= len(charts.COLOURS):
         return labels, dict(zip(classes, charts.COLOURS, strict=False))
@@ -71,9 +56,6 @@ def tsne(vectors: np.ndarray, seed: int = 0) -> np.ndarray:
 
     L. van der Maaten and G. Hinton, JMLR 9 (2008) 2579.
     """
-    from sklearn.decomposition import PCA
-    from sklearn.manifold import TSNE
-
     reduced = PCA(min(50, *vectors.shape), random_state=seed).fit_transform(vectors)
     perplexity = min(30.0, (len(vectors) - 1) / 3)
     start = reduced[:, :2] / max(reduced[:, 0].std(), 1e-12) * 1e-4  # as Kobak and Berens 2019 do

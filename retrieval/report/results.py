@@ -1,4 +1,4 @@
-"""The record of a finished run, which its page is drawn from."""
+"""The record of a finished run, and the sample of its images, which its page is drawn from."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from get_images import ImageFile
+from get_images import ImageFile, label_of
 from retrieval.backbones.backbone import Trained
 from retrieval.metrics import are_labelled, first_hits
 from retrieval.records import Embeddings, Ranking, ShardedEmbeddings
+
+MOST_POINTS = 1000  # of the map
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,19 @@ class Results:
         """The rank of each query's first right image; 0 if no right image is ranked, or without labels."""
         return first_hits(self.ranking) if self.labelled else [0] * len(self.ranking.queries)
 
-    @cached_property
-    def names(self) -> list[str]:
-        """The names of the queries, then of the gallery images."""
-        return self.query_vectors.names + self.gallery_vectors.names
+
+def sample_rows(queries: Embeddings, gallery: Embeddings | ShardedEmbeddings, seed: int = 0) -> np.ndarray:
+    """Return up to MOST_POINTS rows of the queries and gallery images together, the classes in turn.
+
+    Images that could not be embedded are left out.
+    """
+    names, embedded = queries.names + gallery.names, []
+    for side in (queries, gallery):
+        unreadable = set(side.unreadable)
+        embedded += [name not in unreadable for name in side.names]
+    of_class: dict[str | None, list[int]] = {}
+    for row in np.random.default_rng(seed).permutation(np.flatnonzero(embedded)).tolist():
+        of_class.setdefault(label_of(names[row]), []).append(row)
+    turns = [(turn, row) for rows in of_class.values() for turn, row in enumerate(rows)]
+    in_turn = sorted(turns, key=lambda turn_and_row: turn_and_row[0])
+    return np.array(sorted(row for _, row in in_turn[:MOST_POINTS]), dtype=int)

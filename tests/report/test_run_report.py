@@ -9,7 +9,7 @@ from conftest import vectors_of
 from pages import STRANGE, drawn, found_of
 
 from retrieval.ranking.exact import rank
-from retrieval.report import charts, embedding_map, run_report, viewer
+from retrieval.report import charts, embedding_map, results, run_report, viewer
 from retrieval.report.charts import RIGHT, WRONG, confusion, per_class
 from retrieval.report.results import Results
 from retrieval.report.viewer import Matches, page_data
@@ -151,16 +151,16 @@ def test_the_map_is_seeded_and_keeps_classes_together(digits):
 
 
 def test_the_map_shows_each_class_as_often_and_leaves_out_empty_vectors(digits, monkeypatch):
-    monkeypatch.setattr(embedding_map, "MOST_POINTS", 30)
+    monkeypatch.setattr(results, "MOST_POINTS", 30)
     vectors = digits.query_vectors.vectors.copy()
     vectors[0] = 0
     digits = replace(digits, query_vectors=replace(digits.query_vectors, vectors=vectors))
-    rows = embedding_map.sample_rows(digits.query_vectors, digits.gallery_vectors)
+    rows = results.sample_rows(digits.query_vectors, digits.gallery_vectors)
     names = digits.query_vectors.names + digits.gallery_vectors.names
     labels = [names[row][0] for row in rows]
     assert 0 not in rows
     assert {labels.count(label) for label in "0123456789"} == {3}
-    assert np.array_equal(rows, embedding_map.sample_rows(digits.query_vectors, digits.gallery_vectors))
+    assert np.array_equal(rows, results.sample_rows(digits.query_vectors, digits.gallery_vectors))
 
 
 def test_a_tuned_network_that_holds_the_untuned_one_is_mapped_before_and_after(digits, digits_page):
