@@ -7,31 +7,27 @@ import io
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from get_images import ImageFile, UnreadableImageError, label_of, read_image
 from retrieval.files import write_whole
 from retrieval.records import Ranking
 
 SIDE, GAP, FRAME = 96, 12, 4  # pixels: of a thumbnail's side, between thumbnails, of a frame
+ROWS, MOST_COLUMNS = 8, 10  # of the sheet: queries, and matches of each
 RIGHT, WRONG, UNKNOWN = "#1a7f37", "#cf222e", "#8c959f"
 
 
 def draw_matches(
-    ranking: Ranking,
-    queries: list[ImageFile],
-    gallery: list[ImageFile],
-    top_k: int,
-    path: Path,
-    rows: int = 8,
+    ranking: Ranking, queries: list[ImageFile], gallery: list[ImageFile], top_k: int, path: Path
 ) -> None:
-    """Write a PNG: in each row a query, then its `top_k` best matches (ten at most), best first.
+    """Write a PNG: in each row a query, then its `top_k` best matches (MOST_COLUMNS at most), best first.
 
-    The sheet shows `rows` queries, evenly spaced in their order. A right match has a green frame, a wrong
+    The sheet shows ROWS queries, evenly spaced in their order. A right match has a green frame, a wrong
     match a red frame and a stroke across the corner, an unlabelled match a grey frame.
     """
-    shown = range(0, len(queries), max(1, len(queries) // rows))[:rows]
-    columns = min(top_k, ranking.rows.shape[1], 10)
+    shown = range(0, len(queries), max(1, len(queries) // ROWS))[:ROWS]
+    columns = min(top_k, ranking.rows.shape[1], MOST_COLUMNS)
     width = GAP + (SIDE + GAP) * (columns + 1) + GAP
     sheet = Image.new("RGB", (width, GAP + (SIDE + GAP) * len(shown)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -48,38 +44,31 @@ def draw_matches(
 
 
 def encoded_thumbnails(images: list[ImageFile], side: int) -> list[str]:
-    """Shrink each image into `side` × `side` pixels, as WebP in base64; empty if it cannot be read."""
+    """Resize each image to fit `side` × `side` pixels, as WebP in base64; empty if it cannot be read."""
     with ThreadPoolExecutor() as pool:
         return list(pool.map(lambda image: _encoded_thumbnail(image.path, side), images))
 
 
 def _encoded_thumbnail(path: Path, side: int) -> str:
     try:
-        image = _within(Image.fromarray(read_image(path)), side)
+        image = Image.fromarray(read_image(path))
     except UnreadableImageError:
         return ""
-    file = io.BytesIO()
-    image.save(file, "WEBP", quality=60, method=2)
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def _within(image: Image.Image, side: int) -> Image.Image:
-    """Resize an image so that its longer side has `side` pixels."""
     scale = side / max(image.size)
-    size = [max(1, round(length * scale)) for length in image.size]
-    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
+    size = [max(1, round(length * scale)) for length in image.size]  # a strip keeps a pixel
+    file = io.BytesIO()
+    image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0).save(file, "WEBP", quality=60, method=2)
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def _thumbnail(path: Path) -> Image.Image:
     """Return the whole image in a grey square, or a cross if it cannot be read."""
-    square = Image.new("RGB", (SIDE, SIDE), "#eaeef2")
     try:
-        image = _within(Image.fromarray(read_image(path)), SIDE)
+        return ImageOps.pad(Image.fromarray(read_image(path)), (SIDE, SIDE), color="#eaeef2")
     except UnreadableImageError:
+        square = Image.new("RGB", (SIDE, SIDE), "#eaeef2")
         ImageDraw.Draw(square).line([(0, 0), (SIDE, SIDE), (SIDE, 0), (0, SIDE)], fill=UNKNOWN, width=2)
         return square
-    square.paste(image, ((SIDE - image.width) // 2, (SIDE - image.height) // 2))
-    return square
 
 
 def _frame(draw: ImageDraw.ImageDraw, x: int, y: int, query: str | None, match: str | None) -> None:
