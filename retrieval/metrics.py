@@ -11,6 +11,7 @@ from math import sqrt
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from get_images import ImageFile, label_of
 from retrieval.errors import InputError
@@ -53,7 +54,7 @@ def _why_unlabelled(images: list[str]) -> str:
 # ---- the table of metrics -------------------------------------------------------------------------
 
 
-def wilson_interval(hits: int, n: int, z: float = 1.959964) -> list[float]:
+def wilson_interval(hits: float, n: int, z: float = 1.959964) -> list[float]:
     """Return the 95 % interval of a share: E. B. Wilson, J. Am. Stat. Assoc. 22 (1927) 209.
 
     >>> [round(bound, 3) for bound in wilson_interval(8, 10)]
@@ -75,46 +76,42 @@ def _mean_interval(values: np.ndarray, samples: int = 10_000) -> list[float]:
     return np.percentile(drawn @ different / len(values), [2.5, 97.5]).tolist()
 
 
-def _points(first: np.ndarray) -> np.ndarray:
-    """Return what each query earns, 0 to 1000, by the rank of its first right image."""
-    return sum(value * _right(first, cut) for cut, value in POINTS.items())
+def _interval(values: np.ndarray, best: float) -> list[float]:
+    """Return Wilson's interval of a share, where values are 0 or 1, and otherwise the bootstrap's.
+
+    Where all values are equal, a bootstrap would call their mean certain: Wilson's interval of what was
+    reached of `best` is wide enough, since values from 0 to 1 with the mean p vary by at most p (1 − p).
+    """
+    if len(set(values)) > 1 and not set(values) <= {0, 1}:
+        return _mean_interval(values)
+    return [best * bound for bound in wilson_interval(float(values.sum()) / best, len(values))]
 
 
-def _right(first: np.ndarray, cut: int) -> np.ndarray:
+class Metric(NamedTuple):
+    """A mean over the queries. `values` takes the rank of each query's first right image, and top_k."""
+
+    values: Callable[[np.ndarray, int], np.ndarray]  # (queries,)
+    best: float = 1.0  # the value of a query whose first match is right
+
+
+def right(first: np.ndarray, cut: int) -> np.ndarray:
     """Return whether each query has a right image among its first `cut`."""
     return (first > 0) & (first <= cut)
 
 
-def _share_interval(first: np.ndarray, cut: int) -> list[float]:
-    return wilson_interval(int(_right(first, cut).sum()), len(first))
+def points_of(first: np.ndarray) -> np.ndarray:
+    """Return what each query earns, 0 to 1000, by the rank of its first right image; 0: none.
 
-
-def _score_interval(first: np.ndarray) -> list[float]:
-    """Return the bootstrap interval, or where all queries earn the same, the sum of the shares' intervals."""
-    points = _points(first)
-    if len(set(points)) > 1:
-        return _mean_interval(points)
-    shares = [(value, _share_interval(first, cut)) for cut, value in POINTS.items()]
-    return [sum(value * interval[side] for value, interval in shares) for side in (0, 1)]
-
-
-class Metric(NamedTuple):
-    """A mean over the queries. Both functions take the rank of each query's first right image, and top_k."""
-
-    values: Callable[[np.ndarray, int], np.ndarray]  # the values (queries,) whose mean is the metric
-    interval: Callable[[np.ndarray, int], list[float]]  # the 95 % interval of the mean
-
-
-def _top(cut: int | None = None) -> Metric:
-    """Return the share of queries with a right image among the first `cut`, or among the first top_k."""
-    return Metric(lambda first, top_k: _right(first, cut or top_k),
-                  lambda first, top_k: _share_interval(first, cut or top_k))  # fmt: skip
+    >>> points_of(np.array([1, 4, 10, 0])).tolist()
+    [1000, 400, 100, 0]
+    """
+    return sum(value * right(first, cut) for cut, value in POINTS.items())
 
 
 METRICS = {
-    **{f"top_{cut}": _top(cut) for cut in CUTS},
-    "top_k": _top(),
-    "score": Metric(lambda first, _: _points(first), lambda first, _: _score_interval(first)),
+    **{f"top_{cut}": Metric(lambda first, _, cut=cut: right(first, cut)) for cut in CUTS},
+    "top_k": Metric(right),
+    "score": Metric(lambda first, _: points_of(first), best=sum(POINTS.values())),
 }
 
 
@@ -122,8 +119,9 @@ def _metrics(first: np.ndarray, top_k: int) -> dict:
     """Return the metrics of some queries, by the ranks of their first right images, with their intervals."""
     metrics: dict = {"queries": len(first)}
     for name, metric in METRICS.items():
-        metrics[name] = float(metric.values(first, top_k).mean())
-        metrics[f"{name}_interval"] = metric.interval(first, top_k)
+        values = metric.values(first, top_k)
+        metrics[name] = float(values.mean())
+        metrics[f"{name}_interval"] = _interval(values, metric.best)
     return metrics
 
 
@@ -170,8 +168,8 @@ def score(ranking: Ranking, top_k: int = 10) -> dict:
 
 def metrics_of(ranking: Ranking) -> dict:
     """Return the metrics of labelled images, and the `points` of each query, whose mean is the score."""
-    first = first_hits(ranking)
-    return _metrics(np.array(first), top_k=1) | {"points": points_of(first)}
+    first = np.array(first_hits(ranking))
+    return _metrics(first, top_k=1) | {"points": points_of(first).tolist()}
 
 
 def first_hits(ranking: Ranking) -> list[int]:
@@ -190,16 +188,7 @@ def first_hit(label: str | None, ranked: Iterable[str | None]) -> int:
     return next((rank for rank, other in enumerate(ranked, 1) if other == label), 0)
 
 
-def points_of(first: list[int]) -> list[int]:
-    """Return what each query earns, 0 to 1000, by the rank of its first right image; 0: none.
-
-    >>> points_of([1, 4, 10, 0])
-    [1000, 400, 100, 0]
-    """
-    return _points(np.array(first)).tolist()
-
-
-def compare(points: list[int], with_points: list[int]) -> tuple[float, list[float]]:
+def compare(points: ArrayLike, with_points: ArrayLike) -> tuple[float, list[float]]:
     """Return the first score minus the second, of the same queries, and the 95 % interval of the difference.
 
     >>> compare([1000] * 8 + [300] * 2, [300] * 10)[0]

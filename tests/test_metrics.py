@@ -39,6 +39,9 @@ def test_where_all_queries_earn_the_same_the_score_is_not_certain():
     low = 1000 * wilson_interval(40, 40)[0]
     assert metrics["score"] == 1000
     assert metrics["score_interval"] == pytest.approx([low, 1000])
+    metrics = metrics_of(ranking_of({f"a/{number}": [*["b/x"] * 3, "a/x"] for number in range(40)}))
+    bounds = wilson_interval(0.4 * 40, 40)
+    assert (metrics["score"], metrics["score_interval"]) == (400, pytest.approx([1000 * b for b in bounds]))
 
 
 def test_a_published_reply_of_the_competitions_server():
@@ -148,6 +151,8 @@ def test_a_ranking_without_labels_is_not_scored():
 
 
 def test_a_metric_is_a_row_of_the_table(monkeypatch):
-    reciprocal = Metric(lambda first, _: np.where(first, 1 / np.maximum(first, 1), 0), lambda *_: [0.0, 1.0])
+    reciprocal = Metric(lambda first, _: np.where(first, 1 / np.maximum(first, 1), 0))
     monkeypatch.setitem(METRICS, "mrr", reciprocal)
-    assert score(ranking_with_first_hits(1, 4, 0, 0)[0])["mrr"] == (1 + 1 / 4) / 4
+    metrics = score(ranking_with_first_hits(1, 4, 0, 0)[0])
+    assert metrics["mrr"] == (1 + 1 / 4) / 4
+    assert metrics["mrr_interval"] == [0, 0.75]  # a bootstrap

@@ -98,7 +98,7 @@ def _compared(name: str, run: RunLine, p: float, best: RunLine, queries: list[st
     return Row(
         name,
         run,
-        compare(points_of(list(run.first)), points_of(list(best.first))),
+        compare(points_of(np.array(run.first)), points_of(np.array(best.first))),
         p,
         only_best=[query for query, of_best, of_run in first_matches if of_best == 1 != of_run],
         only_this=[query for query, of_best, of_run in first_matches if of_run == 1 != of_best],
