@@ -32,18 +32,14 @@ def are_labelled(queries: Iterable[str], gallery: Iterable[str]) -> bool:
     return None not in of_queries and of_gallery != {None} and len(of_queries | of_gallery) > 1
 
 
-def require_labels(
-    queries: list[ImageFile],
-    gallery: list[ImageFile],
-    asked: str = "--custom_dataset",
-    instead: str = "--no-custom_dataset",
-) -> None:
-    """Raise InputError unless the images are labelled: what asked for labels, and what to give instead."""
+def require_labels(queries: list[ImageFile], gallery: list[ImageFile]) -> None:
+    """Raise InputError unless the images are labelled."""
     if not are_labelled((image.name for image in queries), (image.name for image in gallery)):
         unlabelled = [str(image.path) for image in [*queries, *gallery] if label_of(image.name) is None]
         raise InputError(
-            f"{asked} scores by class folders, but {_why_unlabelled(unlabelled)}: lay the images out as "
-            f"QUERY_DIR/<class>/x.jpg and GALLERY_DIR/<class>/x.jpg, or give {instead}"
+            f"a score needs class folders, but {_why_unlabelled(unlabelled)}: lay the images out as "
+            "QUERY_DIR/<class>/x.jpg and GALLERY_DIR/<class>/x.jpg, or set neither --custom_dataset nor "
+            "--server_url local"
         )
 
 

@@ -60,10 +60,8 @@ def find(run: Run) -> Images:
     check_tracker(settings.tracker)
     check_search(settings.search)
     images = Images(*find_query_and_gallery(settings.query_dir, settings.gallery_dir))
-    if settings.custom_dataset:
+    if settings.custom_dataset or settings.server_url == LOCAL:
         require_labels(*images)
-    elif settings.server_url == LOCAL:
-        require_labels(*images, "--server_url local", "the URL of a server")
     run.check_output_dir(*images)
     run.done("find", f"found {len(images.queries)} query and {len(images.gallery)} gallery images")
     return images

@@ -218,7 +218,7 @@ def test_a_rehearsal_with_a_server_of_the_runs_own(few):
 def test_a_rehearsal_without_labels_is_refused_before_the_work(flat):
     ended = run_here("model_not_tuned.py", *FOLDERS, "--server_url", "local", cwd=flat)
     assert ended.returncode == 2
-    assert "--server_url local scores by class folders" in ended.stderr
+    assert "a score needs class folders, but 32 images" in ended.stderr
     assert "embedded" not in ended.stdout
 
 
@@ -271,7 +271,7 @@ def test_a_page_that_cannot_be_drawn_costs_only_itself(few, monkeypatch, tmp_pat
         (("--query_dir", "none", "--gallery_dir", "gallery"), 2, "--query_dir is 'none': there is no folder"),
         (("--query_dir", "empty", "--gallery_dir", "gallery"), 2, "empty holds no images, no files at all"),
         (("--query_dir", "texts", "--gallery_dir", "gallery"), 2, "texts holds no images, only 1 other"),
-        ((*FOLDERS, "--custom_dataset"), 2, "scores by class folders, but 32 images"),
+        ((*FOLDERS, "--custom_dataset"), 2, "nor --server_url local"),
         ((*FOLDERS, "--model_type", "efficientnet_lit0"), 2, "did you mean efficientnet_lite0?"),
         ((*FOLDERS, "--output_dir", "texts/a.txt"), 2, "is not a folder but a file"),
         ((*FOLDERS, "--output_dir", "/proc/results"), 1, "give another --output_dir"),
