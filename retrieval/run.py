@@ -61,7 +61,6 @@ class Run:
 
     settings: Form
     seconds: dict[str, float] = field(default_factory=dict)
-    inside: dict[str, float] = field(default_factory=dict)  # seconds of the runtime, and its cores
     started: float = field(default_factory=time.perf_counter)
     held: ExitStack = field(default_factory=ExitStack, init=False)
 
@@ -99,28 +98,20 @@ class Run:
                 _try_to_write(folder, needed, flag)
         self.held.enter_context(lock(self.folder, "output_dir"))
 
-    def done(self, step: str, what: str = "", inside: dict[str, float] | None = None) -> None:
-        """End a step: record its seconds, and those `inside` it, and log `what` was done."""
-        self.inside |= inside or {}
+    def done(self, step: str, what: str = "") -> None:
+        """End a step: record its seconds, and log `what` was done."""
         self.seconds[step] = time.perf_counter() - self.started - sum(self.seconds.values())
         if what:
             log.info("%s in %.1f s", what, self.seconds[step])
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
-        """Write metrics.json: the metrics, the seconds of each step so far, and those inside embedding."""
-        spent = {"seconds": self.rounded_seconds()}
-        if self.inside:
-            spent["embedding_seconds"] = {name: round(seconds, 3) for name, seconds in self.inside.items()}
-        write_whole(self.folder / "metrics.json", as_json(metrics | spent, indent=2))
+        """Write metrics.json: the metrics, and the seconds of each step so far."""
+        seconds = {"seconds": self.rounded_seconds()}
+        write_whole(self.folder / "metrics.json", as_json(metrics | seconds, indent=2))
 
     def where_the_seconds_went(self) -> str:
-        """Return a line of the seconds of all steps; decoding and the network run at once, on many cores."""
+        """Return a line of the seconds of all steps."""
         steps = [f"{name} {spent:.1f}" for name, spent in self.seconds.items()]
-        if self.inside:
-            at = list(self.seconds).index("embed")
-            inside = self.inside
-            steps[at] += (f" (load {inside['load']:.1f}, decode {inside['decode']:.1f} and network "
-                          f"{inside['network']:.1f} on {inside['cores']} cores)")  # fmt: skip
         return f"seconds: {', '.join(steps)}; total {sum(self.seconds.values()):.1f}"
 
     def rounded_seconds(self) -> dict[str, float]:
