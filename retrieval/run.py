@@ -193,12 +193,8 @@ def append_line(folder: Path, settings: Form, outcome: Outcome, **more: Any) -> 
     record |= {"settings": settings.model_dump(mode="json"), "outcome": asdict(outcome)} | more
     line = as_json(record) + b"\n"
     with open(path, "a+b") as file:
-        if file.tell() and not _ends_in_newline(path):
-            line = b"\n" + line  # a line that a crash cut off must not spoil this one
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a line that a crash cut off must not spoil this one
+                line = b"\n" + line
         write_through(file, line)
-
-
-def _ends_in_newline(path: Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read(1) == b"\n"
