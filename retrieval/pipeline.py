@@ -166,10 +166,10 @@ def show(run: Run, results: Results, outcome: Outcome) -> None:
 
         try:
             run.done("report", f"drew {write_report(run, results, outcome)}")
-            run.write_metrics(metrics)
         except OSError as error:  # a disk that is full now costs the pictures only
             log.warning("the page could not be drawn: %s", error)
-    log.info("%s", run.where_the_seconds_went())
+    seconds = run.rounded_seconds()
+    log.info("seconds: %s", ", ".join(f"{step} {spent:.1f}" for step, spent in seconds.items()))
     track_run(run.settings.tracker, run.folder, metrics["backbone"], run.settings,
-              metrics | {"seconds": run.rounded_seconds()})  # fmt: skip
+              metrics | {"seconds": seconds})  # fmt: skip
     stop_if_failed(outcome)

@@ -109,11 +109,6 @@ class Run:
         seconds = {"seconds": self.rounded_seconds()}
         write_whole(self.folder / "metrics.json", as_json(metrics | seconds, indent=2))
 
-    def where_the_seconds_went(self) -> str:
-        """Return a line of the seconds of all steps."""
-        steps = [f"{name} {spent:.1f}" for name, spent in self.seconds.items()]
-        return f"seconds: {', '.join(steps)}; total {sum(self.seconds.values()):.1f}"
-
     def rounded_seconds(self) -> dict[str, float]:
         """Return the seconds of each step, and `total`."""
         seconds = {name: round(spent, 3) for name, spent in self.seconds.items()}
