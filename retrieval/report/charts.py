@@ -40,17 +40,19 @@ STYLE |= {
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart in both forms, and a sentence that says what it shows."""
+    """A chart in both forms."""
 
     name: str
-    description: str
     svg: str
     png: bytes
     inches: float  # its width
 
 
 def chart_of(figure: Figure, name: str, description: str) -> Chart:
-    """Render a figure in both forms. The ids in its SVG begin with its name, since a page holds several."""
+    """Render a figure in both forms. A screen reader reads the description of its SVG.
+
+    The ids in the SVG begin with the chart's name, since a page holds several charts.
+    """
     with warnings.catch_warnings(), mpl.rc_context({"svg.hashsalt": name}):
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for it in the PNG
         figure.savefig(png := io.BytesIO(), format="png", dpi=110)
@@ -63,9 +65,7 @@ def chart_of(figure: Figure, name: str, description: str) -> Chart:
         f'<svg viewBox="0 0 {width * 72:g} {height * 72:g}" style="max-width: {width * 100:g}px" '
         f'role="img" aria-label="{escape(description)}"'
     )
-    return Chart(
-        name, description, re.sub(r"<svg[^>]*", lambda _: start, svg, count=1), png.getvalue(), width
-    )
+    return Chart(name, re.sub(r"<svg[^>]*", lambda _: start, svg, count=1), png.getvalue(), width)
 
 
 @contextmanager
