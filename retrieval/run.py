@@ -131,13 +131,13 @@ class Run:
 
     def conclude(self, metrics: dict[str, Any], outcome: Outcome, **more: Any) -> None:
         """Log the outcome, and add it to metrics.json and, with `more`, to the ledger."""
-        say(outcome)
+        log_outcome(outcome)
         self.write_metrics(metrics | outcome.metrics)
         kept = {name: value for name, value in metrics.items() if name != "per_class"} | outcome.metrics
         append_line(self.folder, self.settings, outcome, metrics=kept, seconds=self.rounded_seconds(), **more)
 
 
-def say(outcome: Outcome) -> None:
+def log_outcome(outcome: Outcome) -> None:
     """Log the outcome of the submission, before anything is written: a full disk cannot hide it."""
     log.log(logging.ERROR if outcome.failed else logging.INFO, "%s", outcome.sentence)
 

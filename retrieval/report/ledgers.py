@@ -128,5 +128,5 @@ def _read_ledger(ledger: Path) -> list[RunLine]:
                 continue
             runs.append(RunLine.model_validate(content).model_copy(update={"ledger": ledger}))
         except ValueError:  # no JSON, or pydantic's ValidationError
-            log.warning("%s, line %d is no line of a ledger, and is passed over", ledger, number)
+            log.warning("%s, line %d is not a line of a ledger and is skipped", ledger, number)
     return runs

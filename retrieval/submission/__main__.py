@@ -14,7 +14,7 @@ from pydantic_settings import CliPositionalArg
 
 from retrieval.errors import InputError
 from retrieval.forms import Form
-from retrieval.run import append_line, say, set_aside, stop_if_failed
+from retrieval.run import append_line, log_outcome, set_aside, stop_if_failed
 from retrieval.settings import LOCAL, GroupToken, ServerUrl
 from retrieval.submission.client import send_submission
 from retrieval.submission.submission_file import read_submission
@@ -40,7 +40,7 @@ def main(settings: Settings) -> None:
     set_aside(settings.submission.parent, ("reply.txt",))  # the last reply
     token = settings.group_token.get_secret_value()
     outcome = send_submission(settings.submission, settings.server_url, token)
-    say(outcome)
+    log_outcome(outcome)
     append_line(settings.submission.parent, settings, outcome, group_name=submission["groupname"])
     stop_if_failed(outcome)
 

@@ -322,7 +322,7 @@ def test_a_line_of_wrong_values_is_passed_over_too(tmp_path, caplog, broken):
     put(tmp_path, "broken", POOR)
     change(tmp_path, **broken)
     assert [row[0] for row in table(compare_ledgers([tmp_path]))[1:]] == ["word"]
-    assert "runs.jsonl, line 2 is no line of a ledger" in caplog.text
+    assert "runs.jsonl, line 2 is not a line of a ledger" in caplog.text
 
 
 def test_the_table_to_paste_holds_no_tags_and_no_broken_lines(tmp_path):
