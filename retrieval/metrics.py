@@ -75,8 +75,8 @@ def _mean_interval(values: np.ndarray, samples: int = 10_000) -> list[float]:
 def _interval(values: np.ndarray, best: float) -> list[float]:
     """Return Wilson's interval of a share, where values are 0 or 1, and otherwise the bootstrap's.
 
-    Where all values are equal, a bootstrap would call their mean certain: Wilson's interval of what was
-    reached of `best` is wide enough, since values from 0 to 1 with the mean p vary by at most p (1 − p).
+    If all values are equal, the bootstrap's interval has no width. Wilson's for mean / best is then wide
+    enough: values from 0 to 1 with the mean p have a variance of at most p (1 − p), that of a share.
     """
     if len(set(values)) > 1 and not set(values) <= {0, 1}:
         return _mean_interval(values)

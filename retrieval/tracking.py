@@ -6,7 +6,6 @@ The trackers are accelerate's. If one of them fails, a warning says so, and the 
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
 from collections.abc import Iterator
@@ -147,7 +146,7 @@ def _start_wandb(tracking: Tracking, folder: Path, name: str) -> Any:
 
 
 def numbers(values: dict[str, Any], group: str = "") -> dict[str, float]:
-    """Return the finite numbers among nested values, each under the path to it.
+    """Return the numbers among nested values, each under the path to it.
 
     >>> numbers({"k": 3, "tuned": True, "per_class": {"sea": {"top_1": 0.5, "top_1_interval": [0.2, 0.8]}}})
     {'k': 3, 'per_class/sea/top_1': 0.5}
@@ -156,6 +155,6 @@ def numbers(values: dict[str, Any], group: str = "") -> dict[str, float]:
     for name, value in values.items():
         if isinstance(value, dict):
             found |= numbers(value, f"{group}{name}/")
-        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        elif isinstance(value, int | float) and not isinstance(value, bool):
             found[f"{group}{name}"] = value
     return found
