@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from jinja2 import Environment
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 SHARED = Path(__file__).with_name("templates")  # what every page extends or includes
 
@@ -22,7 +21,5 @@ def render(templates: Path, template: str, **values: Any) -> bytes:
 
 @cache
 def _environment(templates: Path) -> Environment:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     loader = FileSystemLoader([templates, SHARED])
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
