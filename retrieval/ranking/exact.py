@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -15,12 +15,15 @@ from retrieval.errors import InputError
 from retrieval.machine import cores
 from retrieval.records import UNREADABLE, Embeddings, Ranking, chunks, rows_of_chunk, zero_rows, zero_rows_of
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 IMAGES = 8192  # gallery images in a chunk; more where k is large
-TILE = 2**22  # float32 products of a query and an image in memory: 16 MiB
-CANDIDATES = 2**20  # pairs of a query and an image whose float64 cosines are computed at a time
-PIECE = 2**15  # float64 components of a block of vectors: as many as fit into a core's cache
+TILE, TILE_ON_GPU = 2**21, 2**24  # products of a query and an image in memory: 8 and 64 MiB
+PIECE, PIECE_ON_GPU = 2**15, 2**23  # components of pairs at a time: a core's cache holds them; a GPU is busy
 UNIT = 1e-5  # a squared length within this of 1 differs from 1 by float32 rounding only
 SMALL = 2**36  # multiply-adds, about a second on two cores
+ONE = 2.0**62  # as an integer, the cosine of equal vectors
 
 log = logging.getLogger("retrieval.ranking")
 
@@ -28,36 +31,34 @@ log = logging.getLogger("retrieval.ranking")
 def rank(queries: Embeddings, gallery: Embeddings, k: int = 10, device: Any = "cpu") -> Ranking:
     """Rank the k gallery images with the highest cosine for each query; all images of a smaller gallery.
 
-    The ranking is exact: float64 decides between cosines, and equal cosines keep the gallery's order. It is
-    the same, bit for bit, on every `device`: a GPU computes float32 products only. Vectors that are not of
-    unit length are divided by their length. Unreadable gallery images (rows of zeros) come last, and an
-    unreadable query gets the gallery in its order. Raises InputError where a vector holds NaN or infinity, or
-    where queries and gallery differ in dimension.
+    The ranking is exact: cosines are summed without rounding, and equal cosines keep the gallery's order. It
+    is the same, bit for bit, on every `device`. Vectors that are not of unit length are divided by their
+    length. Unreadable gallery images (rows of zeros) come last, and an unreadable query gets the gallery in
+    its order. Raises InputError where a vector holds NaN or infinity, or where queries and gallery differ in
+    dimension.
 
     Memory beyond the vectors and the result stays below 256 MiB for any number of images and k < 100 000. The
     gallery may be a numpy.memmap, which is read once.
     """
     images = len(gallery.names)
     k = min(k, images)
-    best = Ranking(queries.names, gallery.names, np.zeros((len(queries.names), k), np.int64),
-                   np.full((len(queries.names), k), UNREADABLE))  # fmt: skip
-    if not best.rows.size:
-        return best
+    if not k or not queries.names:
+        nothing = np.zeros((len(queries.names), k))
+        return Ranking(queries.names, gallery.names, nothing.astype(np.int64), nothing)
     dimensions = queries.vectors.shape[1], gallery.vectors.shape[1]
     if dimensions[0] != dimensions[1]:
         raise InputError("the queries have {} dimensions and the gallery images have {}: embed both with the "
                          "same network".format(*dimensions))  # fmt: skip
     missing = zero_rows(queries.vectors)
-    best.cosines[missing] = np.inf  # so that no image is a candidate
     with _choose_library(str(device), len(queries.names) * gallery.vectors.size) as library:
-        zeros = _search(queries, gallery, best, *library)
+        rows, cosines, zeros = _search(queries, gallery, k, missing, library)
     if len(missing):
         log.warning("%d queries without an embedding get the gallery in its order", len(missing))
         in_order = np.setdiff1d(np.arange(min(images, k + len(zeros))), zeros)[:k]
-        best.rows[missing, : len(in_order)], best.cosines[missing] = in_order, 0
+        rows[missing, : len(in_order)], cosines[missing] = in_order, 0
     readable = min(k, images - len(zeros))
-    best.rows[:, readable:], best.cosines[:, readable:] = zeros[: k - readable], UNREADABLE
-    return best
+    rows[:, readable:], cosines[:, readable:] = zeros[: k - readable], UNREADABLE
+    return Ranking(queries.names, gallery.names, rows, cosines)
 
 
 def merge(cosines: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -73,63 +74,81 @@ def merge(cosines: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np
 def cosines_of(queries: np.ndarray, owners: np.ndarray, gallery: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Return the float64 cosines of queries[owners] and gallery[rows], which are unit vectors in float32.
 
-    Equal vectors have equal cosines, bit for bit, in each chunk and in each shard of a gallery.
+    The product of two float32 numbers is exact in float64. Cut to an integer number of 2⁻⁶², the products add
+    up to the same sum in every order. So equal vectors have equal cosines, bit for bit, on each device, in
+    each chunk and in each shard of a gallery. They are within dimension · 2⁻⁶² + 2⁻⁵³ of the true cosines.
     """
     cosines = np.empty(len(owners))
     step = max(1, PIECE // gallery.shape[1])
 
     def _compute(start: int) -> None:
         pairs = slice(start, start + step)
-        query, image = queries[owners[pairs]], gallery[rows[pairs]]
-        cosines[pairs] = np.einsum("nd,nd->n", query.astype(np.float64), image.astype(np.float64))
+        products = (queries[owners[pairs]] * ONE).astype(np.float64) * gallery[rows[pairs]]
+        cosines[pairs] = products.astype(np.int64).sum(1) / ONE
 
     with ThreadPoolExecutor(cores()) as threads:  # numpy releases the GIL here
         list(threads.map(_compute, range(0, len(owners), step)))
     return cosines
 
 
-# ---- candidates by float32 ------------------------------------------------------------------------
+def _cosines_on_gpu(queries: Tensor, owners: Tensor, gallery: Tensor, rows: Tensor) -> Tensor:
+    """Do as cosines_of on a GPU."""
+    cosines = queries.new_empty(len(owners)).double()
+    step = max(1, PIECE_ON_GPU // gallery.shape[1])
+    for start in range(0, len(owners), step):
+        pairs = slice(start, start + step)
+        products = (queries[owners[pairs]] * ONE).double() * gallery[rows[pairs]]
+        cosines[pairs] = products.long().sum(1).double() / ONE
+    return cosines
+
+
+# ---- candidates by float32, ordered by their exact cosines ----------------------------------------
 
 
 def _search(
-    queries: Embeddings, gallery: Embeddings, best: Ranking, put: Callable, take: Callable
-) -> np.ndarray:
-    """Update `best` with one chunk of the gallery after another; return the gallery's rows of zeros."""
-    k = best.rows.shape[1]
+    queries: Embeddings, gallery: Embeddings, k: int, missing: np.ndarray, library: _Library
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the best rows and their cosines (queries, k), and the gallery's rows of zeros.
+
+    The chunks of the gallery follow one another, and each is compared with tiles of the queries.
+    """
+    rows = library.full((len(queries.names), k), 0, "int64")
+    cosines = library.full((len(queries.names), k), UNREADABLE, "float64")
+    cosines[library.put(missing)] = np.inf  # so that no image is a candidate
     images = min(max(IMAGES, 4 * k), rows_of_chunk(gallery.vectors), len(gallery.names))
     zeros = []
     for start, vectors in chunks(gallery.vectors, images):
-        zeros.append(start + zero_rows_of(vectors))
-        vectors = _unit(gallery, start, vectors)
-        on_device = put(vectors)
-        for first, some in chunks(queries.vectors, max(1, TILE // (images + k))):
-            some = _unit(queries, first, some)
-            products = take(put(some) @ on_device.T)  # (queries, images)
-            products[:, zeros[-1] - start] = -np.inf
+        zeros.append(zero_rows_of(vectors))
+        vectors = _unit(gallery, start, vectors, library)
+        for first, some in chunks(queries.vectors, max(1, library.tile // (images + k))):
+            some = _unit(queries, first, some, library)
             part = slice(first, first + len(some))
-            candidates = _candidates(products, best.cosines[part, -1], k, len(vectors.T))
-            for _, pairs in chunks(candidates, CANDIDATES):
-                owners, columns = np.divmod(pairs, len(vectors))  # the query and the image of each pair
-                found = cosines_of(some, owners, vectors, columns)
-                _update(best.rows[part], best.cosines[part], owners, start + columns, found)
-    return np.concatenate(zeros)
+            products = library.multiply(some, vectors)
+            products[:, library.put(zeros[-1])] = -np.inf
+            near = _candidates(products, cosines[part, -1], k, vectors.shape[1], library.xp)
+            owners, columns = library.xp.where(near)  # the query and the image of each candidate
+            found = library.cosines(some, owners, vectors, columns)
+            _update(rows[part], cosines[part], near.sum(1), owners, start + columns, found, library)
+        zeros[-1] += start
+    return library.take(rows), library.take(cosines), np.concatenate(zeros)
 
 
-def _unit(embeddings: Embeddings, start: int, vectors: np.ndarray) -> np.ndarray:
+def _unit(embeddings: Embeddings, start: int, vectors: np.ndarray, library: _Library) -> Any:
     """Return some of the vectors, from row `start` on, as float32 of unit length; zeros stay zeros."""
-    vectors = np.require(vectors, np.float32, ["C", "W"])
-    squares = np.einsum("nd,nd->n", vectors, vectors)
-    squares[zero_rows_of(vectors)] = 1
-    wrong = np.flatnonzero(~((squares > 1e-30) & (squares < 1e30)))
+    zeros = zero_rows_of(vectors)
+    vectors = library.put(np.require(vectors, np.float32, ["C", "W"]))
+    squares = library.xp.einsum("nd,nd->n", vectors, vectors)
+    squares[library.put(zeros)] = 1
+    wrong = library.xp.where(~((squares > 1e-30) & (squares < 1e30)))[0]
     if len(wrong):
-        raise InputError(f"the vector of {embeddings.names[start + wrong[0]]} holds NaN or infinity, or is "
-                         "too long or too short: look at what the network returns for it")  # fmt: skip
-    squares[np.abs(squares - 1) < UNIT] = 1
-    return vectors if (squares == 1).all() else vectors / np.sqrt(squares)[:, None]
+        raise InputError(f"the vector of {embeddings.names[start + int(wrong[0])]} holds NaN or infinity, or "
+                         "is too long or too short: look at what the network returns for it")  # fmt: skip
+    squares[abs(squares - 1) < UNIT] = 1
+    return vectors if (squares == 1).all() else vectors / squares[:, None] ** 0.5
 
 
-def _candidates(products: Any, worst: np.ndarray, k: int, dimension: int) -> np.ndarray:
-    """Return where in the flattened `products` (queries, images) those of the k best of a query may be.
+def _candidates(products: Any, worst: Any, k: int, dimension: int, xp: Any) -> Any:
+    """Return which of the `products` (queries, images) may be among the k best of a query.
 
     `worst` are the k-th best cosines so far. The float32 product of unit vectors of dimension d, summed in
     any order, is within γ = d·u/(1 − d·u) of their cosine, u = 2⁻²⁴ (Higham, Accuracy and Stability of
@@ -138,61 +157,90 @@ def _candidates(products: Any, worst: np.ndarray, k: int, dimension: int) -> np.
     """
     d = dimension + 8  # a little more: lengths are 1 within rounding, and `floor` is rounded
     gamma = d * 2.0**-24 / (1 - d * 2.0**-24)
-    floor = (worst - gamma).astype(np.float32)
-    if not isinstance(products, np.ndarray):
-        floor = products.new_tensor(floor)
+    floor = xp.asarray(worst - gamma, dtype=xp.float32)
     near = products >= floor[:, None]
     many = near.sum(1) > k
     if many.any():
-        floor[many] = _kth_highest(products[many], k) - 2 * gamma
+        highest = (
+            np.partition(products[many], -k)[:, -k] if xp is np else products[many].topk(k).values[:, -1]
+        )
+        floor[many] = highest - 2 * gamma
         near = products >= floor[:, None]
-    near = near.reshape(-1)
-    return near.nonzero()[0] if isinstance(near, np.ndarray) else near.nonzero()[:, 0].cpu().numpy()
-
-
-def _kth_highest(products: Any, k: int) -> Any:
-    if isinstance(products, np.ndarray):
-        return np.partition(products, -k)[:, -k]
-    return products.topk(k).values[:, -1]
+    return near
 
 
 def _update(
-    best_rows: np.ndarray, best_cosines: np.ndarray, owners: np.ndarray, rows: np.ndarray, cosines: np.ndarray
+    rows: Any, cosines: Any, counts: Any, owners: Any, new_rows: Any, new_cosines: Any, library: _Library
 ) -> None:
-    """Merge candidates, each with its query, into the best rows and cosines (queries, k) so far, in place."""
-    k, asked = best_rows.shape[1], np.unique(owners)
-    owners = np.concatenate([np.repeat(asked, k), owners])
-    rows = np.concatenate([best_rows[asked].ravel(), rows])
-    cosines = np.concatenate([best_cosines[asked].ravel(), cosines])
-    order = np.lexsort((rows, -cosines, owners))
-    first = np.searchsorted(owners[order], owners[order])  # the place of each query's best candidate
-    best = order[np.arange(len(order)) - first < k].reshape(-1, k)
-    best_rows[asked], best_cosines[asked] = rows[best], cosines[best]
+    """Merge candidates into the best rows and cosines (queries, k) so far, in place.
+
+    They are sorted by their queries, `owners`, which have `counts` of them, and then by their rows, which
+    come after all rows so far: a stable sort by the cosine keeps the gallery's order.
+    """
+    xp, k = library.xp, rows.shape[1]
+    each = xp.arange(len(counts), device=library.device)[:, None]
+    place = k + xp.arange(len(owners), device=library.device) - (xp.cumsum(counts, 0) - counts)[owners]
+    shape = len(counts), k + int(counts.max())
+    all_rows, all_cosines = library.full(shape, 0, "int64"), library.full(shape, -np.inf, "float64")
+    all_rows[:, :k], all_cosines[:, :k] = rows, cosines
+    all_rows[owners, place], all_cosines[owners, place] = new_rows, new_cosines
+    order = xp.argsort(-all_cosines, stable=True)[:, :k]
+    rows[:], cosines[:] = all_rows[each, order], all_cosines[each, order]
 
 
-# ---- numpy or torch -------------------------------------------------------------------------------
+# ---- numpy, or torch on a GPU ---------------------------------------------------------------------
+
+
+class _Library(NamedTuple):
+    """What computes: numpy on the CPU, where torch may multiply; torch on a GPU."""
+
+    xp: Any  # numpy or torch: the functions used here have the same names in both
+    device: str
+    multiply: Callable[[Any, Any], Any]  # (queries, dimension), (images, dimension) → (queries, images)
+    cosines: Callable[[Any, Any, Any, Any], Any]
+    tile: int
+
+    def put(self, array: np.ndarray) -> Any:
+        """Return a numpy array as an array of the library."""
+        return self.xp.asarray(array, device=self.device)
+
+    def take(self, array: Any) -> np.ndarray:
+        """Return an array of the library as a numpy array."""
+        return array if self.xp is np else array.cpu().numpy()
+
+    def full(self, shape: tuple[int, int], value: float, dtype: str) -> Any:
+        """Return a new array of the library."""
+        return self.xp.full(shape, value, dtype=getattr(self.xp, dtype), device=self.device)
 
 
 @contextmanager
-def _choose_library(device: str, multiply_adds: int) -> Iterator[tuple[Callable, Callable]]:
-    """Yield a function that moves a numpy array to the device, and one that prepares products for the search.
+def _choose_library(device: str, multiply_adds: int) -> Iterator[_Library]:
+    """Yield the library for a device and a size of the problem.
 
-    torch multiplies, and on a GPU it also finds the candidates. While torch is not imported, numpy multiplies
-    on the CPU up to SMALL multiply-adds: this saves the import of torch, 1 to 3 s, in a run that finds all
-    vectors in the cache and otherwise takes 0.7 s. "mps" counts as "cpu". Meanwhile torch multiplies float32
-    as float32, not as TF32.
+    While torch is not imported, numpy multiplies up to SMALL multiply-adds on the CPU: this saves the import
+    of torch, 1 to 3 s, in a run that finds all vectors in the cache and otherwise takes 0.7 s. "mps" counts
+    as "cpu", since it lacks float64. Meanwhile torch multiplies float32 as float32, not as TF32.
     """
     if device == "cpu" and "torch" not in sys.modules and multiply_adds <= SMALL:
-        yield np.asarray, np.asarray
+        yield _Library(np, "cpu", lambda queries, images: queries @ images.T, cosines_of, TILE)
         return
     import torch
+
+    def _multiply(queries: np.ndarray, images: np.ndarray) -> np.ndarray:
+        return (torch.from_numpy(queries) @ torch.from_numpy(images).T).numpy()
 
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
         if device in ("cpu", "mps"):
-            yield torch.from_numpy, np.asarray
+            yield _Library(np, "cpu", _multiply, cosines_of, TILE)
         else:
-            yield lambda array: torch.from_numpy(array).to(device), lambda products: products
+            yield _library_of_gpu(device)
     finally:
         torch.set_float32_matmul_precision(precision)
+
+
+def _library_of_gpu(device: str) -> _Library:
+    import torch
+
+    return _Library(torch, device, lambda queries, images: queries @ images.T, _cosines_on_gpu, TILE_ON_GPU)

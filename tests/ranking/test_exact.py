@@ -1,5 +1,6 @@
 import math
 import tracemalloc
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,6 +16,8 @@ from retrieval.ranking import exact
 from retrieval.ranking.exact import cosines_of, merge, rank
 from retrieval.records import UNREADABLE, Embeddings
 
+CHOOSE_LIBRARY = exact._choose_library
+
 
 def unit(vectors):
     vectors = np.asarray(vectors, dtype=np.float32)
@@ -26,11 +29,14 @@ def embeddings(vectors, prefix):
     return Embeddings([f"{prefix}{row}" for row in range(len(vectors))], unit(vectors))
 
 
-@pytest.fixture(params=["numpy", "torch"], autouse=True)
+@pytest.fixture(params=["numpy", "torch", "as on a GPU"], autouse=True)
 def _library(request, monkeypatch):
-    """Each test runs by numpy, as before torch is imported, and by torch."""
+    """Each test runs by numpy, as before torch is imported, by torch, and by what a GPU does."""
     if request.param == "numpy":
         monkeypatch.setattr(exact, "sys", SimpleNamespace(modules={}))
+    if request.param == "as on a GPU":
+        gpu = exact._library_of_gpu("cpu")
+        monkeypatch.setattr(exact, "_choose_library", lambda *_: nullcontext(gpu._replace(tile=exact.TILE)))
 
 
 def naive(queries, gallery, keep):
@@ -204,8 +210,7 @@ def peak_of(queries, gallery, keep):
 def small(monkeypatch):
     """A fiftieth of what rank() holds at a time."""
     monkeypatch.setattr(exact, "IMAGES", 512)
-    monkeypatch.setattr(exact, "TILE", 2**22 // 50)
-    monkeypatch.setattr(exact, "CANDIDATES", 2**20 // 50)
+    monkeypatch.setattr(exact, "TILE", 2**21 // 50)
     monkeypatch.setattr(records, "CHUNK_BYTES", 2**26 // 50)
     monkeypatch.setattr(exact, "PIECE", 2**15 // 50)
 
@@ -264,6 +269,7 @@ def test_the_cosines_are_those_of_exact_sums(dimension):
 
 
 def test_numpy_and_torch_agree_bit_for_bit(monkeypatch):
+    monkeypatch.setattr(exact, "_choose_library", CHOOSE_LIBRARY)
     random = np.random.default_rng(6)
     kinds = random.normal(size=(50, 67))
     queries = embeddings(kinds[random.integers(50, size=40)], "q")
@@ -277,6 +283,7 @@ def test_numpy_and_torch_agree_bit_for_bit(monkeypatch):
 
 
 def test_a_large_problem_and_a_device_are_for_torch(monkeypatch):
+    monkeypatch.setattr(exact, "_choose_library", CHOOSE_LIBRARY)
     used = []
     monkeypatch.setattr(
         torch, "from_numpy", lambda array, put=torch.from_numpy: used.append(array) or put(array)
@@ -294,7 +301,8 @@ def test_a_large_problem_and_a_device_are_for_torch(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_a_gpu_finds_the_same():
+def test_a_gpu_finds_the_same(monkeypatch):
+    monkeypatch.setattr(exact, "_choose_library", CHOOSE_LIBRARY)
     random = np.random.default_rng(9)
     kinds = random.normal(size=(300, 131))
     queries = embeddings(np.vstack([kinds[:50], np.zeros((1, 131))]), "q")
@@ -305,10 +313,15 @@ def test_a_gpu_finds_the_same():
 
 
 def test_torch_multiplies_float32_as_float32_meanwhile(monkeypatch):
+    monkeypatch.setattr(exact, "_choose_library", CHOOSE_LIBRARY)
     monkeypatch.setattr(exact, "sys", SimpleNamespace(modules={"torch": torch}))
     during = []
-    monkeypatch.setattr(exact, "_search", lambda *_: during.append(torch.get_float32_matmul_precision()) or
-                        np.empty(0, np.int64))  # fmt: skip
+
+    def search(*given, search=exact._search):
+        during.append(torch.get_float32_matmul_precision())
+        return search(*given)
+
+    monkeypatch.setattr(exact, "_search", search)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     try:
