@@ -9,9 +9,11 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -82,6 +84,28 @@ def out_of_memory(error: RuntimeError) -> bool:
     """Return whether a device ran out of memory: CUDA, MPS and the CPU raise different errors."""
     signs = ("out of memory", "can't allocate memory", "not enough memory")
     return any(sign in str(error) for sign in signs)
+
+
+def compute_what_fits(
+    compute: Callable[[int], Any], at_once: int, device: str, advice: str
+) -> tuple[Any, int]:
+    """Return compute(at_once), and `at_once`: it is halved each time that the device runs out of memory.
+
+    Raises RunError, whose sentence ends with `advice`, if not even one image fits.
+    """
+    import torch
+
+    while True:
+        try:
+            return compute(at_once), at_once
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            if at_once == 1:
+                raise RunError(f"not one image fits into the memory of {device}: {advice}") from None
+        at_once //= 2
+        log.warning("the batch does not fit into the memory of %s: trying %d at once", device, at_once)
+        torch.accelerator.empty_cache()
 
 
 # ---- cores ----------------------------------------------------------------------------------------

@@ -22,19 +22,12 @@ from retrieval import distributed
 from retrieval.machine import local_world_size, out_of_memory
 
 
-class NoRoomError(RuntimeError):
-    """One of the processes ran out of memory: all of them try again."""
-
-
 @contextmanager
 def agree_on_memory() -> Iterator[None]:
-    """Raise NoRoomError in every process if one runs out of memory inside: so no process waits for another.
+    """Raise RuntimeError in every process if one runs out of memory inside: all of them try again.
 
-    For work that each process does by itself, without a collective.
+    Otherwise they would wait for each other. A collective may only come first in the block.
     """
-    if not distributed.several():
-        yield
-        return
     fits = True
     try:
         yield
@@ -43,7 +36,7 @@ def agree_on_memory() -> Iterator[None]:
             raise
         fits = False
     if not distributed.all_agree(fits):
-        raise NoRoomError("out of memory in one of the processes")
+        raise RuntimeError("out of memory in one of the processes")
 
 
 def gather_features(own: Tensor, views: int) -> Tensor:

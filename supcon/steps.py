@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,18 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from retrieval.distributed import several, shard
+from retrieval.distributed import shard
 from retrieval.errors import RunError
-from retrieval.machine import out_of_memory
+from retrieval.machine import compute_what_fits, out_of_memory
 from supcon.batches import by_class, shuffled
 from supcon.heads import remember
-from supcon.joint_batch import (
-    NoRoomError,
-    agree_on_memory,
-    gather_features,
-    own_rows,
-    sum_gradients,
-)
+from supcon.joint_batch import agree_on_memory, gather_features, own_rows, sum_gradients
 from supcon.state import TrainingState
 from supcon.views import AUGMENTATIONS, augment, draw
 
@@ -32,40 +25,35 @@ PREFETCHING = ("cuda",)  # devices that would wait for the views; on a CPU a thr
 
 Views = tuple[Tensor, Tensor]  # pixels and labels, as make_views returns them
 
-log = logging.getLogger("retrieval.steps")
-
 
 def step(training: TrainingState, rows: np.ndarray, seed: int, views: Views | None = None) -> float:
     """Take one step on the images `rows` and return the loss; everything random follows from the seed.
 
     `views` are those of make_views, if they are made already. If the batch does not fit into the device's
-    memory, fewer views go through the network at a time.
+    memory, fewer views go through the network at a time, with the same gradients. Raises RunError if not one
+    fits, or if the gradients are not finite in many steps.
     """
-    training.head.train()
-    while True:
+
+    def _try(micro_batch: int) -> Tensor:
+        nonlocal views
         training.optimizer.zero_grad(set_to_none=True)
-        try:
-            with agree_on_memory():
-                views = views or make_views(training, rows, seed)
-            torch.manual_seed(seed)  # for a head's dropout
-            return _update(training, _gradients(training, *views))
-        except RuntimeError as error:
-            if isinstance(error, RunError) or not out_of_memory(error):
-                raise
-            if several() and not isinstance(error, NoRoomError):  # the other processes are past it
-                raise RunError(
-                    f"the weights and their gradients do not fit into the memory of {training.device}: "
-                    "start fewer processes on it, or give --freeze all_but_last"
-                ) from None
-        if training.micro_batch == 1:
-            raise RunError(
-                f"not one image fits into the memory of {training.device}: give a smaller --image_size, "
-                "--freeze all_but_last, or --device cpu"
-            )
-        training.micro_batch //= 2
-        log.warning("the batch does not fit into the memory of %s: %d views at once, with the same gradients",
-                    training.device, training.micro_batch)  # fmt: skip
-        torch.accelerator.empty_cache()
+        with agree_on_memory():
+            views = views or make_views(training, rows, seed)
+        torch.manual_seed(seed)  # for a head's dropout
+        return _gradients(training, *views, micro_batch)
+
+    training.head.train()
+    advice = "give a smaller --image_size, --freeze all_but_last, or --device cpu"
+    loss, training.micro_batch = compute_what_fits(_try, training.micro_batch, training.device, advice)
+    try:
+        return _update(training, loss)
+    except RuntimeError as error:  # fewer views at a time would not help: their graph is gone by now
+        if not out_of_memory(error):
+            raise
+        raise RunError(
+            f"the weights and their gradients do not fit into the memory of {training.device}: "
+            "start fewer processes on it, or give --freeze all_but_last"
+        ) from None
 
 
 # ---- the views ------------------------------------------------------------------------------------
@@ -135,8 +123,8 @@ def make_views(training: TrainingState, rows: np.ndarray, seed: int) -> Views:
 # ---- the gradients --------------------------------------------------------------------------------
 
 
-def _gradients(training: TrainingState, pixels: Tensor, labels: Tensor) -> Tensor:
-    """Compute the loss of a batch, and its gradients in every weight, a micro-batch at a time if need be.
+def _gradients(training: TrainingState, pixels: Tensor, labels: Tensor, micro_batch: int) -> Tensor:
+    """Compute the loss of a batch, and this process's part of its gradients, a micro-batch at a time.
 
     Several micro-batches: cached gradients (GradCache, Gao et al. 2021). The features of all images are
     computed without a graph; the loss gives its gradient in the features; and each micro-batch goes through
@@ -144,21 +132,20 @@ def _gradients(training: TrainingState, pixels: Tensor, labels: Tensor) -> Tenso
     as no image's features depend on another image. Several processes do the same, each with its shard
     (supcon/joint_batch.py).
     """
-    parts, views = pixels.split(training.micro_batch), training.variant.views
+    parts, views = pixels.split(micro_batch), training.variant.views
     whole = len(parts) == 1  # then the graph is kept
     with agree_on_memory(), torch.set_grad_enabled(whole):
         own = torch.cat([_features(training, part) for part in parts])
-    features = gather_features(own, views)
     with agree_on_memory():
+        features = gather_features(own, views)
         loss = training.head(features.requires_grad_(), labels)
         training.scaler.scale(loss).backward()
         gradient = own_rows(features.grad, views)
         if whole:
             own.backward(gradient)
         else:
-            for part, of_part in zip(parts, gradient.split(training.micro_batch), strict=True):
+            for part, of_part in zip(parts, gradient.split(micro_batch), strict=True):
                 _features(training, part).backward(of_part)
-    sum_gradients(*(_gradients_of(part) for part in (training.tuned.network, training.head)))
     return loss.detach()
 
 
@@ -174,7 +161,8 @@ def _features(training: TrainingState, pixels: Tensor) -> Tensor:
 
 
 def _update(training: TrainingState, loss: Tensor) -> float:
-    """Update the weights by their clipped gradients, unless these are not finite; return the loss."""
+    """Update the weights by the clipped gradients of all processes, unless not finite; return the loss."""
+    sum_gradients(*(_gradients_of(part) for part in (training.tuned.network, training.head)))
     training.scaler.unscale_(training.optimizer)
     trained = [p for group in training.optimizer.param_groups for p in group["params"] if p.grad is not None]
     length = nn.utils.get_total_norm([p.grad for p in trained])

@@ -68,7 +68,7 @@ def test_a_batch_that_does_not_fit_is_halved_with_the_same_gradients(tiny, tmp_p
     with caplog.at_level(logging.WARNING):
         steps.step(run, np.arange(8), seed=3)
     assert run.micro_batch == 4
-    assert "does not fit into the memory of cpu: 4 views at once" in caplog.text
+    assert "does not fit into the memory of cpu: trying 4 at once" in caplog.text
     monkeypatch.setattr(steps, "_features", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
     with pytest.raises(RunError, match="not one image fits into the memory of cpu"):
         steps.step(run, np.arange(8), seed=3)
