@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -35,7 +36,7 @@ def ours(form: argparse.Namespace) -> dict[str, float]:
     from supcon.batches import find_and_split
     from supcon.start import load_start
     from supcon.state import begin
-    from supcon.steps import planned_steps, step
+    from supcon.steps import planned_steps, step, with_views
     from supcon.variants import choices_of
 
     start = time.perf_counter()
@@ -47,13 +48,12 @@ def ours(form: argparse.Namespace) -> dict[str, float]:
         split = find_and_split(settings)
         training = begin(settings, choices_of(settings), split, load_start(settings, split.train))
         before = time.perf_counter() - start
-        plan = planned_steps(training)
-        for rows, seed in plan[:WARM_UP]:
-            step(training, rows, seed)
-        start = time.perf_counter()
-        for rows, seed in plan[WARM_UP : WARM_UP + form.steps]:
-            step(training, rows, seed)
-        return {"rate": BATCH * form.steps / (time.perf_counter() - start), "before": before}
+        with closing(with_views(training, planned_steps(training))) as coming:
+            for done, inputs in zip(range(WARM_UP + form.steps), coming, strict=False):
+                if done == WARM_UP:
+                    start = time.perf_counter()
+                step(training, *inputs)
+            return {"rate": BATCH * form.steps / (time.perf_counter() - start), "before": before}
 
 
 # ---- the usual loop -------------------------------------------------------------------------------

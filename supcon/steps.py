@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ MOST_BAD_STEPS = 10
 PREFETCHING = ("cuda",)  # devices that would wait for the views; on a CPU a thread makes a step 4 % slower
 
 Views = tuple[Tensor, Tensor]  # pixels and labels, as make_views returns them
+StepInputs = tuple[np.ndarray, int, Views | None]  # rows, seed and views, as step takes them
 
 
 def step(training: TrainingState, rows: np.ndarray, seed: int, views: Views | None = None) -> float:
@@ -72,26 +74,26 @@ def planned_steps(training: TrainingState) -> list[tuple[np.ndarray, int]]:
     return [(rows, int(of_step.generate_state(1)[0])) for rows, of_step in zip(batches, seeds, strict=True)]
 
 
-def prefetched_views(training: TrainingState, plan: list[tuple[np.ndarray, int]]) -> Iterator[Views | None]:
-    """Yield the views of each step, or None if the step has to make them itself.
+def with_views(training: TrainingState, plan: list[tuple[np.ndarray, int]]) -> Iterator[StepInputs]:
+    """Yield the inputs of each step of a plan; its views are None if the step has to make them itself.
 
     On a GPU a thread makes them while the caller takes the step before: otherwise the GPU waits while the
     images of each batch are copied from the CPU's memory. The thread ends with this iterator, which the
     caller has to close.
     """
     if training.device not in PREFETCHING:
-        yield from (None for _ in plan)
+        yield from ((rows, seed, None) for rows, seed in plan)
         return
     use_device = None
     if training.device == "cuda":  # whose current device each thread chooses for itself
         use_device = partial(torch.cuda.set_device, torch.cuda.current_device())
     with ThreadPoolExecutor(1, "views", use_device) as thread:
-        coming = [thread.submit(_views_if_they_fit, training, *arguments) for arguments in plan[:1]]
-        for following in [*plan[1:], None]:
-            views = coming.pop().result()
-            if following:
-                coming.append(thread.submit(_views_if_they_fit, training, *following))
-            yield views
+        submit = partial(thread.submit, _views_if_they_fit, training)
+        coming = None
+        for now, following in zip_longest(plan, plan[1:]):
+            views = (coming or submit(*now)).result()
+            coming = submit(*following) if following else None
+            yield *now, views
 
 
 def _views_if_they_fit(training: TrainingState, rows: np.ndarray, seed: int) -> Views | None:

@@ -13,7 +13,6 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from retrieval.backbones.backbone import package_versions
@@ -37,7 +36,7 @@ from retrieval.report.charts import curves
 from supcon.checkpoints import BEST, BEST_EPOCH, CURVE, HISTORY
 from supcon.layers import share_of_rate
 from supcon.state import TrainingState, save
-from supcon.steps import Views, planned_steps, prefetched_views, step
+from supcon.steps import StepInputs, planned_steps, step, with_views
 from supcon.validation import COLLAPSED, Candidate, best_of, candidates, is_better, mixed, validate
 
 SAVE_EVERY = 300  # seconds
@@ -80,11 +79,13 @@ def _one_epoch(training: TrainingState, clock: _Clock, interrupts: list[bool]) -
     """Take the remaining steps of an epoch, as far as the minutes last."""
     progress, plan = training.progress, planned_steps(training)
     size, saved = training.batch_size, time.perf_counter()
-    with closing(prefetched_views(training, plan[progress.step :])) as coming, progress_bar(
+    with closing(with_views(training, plan[progress.step :])) as coming, progress_bar(
         len(plan) * size, f"epoch {progress.epoch + 1}", initial=progress.step * size, leave=False
     ) as bar:  # fmt: skip
-        while progress.step < len(plan) and (passed := clock.passed()) < 1:
-            _one_step(training, plan, next(coming), passed)
+        for inputs in coming:
+            if (passed := clock.passed()) >= 1:
+                break
+            _one_step(training, inputs, len(plan), passed)
             bar.update(size)
             bar.set_postfix(loss=f"{torch.tensor(progress.losses[-20:]).nanmean():.3f}", refresh=False)
             if not all_agree(not interrupts):
@@ -121,14 +122,12 @@ def _time_left(training: TrainingState, clock: _Clock) -> str:
     return f" · about {seconds:.0f} s left" if seconds < 90 else f" · about {seconds / 60:.0f} min left"
 
 
-def _one_step(
-    training: TrainingState, plan: list[tuple[np.ndarray, int]], views: Views | None, passed: float
-) -> None:
-    """Take the next step of the plan at its learning rate, which has come down when the minutes are over.
+def _one_step(training: TrainingState, inputs: StepInputs, steps: int, passed: float) -> None:
+    """Take one of the epoch's steps at its learning rate, which has come down when the minutes are over.
 
     Raises RunError if one of the first steps changes no weight of the network.
     """
-    progress, settings, steps = training.progress, training.settings, len(plan)
+    progress, settings = training.progress, training.settings
     started = time.perf_counter()
     done = progress.epoch * steps + progress.step
     share = (done + 0.5) / (settings.epochs * steps)  # the middle of the step: the rate is never 0
@@ -136,7 +135,7 @@ def _one_step(
     for group in training.optimizer.param_groups:
         group["lr"] = group["rate"] * rate
     before = [p.detach().clone() for p in _trained_weights(training)] if done < FIRST_STEPS else None
-    loss = step(training, *plan[progress.step], views)
+    loss = step(training, *inputs)
     progress.losses.append(loss if math.isfinite(loss) else math.nan)
     progress.step += 1
     training.tracking.log({"train/loss": loss, "train/learning_rate": settings.lr * rate}, done + 1)
