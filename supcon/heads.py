@@ -1,17 +1,16 @@
 """The features and labels of a batch in; the loss of each head out.
 
 A head is trained on a backbone's features and thrown away afterwards. It takes `features` (views, dimension)
-and `labels` (views,) and returns the loss of the batch. `chance(views)` is the approximate loss of a network
-that cannot tell any classes apart.
+and `labels` (views,) and returns the loss of the batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from pytorch_metric_learning import losses, miners
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -32,10 +31,6 @@ class Classifier(nn.Module):
         logits = self.linear(self.dropout(features))
         return functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
-    def chance(self, views: int) -> float:
-        """Return the loss of equal probabilities for all classes."""
-        return math.log(self.linear.out_features)
-
 
 class Projection(nn.Module):
     """An MLP whose output the supervised contrastive loss compares; the embedding is the MLP's input.
@@ -55,10 +50,6 @@ class Projection(nn.Module):
             return supcon_loss(z, labels, self.temperature)
         self.memory.coming = z.detach(), labels
         return supcon_loss(z, labels, self.temperature, *self.memory.entries())
-
-    def chance(self, views: int) -> float:
-        """Return the loss of equal similarities between all views."""
-        return math.log(views - 1 + (len(self.memory.labels) if self.memory else 0))
 
 
 class Memory(nn.Module):
@@ -106,11 +97,6 @@ class Both(nn.Module):
         classifier, projection = self.heads
         return classifier(features, labels) + self.weight * projection(features, labels)
 
-    def chance(self, views: int) -> float:
-        """Return the sum of both losses at chance level."""
-        classifier, projection = self.heads
-        return classifier.chance(views) + self.weight * projection.chance(views)
-
 
 # ---- losses of pytorch-metric-learning ------------------------------------------------------------
 
@@ -118,9 +104,9 @@ class Both(nn.Module):
 class MetricLearning(nn.Module):
     """A loss of pytorch-metric-learning, with its own weights if it has any, applied to the features."""
 
-    def __init__(self, loss: nn.Module, chance: Callable[[int], float], miner: Any = None) -> None:
+    def __init__(self, loss: nn.Module, miner: Any = None) -> None:
         super().__init__()
-        self.loss, self.miner, self.chance = loss, miner, chance
+        self.loss, self.miner = loss, miner
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         mined = self.miner(features, labels) if self.miner else None
@@ -129,49 +115,21 @@ class MetricLearning(nn.Module):
 
 def arcface(dimension: int, classes: int, choices: Choices) -> nn.Module:
     """Deng et al. 2019: the margin is added to the angle, in radians."""
-    from pytorch_metric_learning.losses import ArcFaceLoss
-
-    margin, scale = choices["margin"], choices["scale"]
-    loss = ArcFaceLoss(classes, dimension, margin=math.degrees(margin), scale=scale)
-    return MetricLearning(loss, lambda views: _chance_of_margin(scale * math.sin(margin), classes))
+    margin, scale = math.degrees(choices["margin"]), choices["scale"]
+    return MetricLearning(losses.ArcFaceLoss(classes, dimension, margin=margin, scale=scale))
 
 
 def cosface(dimension: int, classes: int, choices: Choices) -> nn.Module:
     """Wang et al. 2018: the margin is subtracted from the cosine."""
-    from pytorch_metric_learning.losses import CosFaceLoss
-
     margin, scale = choices["margin"], choices["scale"]
-    loss = CosFaceLoss(classes, dimension, margin=margin, scale=scale)
-    return MetricLearning(loss, lambda views: _chance_of_margin(scale * margin, classes))
-
-
-def _chance_of_margin(lead: float, classes: int) -> float:
-    """Return the cross-entropy if every other class leads the right one by `lead`.
-
-    >>> round(_chance_of_margin(0, 6) - math.log(6), 6)
-    0.0
-    """
-    return lead + math.log(classes - 1 + math.exp(-lead))
+    return MetricLearning(losses.CosFaceLoss(classes, dimension, margin=margin, scale=scale))
 
 
 def proxy_anchor(dimension: int, classes: int, choices: Choices) -> nn.Module:
     """Kim et al. 2020."""
-    from pytorch_metric_learning.losses import ProxyAnchorLoss
-
-    margin, scale = choices["margin"], choices["scale"]
-
-    def chance(views: int) -> float:
-        """Return the loss of equally many views per class, all orthogonal to every proxy."""
-        own, far = views / classes, math.exp(scale * margin)
-        return math.log1p(own * far) + math.log1p((views - own) * far)
-
-    return MetricLearning(ProxyAnchorLoss(classes, dimension, margin, scale), chance)
+    return MetricLearning(losses.ProxyAnchorLoss(classes, dimension, choices["margin"], choices["scale"]))
 
 
 def triplet(dimension: int, classes: int, choices: Choices) -> nn.Module:
     """Hermans et al. 2017: for each anchor the farthest positive and the nearest negative of the batch."""
-    from pytorch_metric_learning.losses import TripletMarginLoss
-    from pytorch_metric_learning.miners import BatchHardMiner
-
-    margin = choices["margin"]
-    return MetricLearning(TripletMarginLoss(margin), lambda views: margin, BatchHardMiner())
+    return MetricLearning(losses.TripletMarginLoss(choices["margin"]), miners.BatchHardMiner())

@@ -150,17 +150,13 @@ def _trained_weights(training: TrainingState) -> list[torch.nn.Parameter]:
 
 @rank_zero_only
 def _validate_untuned(training: TrainingState) -> None:
-    """Validate the untuned network, and log its metrics and the loss of a network that learns nothing."""
+    """Validate the untuned network, and log its metrics."""
     started = time.perf_counter()
     metrics = validate(training.validation, training.untuned)
     metrics["seconds"] = time.perf_counter() - started
     training.progress.untuned = metrics
-    views = training.batch_size * training.variant.views
     log.info("untuned: %s", in_words(metrics))
     training.tracking.log({"validation": _tracked(metrics)}, 0)
-    log.info(
-        "chance level of the loss: %.2f, where it stays if nothing is learned", training.head.chance(views)
-    )
     save(training)
 
 
