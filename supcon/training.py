@@ -262,7 +262,7 @@ def choose(training: TrainingState) -> None:
     best = replace(training.tuned, network=copy.deepcopy(training.current.network))
     best.network.load_state_dict(kept["tuned"])
     found = candidates(training.validation, training.untuned, best)
-    chosen = best_of(found, progress.untuned, by_view=training.validation.views is not None)
+    chosen = best_of(found, progress.untuned, by_view=bool(training.validation.views))
     log.info("%d ways to embed compared in %.1f s: %s is chosen", len(found),
              time.perf_counter() - started, chosen)  # fmt: skip
     network = best.network.state_dict()

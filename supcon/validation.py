@@ -16,7 +16,7 @@ from retrieval.embedding.torch_runtime import embed_what_fits
 from retrieval.metrics import compare, metrics_of
 from retrieval.ranking.exact import rank
 from retrieval.records import Embeddings, Ranking
-from supcon.batches import LoadedImages, Split, load_images
+from supcon.batches import Split, load_images
 from supcon.views import AUGMENTATIONS, augment, draw
 
 if TYPE_CHECKING:
@@ -31,41 +31,41 @@ KEEP = 10  # ranked images of each query: the score needs ten
 
 @dataclass(frozen=True)
 class Validation:
-    """The validation images, loaded in each size that a network sees."""
+    """The validation images in each size that a network sees, as uint8 (images, 3, size, size)."""
 
-    images: dict[int, LoadedImages]
-    views: dict[int, LoadedImages] | None  # the queries; None: each image is a query among the others
+    names: list[str]
+    images: dict[int, Tensor]
+    views: dict[int, Tensor]  # the query of each image; empty: each image is a query among the others
 
 
 def load_validation(
     split: Split, backbone: Backbone, sizes: set[int], augmentation: str, seed: int
 ) -> Validation:
     """Load the validation images. If each image is its own only match, also make a view of it, the query."""
-    images, views = {}, {}
+    names, images, views = [], {}, {}
     random = torch.Generator().manual_seed(seed)
     drawn = draw(AUGMENTATIONS[augmentation], len(split.validation), random)
     for size in sorted(sizes):
         loaded = load_images(split.validation, backbone.transform.of_size(size), "validation images")
-        images[size] = loaded
+        names, images[size] = loaded.names, loaded.pixels
         if split.by == "view":
-            # Each image gets a folder, and thus a label, of its own.
-            images[size] = LoadedImages([f"{row}/image" for row in range(len(loaded.names))], loaded.pixels)
-            starts = range(0, len(loaded.names), 64)  # images at once
-            rows = [slice(start, min(start + 64, len(loaded.names))) for start in starts]
+            starts = range(0, len(names), 64)  # images at once
+            rows = [slice(start, min(start + 64, len(names))) for start in starts]
             parts = [augment(loaded.pixels[some], size, drawn.of(some)) for some in rows]
-            pixels = (torch.cat(parts) * 255).round().byte()
-            views[size] = LoadedImages([f"{row}/view" for row in range(len(loaded.names))], pixels)
-    return Validation(images, views or None)
+            views[size] = (torch.cat(parts) * 255).round().byte()
+    if views:  # each image gets a folder, and thus a label, of its own
+        names = [f"{row}/image" for row in range(len(names))]
+    return Validation(names, images, views)
 
 
 # ---- how well a network retrieves -----------------------------------------------------------------
 
 
-def vectors_of(images: LoadedImages, backbone: Backbone) -> Tensor:
-    """Embed images as unit vectors (images, dimension) on the CPU, 64 at once or as many as fit."""
+def vectors_of(images: Tensor, backbone: Backbone) -> Tensor:
+    """Embed uint8 (images, 3, size, size) as unit vectors (images, dimension) on the CPU, 64 at once."""
     with torch.inference_mode():
         parts, fits = [], 64
-        for part in images.pixels.split(64):
+        for part in images.split(64):
             features, fits = embed_what_fits(backbone, part, fits)
             parts.append(features)
         return functional.normalize(torch.cat(parts))
@@ -85,16 +85,14 @@ def metrics_of_vectors(validation: Validation, images: Tensor, views: Tensor | N
     They are top_1, top_3, … and the score, each with its interval, the points of each query, and
     `mean_cosine`, of two different images.
     """
-    names = next(iter(validation.images.values())).names
-    gallery = Embeddings(names, functional.normalize(images).numpy())
+    gallery = Embeddings(validation.names, functional.normalize(images).numpy())
     if views is None:  # each image is a query among the others
         ranking = without_self(rank(gallery, gallery, KEEP + 1))
     else:
-        queries = Embeddings(
-            [name.replace("/image", "/view") for name in names], functional.normalize(views).numpy()
-        )
+        names = [name.replace("/image", "/view") for name in validation.names]
+        queries = Embeddings(names, functional.normalize(views).numpy())
         ranking = rank(queries, gallery, KEEP)
-    n = len(names)
+    n = len(gallery.names)
     mean = float((gallery.vectors.sum(axis=0, dtype="float64") ** 2).sum())
     return metrics_of(ranking) | {"mean_cosine": (mean - n) / max(1, n * (n - 1))}
 
@@ -129,8 +127,8 @@ def candidates(validation: Validation, untuned: Backbone, tuned: Backbone) -> li
     size = untuned.transform.size
     beside = replace(untuned, network=Shrunk(tuned.network, tuned.transform.size))
     of_both = []
-    for images in [validation.images] + ([validation.views] if validation.views else []):
-        of_both.append([vectors_of(images[size], backbone) for backbone in (untuned, beside)])
+    for pixels in filter(None, (validation.images, validation.views)):
+        of_both.append([vectors_of(pixels[size], backbone) for backbone in (untuned, beside)])
     for weight in ALPHAS:
         network = mixed(untuned.network, tuned.network, weight)
         found.append(Candidate(MIXED, weight, validate(validation, replace(tuned, network=network))))
