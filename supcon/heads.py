@@ -88,14 +88,12 @@ class Both(nn.Module):
 
     def __init__(self, dimension: int, classes: int, choices: Choices) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(
-            [Classifier(dimension, classes, choices), Projection(dimension, classes, choices)]
-        )
+        self.classifier = Classifier(dimension, classes, choices)
+        self.projection = Projection(dimension, classes, choices)
         self.weight = choices["supcon_weight"]
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        classifier, projection = self.heads
-        return classifier(features, labels) + self.weight * projection(features, labels)
+        return self.classifier(features, labels) + self.weight * self.projection(features, labels)
 
 
 # ---- losses of pytorch-metric-learning ------------------------------------------------------------

@@ -69,10 +69,10 @@ def load_start(settings: Form, files: list[ImageFile]) -> Start:
 
 def _warn_of_other_split(recipe: Recipe, settings: Form) -> None:
     """Warn if the checkpoint may have learned from the images that validate it now."""
-    before = recipe.settings or {}
-    other = [name for name in ("seed", "val_share") if before.get(name) != getattr(settings, name)]
+    before = recipe.settings
+    other = [name for name in ("seed", "val_share") if before[name] != getattr(settings, name)]
     if other:
-        had = " ".join(f"--{name} {before.get(name)}" for name in other)
+        had = " ".join(f"--{name} {before[name]}" for name in other)
         log.warning("%s was trained with %s: if it was on these images, it has learned from some that are "
                     "set aside now, and validation flatters it", settings.weights, had)  # fmt: skip
 

@@ -133,7 +133,7 @@ def begin(
         settings.save_dir,
         f"{settings.model} {settings.loss}",
         settings.model_dump(mode="json") | choices,
-        saved and saved.get("tracked"),
+        saved and saved["tracked"],
     )
     return training
 
@@ -200,7 +200,6 @@ def _restore(training: TrainingState, saved: dict[str, Any]) -> None:
     for name, part in training.parts().items():
         if saved[name]:  # a scaler has no state on another device
             part.load_state_dict(saved[name])
-    saved["progress"].pop("seconds", None)  # files of earlier versions have it
     training.progress = Progress(**saved["progress"])
 
 

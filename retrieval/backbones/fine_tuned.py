@@ -52,15 +52,15 @@ class Recipe:
     folded: bool  # whether the batch norms are folded into the convolutions
     mapped: bool  # whether a linear map follows the network
     tuned_size: int  # the side of the tuned network's input in pixels
-    embedding: str = ALONE  # or JOINED: both embeddings side by side; or MIXED: WiSE-FT
-    weight: float = 1.0  # JOINED: λ of the tuned embedding; MIXED: α of the tuned weights
-    loss: str = ""
-    settings: dict[str, Any] | None = None
-    classes: list[str] | None = None
-    versions: dict[str, str] | None = None
-    metrics: dict[str, Any] | None = None
-    history: list[dict[str, Any]] | None = None  # an entry for each epoch
-    hub_config: str | None = None  # the text of config.json of a network on the hub: needs no download then
+    embedding: str  # ALONE; JOINED: both embeddings side by side; or MIXED: WiSE-FT
+    weight: float  # JOINED: λ of the tuned embedding; MIXED: α of the tuned weights
+    loss: str
+    settings: dict[str, Any]
+    classes: list[str]
+    versions: dict[str, str]
+    metrics: dict[str, Any]
+    history: list[dict[str, Any]]  # an entry for each epoch
+    hub_config: str | None  # the text of config.json of a network on the hub: needs no download then
 
 
 class Joined(nn.Module):
@@ -168,8 +168,7 @@ def find_fine_tuned(file: Path, device: str = "auto") -> LazyBackbone:
     recipe, tuned, untuned = read_fine_tuned(file)
     transform, device = _transform(recipe), choose_device(device)
     name = f"{recipe.word} fine-tuned with {recipe.loss} ({how(recipe.embedding, recipe.weight)})"
-    trained = Trained(recipe.embedding == JOINED, (recipe.metrics or {}).get("untuned", {}),
-                      recipe.history or [])  # fmt: skip
+    trained = Trained(recipe.embedding == JOINED, recipe.metrics["untuned"], recipe.history)
 
     def load() -> Backbone:
         network = _network(recipe, tuned, file)

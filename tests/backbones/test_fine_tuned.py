@@ -42,9 +42,15 @@ RECIPE = Recipe(
     folded=True,
     mapped=False,
     tuned_size=64,
+    embedding="tuned",
+    weight=1.0,
     loss="ce",
+    settings={"seed": 0, "val_share": 0.2},
     classes=["a", "b"],
-    metrics={"tuned": {"top_1": 0.5}},
+    versions={},
+    metrics={"untuned": {"top_1": 0.4}, "tuned": {"top_1": 0.5}},
+    history=[],
+    hub_config=None,
 )
 
 
