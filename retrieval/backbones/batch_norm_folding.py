@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+import torch
+from torch import Tensor, nn
 
 VERSION = 1  # part of the cache key: raise it when a folded network gives other vectors
 
@@ -18,17 +18,13 @@ def fold_batch_norms(network: nn.Module, images: Tensor) -> nn.Module:
     pass of `images` (images, 3, size, size) shows which batch norm follows which convolution. Raises
     ValueError if the copy gives other outputs, as it does if a convolution also feeds another layer.
     """
-    import torch
-
     folded = copy.deepcopy(network)
     with torch.no_grad():
         for convolution, norm in _pairs(folded, images):
-            fused = torch.nn.utils.fuse_conv_bn_eval(
-                folded.get_submodule(convolution), folded.get_submodule(norm)
-            )
+            fused = nn.utils.fuse_conv_bn_eval(folded.get_submodule(convolution), folded.get_submodule(norm))
             folded.set_submodule(convolution, fused)
             # timm's batch norms include the activation
-            folded.set_submodule(norm, getattr(folded.get_submodule(norm), "act", torch.nn.Identity()))
+            folded.set_submodule(norm, getattr(folded.get_submodule(norm), "act", nn.Identity()))
         wanted, given = network(images), folded(images)
     if not torch.allclose(given, wanted, rtol=1e-3, atol=1e-3 * wanted.abs().max().item()):
         raise ValueError("the folded network computes something else")
@@ -37,25 +33,23 @@ def fold_batch_norms(network: nn.Module, images: Tensor) -> nn.Module:
 
 def _pairs(network: nn.Module, images: Tensor) -> list[tuple[str, str]]:
     """Return the names of each convolution and the batch norm that takes its output, in the order of use."""
-    from torch import nn
-
-    outputs: dict[int, tuple[str, Tensor]] = {}  # holds the tensors, so that no id is used twice
+    names = {module: name for name, module in network.named_modules()}
+    outputs: dict[Tensor, str] = {}  # tensors are compared by identity
     pairs: list[tuple[str, str]] = []
 
-    def keep(name: str) -> object:
-        return lambda module, inputs, output: outputs.update({id(output): (name, output)})
+    def _after_convolution(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        outputs[output] = names[module]
 
-    def find(name: str) -> object:
-        return lambda module, inputs: (
-            pairs.append((outputs[id(inputs[0])][0], name)) if id(inputs[0]) in outputs else None
-        )
+    def _before_norm(module: nn.Module, inputs: Any) -> None:
+        if inputs[0] in outputs:
+            pairs.append((outputs[inputs[0]], names[module]))
 
     hooks = []
-    for name, module in network.named_modules():
+    for module in names:
         if isinstance(module, nn.Conv2d):
-            hooks.append(module.register_forward_hook(keep(name)))
+            hooks.append(module.register_forward_hook(_after_convolution))
         elif isinstance(module, nn.BatchNorm2d):
-            hooks.append(module.register_forward_pre_hook(find(name)))
+            hooks.append(module.register_forward_pre_hook(_before_norm))
     network(images)
     for hook in hooks:
         hook.remove()
