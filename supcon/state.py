@@ -133,7 +133,7 @@ def begin(
         settings.save_dir,
         f"{settings.model} {settings.loss}",
         settings.model_dump(mode="json") | choices,
-        saved and saved["tracked"],
+        saved and saved.get("tracked"),  # a training of before there were trackers has none
     )
     return training
 

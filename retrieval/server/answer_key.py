@@ -36,7 +36,7 @@ class AnswerKey:
     @cached_property
     def ambiguous(self) -> set[str]:
         """The base names that several images of a side have: only the whole path tells which is meant."""
-        return _repeated(map(basename, self.queries)) | _repeated(map(basename, self.gallery))
+        return repeated(map(basename, self.queries)) | repeated(map(basename, self.gallery))
 
     def public_queries(self, share: float, seed: int) -> tuple[str, ...]:
         """Draw a share of the queries, at least one, seeded."""
@@ -53,7 +53,7 @@ class AnswerKey:
 
 def _aliases(paths: Iterable[str]) -> dict[str, str]:
     """Return the path that each name means: the path itself, and a base name that no other image has."""
-    ambiguous = _repeated(map(basename, paths))
+    ambiguous = repeated(map(basename, paths))
     bases = {basename(path): path for path in paths if basename(path) not in ambiguous}
     return bases | {path: path for path in paths}
 
@@ -71,7 +71,7 @@ def key_of_table(table: Path, queries: list[ImageFile], gallery: list[ImageFile]
     or if a name has two identities, belongs to no image, or to both a query and a gallery image.
     """
     names = [image.name for image in [*queries, *gallery]]
-    twice = _repeated(names)
+    twice = repeated(names)
     if twice:
         raise InputError(f"a line of {table} would mean a query and a gallery image: rename {min(twice)}")
     identities = _identities(table, set(names))
@@ -114,7 +114,7 @@ def read_pairs(table: Path, *heads: str) -> Iterator[tuple[str, list[str]]]:
         yield where, cells
 
 
-def _repeated(names: Iterable[str]) -> set[str]:
+def repeated(names: Iterable[str]) -> set[str]:
     return {name for name, count in Counter(names).items() if count > 1}
 
 

@@ -49,7 +49,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
         twice = repeated(name for name, _ in pairs)
-        raise RefusedError(listed("names that stand twice in one object", twice))
+        raise RefusedError(listed("names that stand twice in one object", sorted(twice)))
     return made
 
 
