@@ -8,24 +8,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from get_images import HIDDEN, ImageFile, find_images, label_of
+from retrieval.backbones.face_crop import FaceCrop
+from retrieval.backbones.transform import Transform
 from retrieval.distributed import progress_bar
 from retrieval.embedding.loader import read_batches
 from retrieval.errors import InputError
 from retrieval.machine import local_world_size, zeros
 from retrieval.settings import Form
 from supcon.variants import VARIANTS
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from retrieval.backbones.face_crop import FaceCrop
-    from retrieval.backbones.transform import Transform
 
 ENOUGH_IDENTITIES = 20
 ENOUGH_IMAGES = 50

@@ -15,7 +15,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import nn
 
 from retrieval.backbones.weights import unpickle
 from retrieval.distributed import rank
@@ -23,9 +25,6 @@ from retrieval.errors import InputError, RunError
 from retrieval.files import lock
 from retrieval.settings import Form
 from supcon.batches import Split
-
-if TYPE_CHECKING:
-    from torch import nn
 
 BEST, LAST, BEST_EPOCH = "fine_tuned_model.pth", "last.pth", "best.pth"
 HISTORY, CURVE = "history.jsonl", "loss.png"

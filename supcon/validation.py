@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 from torch.nn import functional
 
 from retrieval.backbones.backbone import Backbone
@@ -18,9 +19,6 @@ from retrieval.ranking.exact import rank
 from retrieval.records import Embeddings, Ranking
 from supcon.batches import Split, load_images
 from supcon.views import AUGMENTATIONS, augment, draw
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 LAMBDAS = (0.25, 0.5, 1.0, 2.0, 4.0)  # weights of the tuned embedding beside the untuned one
 USUAL, CAREFUL, NEAREST = 2.0, 0.5, 0.25  # λ that best_of chooses from

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import functools
 import io
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +34,6 @@ from retrieval.backbones.transform import Transform
 from retrieval.backbones.weights import fill, is_fine_tuned, unpickle
 from retrieval.errors import InputError
 from retrieval.files import write_whole
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 VERSION = 1  # part of the cache key: raise it when Joined, Shrunk or Mapped give other vectors
 ALONE, JOINED, MIXED = "tuned", "untuned + tuned", "mixed weights"
