@@ -56,11 +56,11 @@ def _log_in_to_wandb() -> str:
 
 @dataclass
 class Tracking:
-    """A tracked run, which ends with its `with`. Without a tracker it only counts the steps."""
+    """A tracked run. Leaving its `with` block ends it. If `tracker` is None, it only counts the steps."""
 
     run: str = ""  # its unique name in the tracker
     step: int = 0  # the latest
-    tracker: Any = None  # accelerate's
+    tracker: Any = None  # of accelerate
 
     @property
     def state(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Tracking:
 
     @contextmanager
     def dropped_if_it_fails(self) -> Iterator[None]:
-        """Warn and drop the tracker if it raises, as with its disk or its network."""
+        """Warn and drop the tracker if it raises, for example because its disk is full or it is offline."""
         try:
             yield
         except Exception as error:  # of any kind

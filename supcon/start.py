@@ -93,10 +93,11 @@ def _to_be_tuned(untuned: Backbone, image_size: int | None, files: list[ImageFil
 
 
 def size_for(files: list[ImageFile], backbone: Backbone) -> int:
-    """Return the side of inputs that lose no detail of most images: enlarging small images wastes time.
+    """Return the side in pixels of the inputs to train on: smaller for small images, which saves time.
 
-    It is a fifth more than the median shorter side, in steps of 32 pixels, and at most the network's own
-    size. A face network keeps its own size, to which its crops are enlarged.
+    It is about a fifth more than the median shorter side of the images, so that most keep their detail. It is
+    a multiple of 32, at least SMALLEST_SIDE and at most the network's own size. A face network keeps its own
+    size, since its face crops are enlarged to that.
     """
     own = backbone.transform.size
     if backbone.transform.detects_faces:

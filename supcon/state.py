@@ -190,7 +190,7 @@ def _check_processes(training: TrainingState) -> None:
 
 
 def _feature_scale(validation: Validation, untuned: Backbone) -> float:
-    """Return the factor that makes features FEATURE_LENGTH long, so that one head_lr suits every network."""
+    """Return the factor that gives features a mean length of FEATURE_LENGTH: then one head_lr suits all."""
     with torch.inference_mode():
         lengths = untuned.embed(validation.images[untuned.transform.size][:64]).norm(dim=1)
     return FEATURE_LENGTH / lengths.mean().item()

@@ -49,7 +49,8 @@ CHOICES = sorted({name for variant in VARIANTS.values() for name in variant.choi
 def choices_of(settings: Form) -> Choices:
     """Return the settings of the variant: its defaults, or the values that the user set instead.
 
-    Raises InputError for a setting that does not apply to this variant, and for batches of one class.
+    Raises InputError for a setting that does not apply to this variant, and if a batch would hold a single
+    image or a single class.
     """
     variant = VARIANTS[settings.loss]
     given = {name: getattr(settings, name) for name in CHOICES if getattr(settings, name) is not None}

@@ -105,10 +105,11 @@ def _places(boxes: Tensor, flipped: Tensor, size: int) -> Tensor:
 
 
 def _colours(drawn: Draw) -> Tensor:
-    """Return brightness, contrast, saturation and hue as one linear map of the colours (views, 3, 3).
+    """Return the colour matrix of each view (views, 3, 3): its brightness, contrast, saturation and hue.
 
-    All but the hue are torchvision's. The hue is turned in the plane of constant brightness (hueRotate of the
-    W3C's Filter Effects); torchvision turns it in HSV, which takes ten times as long.
+    A colour matrix maps RGB to RGB. Brightness, contrast and saturation are those of torchvision; `augment`
+    adds the constant part of the contrast. The hue is rotated at constant brightness, by hueRotate of the
+    W3C's Filter Effects. torchvision rotates it in HSV, which takes ten times as long.
     """
     grey = torch.tensor(GREY).expand(3, 3)  # every channel becomes the brightness
     saturation = drawn.saturation.view(-1, 1, 1)

@@ -148,7 +148,7 @@ def read_fine_tuned(file: Path) -> tuple[Recipe, dict[str, Tensor], dict[str, Te
     if not is_fine_tuned(content):
         raise InputError(
             f"{file} was not written by fine_tuning.py: for other weights run "
-            f"`python model_not_tuned.py --model_type WORD --weights {file}`"
+            f"`python model_not_tuned.py --model_type NAME --weights {file}`"
         )
     unknown = set(content["recipe"]) - {field.name for field in fields(Recipe)}
     if unknown:
@@ -195,7 +195,7 @@ def how(embedding: str, weight: float) -> str:
 
 
 def load_tuned_alone(file: Path, model_name: str, device: str = "auto") -> tuple[Backbone, Recipe]:
-    """Load the tuned network of a checkpoint, without the untuned half, to continue its training; its recipe.
+    """Load the tuned network of a checkpoint, without the untuned half, and its recipe, to train further.
 
     Raises InputError if the checkpoint is of another network than `model_name`.
     """

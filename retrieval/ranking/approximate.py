@@ -54,13 +54,15 @@ def check_search(search: Search) -> None:
 def rank_by(
     search: Search, queries: Embeddings, gallery: Embeddings, k: int = 10, device: Any = "cpu"
 ) -> tuple[Ranking, dict[str, float]]:
-    """Rank as retrieval.ranking.exact.rank does, but by this search; return the ranking and its metrics.
+    """Rank the k nearest gallery images of each query, exactly or by FAISS; also return the metrics.
 
-    The metrics, which are also logged, are `search_recall`, the share of the k nearest images that the search
-    finds, measured on up to SAMPLE queries that are ranked exactly too; and `index_seconds` and
-    `search_seconds`, to build the index and to search it. An exact search has none. Queries for which the
-    index finds too few images, and unreadable ones, are ranked exactly. The index holds the whole gallery in
-    memory, 4 · dimension bytes for each image, and `hnsw` 8 · NEIGHBOURS bytes more.
+    An exact search has no metrics. A search by FAISS has three, which are also logged: `search_recall` is the
+    share of the k nearest images that FAISS finds, measured on up to SAMPLE queries that are also ranked
+    exactly; `index_seconds` and `search_seconds` are the times to build and to search the index.
+
+    FAISS's images are ordered by their exact cosines. Unreadable queries, and queries for which FAISS finds
+    too few images, are ranked exactly. The index holds the whole gallery in memory, 4 · dimension bytes for
+    each image; `hnsw` needs 8 · NEIGHBOURS bytes more for each.
     """
     k = min(k, len(gallery.names))
     if search == "exact" or not k:

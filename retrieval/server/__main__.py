@@ -43,21 +43,21 @@ class Settings(Form):
     host: str = "127.0.0.1"
     """address to listen on: 127.0.0.1 is this machine only, 0.0.0.0 any network"""
     database: NewFile = Path("competition.sqlite")
-    """SQLite file that keeps the submissions"""
+    """SQLite file that stores the submissions"""
     closes_at: Moment | None = None
     """end of the competition, such as '2026-06-01 16:00', by this machine's clock"""
     public_share: PositiveShare | None = None
     """share of the queries that alone count until the competition closes (default: all)"""
     seed: int = 0
-    """seed of that share"""
+    """seed of the random choice of the public queries"""
     hide_scores: bool = False
-    """answer with the accuracy only: which identities were right leaks the answers"""
+    """answer with the accuracy only: the list of right identities would leak the answers"""
     tokens: File | None = None
     """CSV table of lines group,token: who may submit (default: anybody)"""
     per_minute: PositiveInt = 60
-    """submissions of a group in a minute"""
+    """submissions per minute of a group"""
     per_address: PositiveInt | None = None
-    """submissions of a network address in a minute; a lecture hall shares one (default: any number)"""
+    """submissions per minute of a network address; a lecture hall may share an address (default: no limit)"""
 
 
 def main(form: Settings) -> None:
