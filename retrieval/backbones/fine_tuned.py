@@ -150,10 +150,15 @@ def read_fine_tuned(file: Path) -> tuple[Recipe, dict[str, Tensor], dict[str, Te
             f"{file} was not written by fine_tuning.py: for other weights run "
             f"`python model_not_tuned.py --model_type NAME --weights {file}`"
         )
-    unknown = set(content["recipe"]) - {field.name for field in fields(Recipe)}
-    if unknown:
+    known, given = {field.name for field in fields(Recipe)}, set(content["recipe"])
+    if given - known:
         raise InputError(
-            f"{file} was written by a later version of this project: its recipe has {unknown.pop()}"
+            f"{file} was written by a later version of this project: its recipe has {min(given - known)}"
+        )
+    if known - given:
+        raise InputError(
+            f"{file} was written by an earlier version of this project, or changed: its recipe lacks "
+            f"{min(known - given)}; fine-tune again"
         )
     return Recipe(**content["recipe"]), content["network"], content.get("untuned")
 
