@@ -8,13 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from retrieval.backbones.transform import ModelInput
 from retrieval.backbones.weights import InPackage
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -34,13 +37,28 @@ class FaceCrop:
         """
         detector = DETECTORS[self.detector]
         photo = image.copy()  # dlib accepts only contiguous strides, even for a single pixel
-        shape = photo.shape[:2]
-        boxes = detector.find(photo, self.min_face_size)
+        box, found = self._choose(detector.find(photo, self.min_face_size), photo.shape[:2])
+        crop = detector.cut(photo, box, self.size, self.margin)
+        return ModelInput(np.ascontiguousarray(crop.transpose(2, 0, 1)), face=found)
+
+    def on_gpu(self, photos: list[Tensor]) -> tuple[Tensor, list[bool]]:
+        """Do as for an image for photographs (3, height, width) on a GPU, uint8; only MTCNN can.
+
+        Return uint8 (photographs, 3, size, size) on the GPU, and `face` of ModelInput for each.
+        """
+        from retrieval.backbones.mtcnn import cut_faces, find_faces
+
+        found = find_faces(photos, self.min_face_size)
+        chosen = [self._choose(faces, photo.shape[1:]) for faces, photo in zip(found, photos, strict=True)]
+        boxes = np.array([box for box, _ in chosen])
+        return cut_faces(photos, boxes, self.size, self.margin), [face for _, face in chosen]
+
+    def _choose(self, boxes: np.ndarray, shape: tuple[int, int]) -> tuple[np.ndarray, bool]:
+        """Return the box to crop of a photograph with these faces, and whether it is that of a face."""
         # A detector's boxes are accurate to a tenth of their side.
         large = (boxes[:, 2:] - boxes[:, :2]).max(1) > 0.9 * self.min_face_size * max(shape)
         face = main_face(boxes[large], shape)
-        crop = detector.cut(photo, centre_box(shape) if face is None else face, self.size, self.margin)
-        return ModelInput(np.ascontiguousarray(crop.transpose(2, 0, 1)), face=face is not None)
+        return (centre_box(shape), False) if face is None else (face, True)
 
     @property
     def module(self) -> str:
@@ -108,34 +126,13 @@ def _resized(photo: np.ndarray, side: float) -> np.ndarray:
 # ---- MTCNN ----------------------------------------------------------------------------------------
 
 
-@cache
-def _mtcnn() -> Any:
-    import torch
-    from facenet_pytorch import MTCNN
-
-    mtcnn = MTCNN()
-    for network in (mtcnn.pnet, mtcnn.rnet, mtcnn.onet):
-        network.to(memory_format=torch.channels_last)  # its pooling then takes a sixth of the time
-    return mtcnn
-
-
-MTCNN_SMALLEST = 20  # pixels: facenet-pytorch's default
-MTCNN_LONGEST = 500  # pixels of the photograph's longer side, unless smaller faces are asked for
-
-
 def find_by_mtcnn(photo: np.ndarray, min_face_size: float) -> np.ndarray:
-    """Return boxes (faces, 4) by facenet-pytorch's MTCNN (Zhang et al. 2016); the package has its weights."""
-    longest = max(MTCNN_LONGEST, MTCNN_SMALLEST / min_face_size)
-    small = _resized(photo, min(max(photo.shape[:2]), longest))
-    mtcnn = _mtcnn()
-    mtcnn.min_face_size = max(MTCNN_SMALLEST, round(min_face_size * max(small.shape[:2])))
-    if min(small.shape[:2]) < mtcnn.min_face_size:  # MTCNN raises where its image pyramid has no level
-        return np.empty((0, 4))
-    try:
-        boxes, _ = mtcnn.detect(small)
-    except (RuntimeError, ValueError, IndexError):  # a stage without candidates, as in pure noise
-        boxes = None
-    return np.empty((0, 4)) if boxes is None else boxes * (max(photo.shape[:2]) / max(small.shape[:2]))
+    """Return boxes (faces, 4) by MTCNN."""
+    import torch
+
+    from retrieval.backbones.mtcnn import find_faces
+
+    return find_faces([torch.from_numpy(photo).permute(2, 0, 1)], min_face_size)[0]
 
 
 def cut_by_mtcnn(photo: np.ndarray, box: np.ndarray, size: int, margin: float) -> np.ndarray:

@@ -143,15 +143,6 @@ def test_without_a_face_the_centre_goes_the_same_way_as_a_box(monkeypatch, crop)
     assert torch.equal(without.pixels, with_face.pixels)
 
 
-def test_an_mtcnn_that_raises_has_found_no_face(monkeypatch):
-    class Raising:
-        def detect(self, *_):
-            raise ValueError("torch.cat(): expected a non-empty list of Tensors")
-
-    monkeypatch.setattr(face_crop, "_mtcnn", Raising)
-    assert seen_of(CROPS["mtcnn"], hopper()).face is False
-
-
 def test_dlib_needs_no_torch(tmp_path):
     """Which takes a reader process seconds to import."""
     Image.fromarray(photo_of(hopper())).save(tmp_path / "hopper.jpg")
