@@ -56,7 +56,10 @@ if arguments.model == "resnet50":
         model.load_state_dict(torch.load(arguments.weights))
     model.fc = torch.nn.Identity()
 else:
-    model = timm.create_model(arguments.model, num_classes=0)
+    model = timm.create_model(arguments.model)
+    if arguments.weights:
+        model.load_state_dict(torch.load(arguments.weights))
+    model.reset_classifier(0)
 model = model.eval().to("cuda", memory_format=torch.channels_last)
 
 
