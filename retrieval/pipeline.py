@@ -73,12 +73,13 @@ def embed_both(run: Run, images: Images, backbone: LazyBackbone) -> Vectors:
     Raises as embed_shard, and InputError if ONNX Runtime is asked for and cannot be used.
     """
     settings = run.settings
+    run.done("backbone")
     count = len(images.queries) + len(images.gallery)
     cache = None if settings.no_cache else Cache(settings.cache_dir, settings.verify_cache)
     runtime = choose_runtime(backbone, settings.engine, count, settings.batch_size, settings.cache_dir)
     claim_devices()
     if several():  # all choose one runtime, also a process whose shard is cached
-        runtime.settle()
+        runtime.settle(images.gallery)
     # The larger part first: face detectors run in their own processes while the network loads.
     gallery = embed_shard(images.gallery, runtime, "gallery images", settings.save_crops, cache)
     queries = gather_shards(embed_shard(images.queries, runtime, "queries", settings.save_crops, cache))
@@ -88,9 +89,9 @@ def embed_both(run: Run, images: Images, backbone: LazyBackbone) -> Vectors:
         "embed",
         f"embedded {count} images as {dimension}-d unit vectors ({runtime.description}, {backbone.device})",
     )
-    # Decoding and the network run at once, on many cores: the sum may exceed the seconds of the step.
     spent = ", ".join(f"{part} {seconds:.1f}" for part, seconds in runtime.seconds.items())
-    log.info("seconds inside embedding: %s on %d cores", spent, cores())
+    log.info("seconds inside embedding: %s; the readers took %.1f on %d cores",
+             spent, runtime.readers_seconds, cores())  # fmt: skip
     return Vectors(queries, gallery, sample)
 
 

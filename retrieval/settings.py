@@ -158,12 +158,15 @@ class RetrievalSettings(Form):
     One run at a time writes into it, and holds `.lock` there; the file stays when the run has ended.
     """
     device: Device = "auto"
-    """device of the network: cuda, mps, cpu, or auto, the first that is available"""
-    batch_size: PositiveInt = 32
-    """images per batch of the network
+    """device of the network: cuda, mps, cpu, or auto, the first that is available
 
-    ONNX Runtime takes four per core instead. BATCH_SIZE in the environment or in `.env` is also that of
-    `fine_tuning.py`.
+    An NVIDIA GPU also decodes JPEG files, if the first images keep their vectors (a cosine of 0.999 or more).
+    """
+    batch_size: PositiveInt | None = None
+    """images per batch of the network, with torch: 32 on the CPU, 128 or 512 on a GPU
+
+    A batch that does not fit into the memory is halved. ONNX Runtime takes four per core instead. BATCH_SIZE
+    in the environment or in `.env` is also that of `fine_tuning.py`.
     """
     engine: Runtime = "auto"
     """runtime of the network: torch, onnx (ONNX Runtime) or auto, the faster

@@ -17,7 +17,7 @@ from get_images import HIDDEN, ImageFile, find_images, label_of
 from retrieval.backbones.face_crop import FaceCrop
 from retrieval.backbones.transform import Transform
 from retrieval.distributed import progress_bar
-from retrieval.embedding.loader import read_batches
+from retrieval.embedding.loader import FEW, read_batches
 from retrieval.errors import InputError
 from retrieval.machine import local_world_size, zeros
 from retrieval.settings import Form
@@ -187,12 +187,12 @@ def load_images(files: list[ImageFile], transform: Transform | FaceCrop, kind: s
     names: list[str] = []
     unreadable: dict[str, str] = {}
     without_face = 0
+    processes = transform.detects_faces or (torch.accelerator.is_available() and len(files) > FEW)
     with progress_bar(len(files), kind, leave=False) as bar:
-        for batch in read_batches(files, transform, 64, processes=transform.detects_faces):
-            for name, image in zip(batch.names, batch.images, strict=True):
-                pixels[len(names)] = torch.from_numpy(image.pixels)
-                names.append(name)
-                without_face += image.face is False
+        for batch in read_batches(files, transform, 64, processes):
+            pixels[len(names) : len(names) + len(batch.names)] = torch.from_numpy(batch.pixels)
+            names += batch.names
+            without_face += batch.faces.count(False)
             unreadable |= batch.unreadable
             bar.update(len(batch.names) + len(batch.unreadable))
     for name, reason in unreadable.items():

@@ -65,7 +65,7 @@ def vectors_of(images: Tensor, backbone: Backbone) -> Tensor:
         parts, fits = [], 64
         for part in images.split(64):
             features, fits = embed_what_fits(backbone, part, fits)
-            parts.append(features)
+            parts.append(features.cpu())
         return functional.normalize(torch.cat(parts))
 
 

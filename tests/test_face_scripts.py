@@ -159,7 +159,7 @@ def test_a_killed_reader_is_a_sentence_and_no_hang(people):
         os.kill(readers[0], signal.SIGKILL)
         errors = process.communicate(timeout=60)[1].decode()
     assert process.returncode == 1
-    assert "error: a process that looks for faces has ended" in errors
+    assert "error: a process that reads images has ended" in errors
     assert "Traceback" not in errors
 
 

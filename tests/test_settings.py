@@ -344,4 +344,4 @@ def test_env_example_lists_what_the_environment_knows_and_the_defaults_of_the_sc
     defaults = {name: field.default for form in forms for name, field in form.model_fields.items()}
     for name, value in given.items():
         if name not in ("SERVER_URL", "CUSTOM_DATASET"):
-            assert value == str(defaults[name.lower()])
+            assert value == ("" if defaults[name.lower()] is None else str(defaults[name.lower()]))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VERSION = 1  # part of the cache key: raise it when a Transform moves pixels by more than rounding
 
@@ -36,20 +40,43 @@ class Transform:
     def __call__(self, image: np.ndarray) -> ModelInput:
         """Return the network's input for an image, uint8 RGB (height, width, 3)."""
         import torch  # for its resize, which takes a third of Pillow's time; torchvision's takes seconds more
+
+        pixels = torch.from_numpy(image.reshape(1, *image.shape)).permute(0, 3, 1, 2)
+        return ModelInput(self._square(pixels)[0].contiguous().numpy())
+
+    def on_gpu(self, photos: list[Tensor]) -> tuple[Tensor, list[bool | None]]:
+        """Do as for an image for photographs (3, height, width) on a GPU, uint8, which round once more.
+
+        Return uint8 (photographs, 3, size, size) on the GPU, and `face` of ModelInput for each.
+        """
+        import torch
+
+        inputs = photos[0].new_empty(len(photos), 3, self.size, self.size)
+        by_shape = defaultdict(list)
+        for row, photo in enumerate(photos):
+            by_shape[photo.shape].append(row)
+        for (
+            rows
+        ) in by_shape.values():  # photographs of one shape at once, as floats: a GPU resizes no integers
+            squares = self._square(torch.stack([photos[row] for row in rows]).float())
+            inputs[rows] = squares.round_().clamp_(0, 255).to(torch.uint8)
+        return inputs, [None] * len(photos)
+
+    def _square(self, pixels: Tensor) -> Tensor:
+        """Resize and crop images of one shape, (images, 3, height, width) → (images, 3, size, size)."""
         from torch.nn.functional import interpolate, pad
 
         side = self.resize or self.size
         sides = [side, side]
         if self.crop_mode == "center":
-            image = _not_too_long(image)
-            sides = [side * length // min(image.shape[:2]) for length in image.shape[:2]]
-        pixels = torch.from_numpy(image.reshape(1, *image.shape)).permute(0, 3, 1, 2)
+            pixels = _not_too_long(pixels)
+            sides = [side * length // min(pixels.shape[2:]) for length in pixels.shape[2:]]
         pixels = interpolate(pixels, sides, mode=self.interpolation, antialias=True)
         lacks = [max(0, self.size - side) for side in sides]
         if any(lacks):
             pixels = pad(pixels, [n for lack in lacks[::-1] for n in (lack // 2, lack - lack // 2)])
         top, left = (round((side - self.size) / 2) for side in pixels.shape[2:])
-        return ModelInput(pixels[0, :, top:, left:][:, : self.size, : self.size].contiguous().numpy())
+        return pixels[:, :, top:, left:][:, :, : self.size, : self.size]
 
     @property
     def enough(self) -> int:
@@ -66,8 +93,8 @@ class Transform:
         return Transform(size, self.interpolation, self.crop_mode, resize)
 
 
-def _not_too_long(image: np.ndarray, most: int = 16) -> np.ndarray:
+def _not_too_long(pixels: Tensor, most: int = 16) -> Tensor:
     """Cut an image over 16 times as long as wide to its middle: resizing all of it would fill the memory."""
-    longest = most * min(image.shape[:2])
-    top, left = (max(0, (length - longest) // 2) for length in image.shape[:2])
-    return np.ascontiguousarray(image[top : top + longest, left : left + longest])
+    longest = most * min(pixels.shape[2:])
+    top, left = (max(0, (length - longest) // 2) for length in pixels.shape[2:])
+    return pixels[:, :, top : top + longest, left : left + longest]

@@ -15,8 +15,9 @@ import os
 import sqlite3
 import stat
 import time
+from collections import deque
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -33,15 +34,14 @@ FILES = "embeddings-*.sqlite*"  # of all versions, with SQLite's files beside th
 SCHEMA = f"""
 CREATE TABLE files (path BLOB PRIMARY KEY, size INTEGER, changed INTEGER, digest BLOB) WITHOUT ROWID;
 CREATE TABLE makers (maker BLOB PRIMARY KEY, what TEXT, used REAL) WITHOUT ROWID;
-CREATE TABLE vectors (
-    maker BLOB, digest BLOB, face INTEGER, vector BLOB, PRIMARY KEY (maker, digest)
-) WITHOUT ROWID;
+CREATE TABLE vectors (maker BLOB, digest BLOB, face INTEGER, vector BLOB, PRIMARY KEY (maker, digest));
 CREATE TABLE crops (maker BLOB, digest BLOB, face INTEGER, pixels BLOB, PRIMARY KEY (maker, digest));
 PRAGMA user_version = {VERSION};
 """
 USED = """
 INSERT INTO makers VALUES (?, ?, ?) ON CONFLICT (maker) DO UPDATE SET used = excluded.used
 """
+PENDING = 8  # batches that wait to be written
 VALUES_AT_ONCE = 500  # in a statement: every SQLite allows 999
 JUST_WRITTEN = 2.0  # seconds: until then a file may change again within one tick of the file system's clock
 
@@ -72,11 +72,14 @@ class Cache:
     folder: Path
     verify: bool = False  # True: read every image again, even if its size and time have not changed
     connection: sqlite3.Connection | None = field(default=None, init=False)
+    # One thread reads and writes, in order. The caller does not wait for a write, nor does a GPU.
+    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1), init=False)
+    pending: deque[Future] = field(default_factory=deque, init=False)
 
     def __post_init__(self) -> None:
         if self.folder.is_file():
             raise InputError(f"--cache_dir {self.folder} is not a folder but a file: give another one")
-        self._attempt(self._open)
+        self.thread.submit(self._attempt, self._open).result()
 
     # ---- vectors and crops
 
@@ -94,32 +97,51 @@ class Cache:
         }
 
     def keep_vectors(self, key: CacheKey, vectors: dict[bytes, CachedVector]) -> None:
-        """Write the vectors of the images with these digests."""
+        """Write the vectors of the images with these digests; `flush` waits until they are written."""
         rows = [(digest, cached.face, cached.vector.tobytes()) for digest, cached in vectors.items()]
-        self._insert("vectors", key, rows)
+        self._insert_later("vectors", key, rows)
 
-    def crop(self, key: CacheKey, digest: bytes, size: int) -> ModelInput | None:
-        """Return the cached crop of an image, uint8 (3, size, size)."""
-        rows = self._excused(lambda: self._select("crops", "pixels", key, [digest]))
-        if not rows:
-            return None
-        ((_, face, pixels),) = rows
-        return ModelInput(np.frombuffer(pixels, np.uint8).reshape(3, size, size), _face(face))
+    def having_crops(self, key: CacheKey, digests: list[bytes]) -> set[bytes]:
+        """Return which of the images with these digests have a cached crop."""
+        rows = self._excused(lambda: self._select("crops", "NULL", key, digests)) or []
+        return {digest for digest, *_ in rows}
+
+    def crops(self, key: CacheKey, digests: list[bytes], size: int) -> dict[bytes, ModelInput]:
+        """Return the cached crops, uint8 (3, size, size), of the images with these digests."""
+        rows = self._excused(lambda: self._select("crops", "pixels", key, digests)) or []
+        return {
+            digest: ModelInput(np.frombuffer(pixels, np.uint8).reshape(3, size, size), _face(face))
+            for digest, face, pixels in rows
+        }
 
     def keep_crops(self, key: CacheKey, crops: dict[bytes, ModelInput]) -> None:
-        """Write the crops of the images with these digests."""
+        """Write the crops of the images with these digests; `flush` waits until they are written."""
         rows = [(digest, crop.face, crop.pixels.tobytes()) for digest, crop in crops.items()]
-        self._insert("crops", key, rows)
+        self._insert_later("crops", key, rows)
+
+    def flush(self) -> None:
+        """Wait until everything is written. The program waits for it, too, before it ends."""
+        self.thread.submit(lambda: None).result()
 
     def mark_used(self, key: CacheKey) -> None:
         """Note that a run uses the entries of a key now."""
         self._excused(lambda: self.write(USED, [(*key, time.time())]))
 
+    def _insert_later(self, table: str, key: CacheKey, rows: list[tuple]) -> None:
+        self.pending.append(self.thread.submit(self._insert, table, key, rows))
+        if len(self.pending) > PENDING:  # or a slow disk would fill the memory
+            self.pending.popleft().result()
+
     def _insert(self, table: str, key: CacheKey, rows: list[tuple]) -> None:
-        if rows:
-            self.mark_used(key)  # again: another program may have deleted its row
-            values = [(key.digest, *row) for row in rows]
-            self._excused(lambda: self.write(f"INSERT OR IGNORE INTO {table} VALUES (?, ?, ?, ?)", values))
+        """Insert rows, in the thread."""
+        values = [(key.digest, *row) for row in rows]
+
+        def _write() -> None:
+            self.write(USED, [(*key, time.time())])  # again: another program may have deleted its row
+            self.write(f"INSERT OR IGNORE INTO {table} VALUES (?, ?, ?, ?)", values)
+
+        if values and self.connection:
+            self._attempt(_write)
 
     def _select(self, table: str, column: str, key: CacheKey, digests: list[bytes]) -> list[tuple]:
         return self.rows_of(
@@ -151,8 +173,8 @@ class Cache:
 
     def _open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.connection = sqlite3.connect(self.folder / FILE, timeout=30)
-        self.connection.execute("PRAGMA journal_mode = WAL")
+        self.connection = sqlite3.connect(self.folder / FILE, timeout=30, check_same_thread=False)
+        self._keep_a_journal()
         # A crash may lose the last vectors, never the file.
         self.connection.execute("PRAGMA synchronous = NORMAL")
         with self.connection:
@@ -164,6 +186,17 @@ class Cache:
                     self.connection.execute(statement)
             elif kept != VERSION:
                 raise sqlite3.DatabaseError("it has other tables")
+
+    def _keep_a_journal(self) -> None:
+        """Write ahead (WAL). SQLite does not wait for another program that starts to do so at this moment."""
+        for attempt in range(100):
+            try:
+                self.connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorname != "SQLITE_BUSY" or attempt == 99:
+                    raise
+                time.sleep(0.05)
 
     def rows(self, statement: str, *values: object) -> list[tuple]:
         return self.connection.execute(statement, values).fetchall()
@@ -182,7 +215,7 @@ class Cache:
 
     def _excused(self, act: Callable[[], object]) -> object:
         """Return what `act` returns, as _attempt does; None if the file has been given up."""
-        return self._attempt(act) if self.connection else None
+        return self.thread.submit(self._attempt, act).result() if self.connection else None
 
     def _attempt(self, act: Callable[[], object]) -> object:
         """Return what `act` returns. A broken file is replaced; any other failure gives the file up."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -17,18 +16,16 @@ from tqdm import tqdm
 
 from get_images import ImageFile, find_images
 from retrieval.backbones.backbone import Backbone, LazyBackbone, place
-from retrieval.backbones.transform import ModelInput
 from retrieval.distributed import progress_bar
 from retrieval.embedding.cache import Cache, CachedVector, CacheKey
-from retrieval.embedding.loader import Batch, in_batches, read_ahead
-from retrieval.embedding.runtime import TORCH, Runtime, choose_runtime
+from retrieval.embedding.loader import Batch, Reader, read_ahead
+from retrieval.embedding.runtime import Runtime, choose_runtime
 from retrieval.errors import InputError
 from retrieval.machine import local_world_size, zeros
 from retrieval.records import Embeddings
 
 PART = 2**14  # images processed at a time; of earlier ones only the vectors stay in memory
 AHEAD_BYTES = 2**26  # of inputs that are read ahead
-QUEUED = 16  # batches that wait for the network's threads while the cache is written
 
 log = logging.getLogger("retrieval.embedding")
 
@@ -54,14 +51,15 @@ def embed(
     save_crops: Path | None = None,
     cache: Cache | Path | str | None = None,
     *,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     engine: str = "auto",
 ) -> Embeddings:
     """Embed images in their order; return `Embeddings` with float32 unit vectors (images, dimension).
 
     `images` are the files that find_images returned, or a folder. `backbone` is one that load_backbone or
     find_backbone returned, one of your own (its network is put on its device, in inference mode), or a
-    runtime that is already chosen. `engine` is auto, torch or onnx, and `batch_size` is for torch.
+    runtime that is already chosen. `engine` is auto, torch or onnx, and `batch_size` is for torch,
+    by default 32 on the CPU and 128 or 512 on a GPU.
 
     With a folder as `cache`, vectors and crops of faces are read from there and written there. This needs a
     backbone of find_backbone or find_fine_tuned, since the weights of a loaded network may change. With a
@@ -78,6 +76,8 @@ def embed(
         folder = cache.folder if cache else None
         backbone = choose_runtime(_lazy(backbone, folder), engine, len(files), batch_size, folder)
     vectors, notes = embed_with_notes(files, backbone, kind, save_crops, cache)
+    if cache:
+        cache.flush()
     report_notes(notes, len(files), kind)
     without_face = notes.without_face if backbone.backbone.transform.detects_faces else None
     return Embeddings([file.name for file in files], vectors, without_face)
@@ -143,7 +143,8 @@ def _embed_part(
     bar: tqdm,
 ) -> dict[str, CachedVector]:
     """Embed some files, or read their vectors from the cache; return them by name, and add to the notes."""
-    entries = _Entries(runtime, None if save_crops else cache, files)  # crops are written as they are made
+    with runtime.timed("cache"):
+        entries = _Entries(runtime, None if save_crops else cache, files)  # crops are saved as they are made
     found = {file.name: entries.vectors[digest] for file in files
              if (digest := entries.digests.get(file.name)) in entries.vectors}  # fmt: skip
     notes.cached += len(found)
@@ -152,58 +153,69 @@ def _embed_part(
     if not rest:  # then torch, whose import takes a second, is not needed
         return found
     for batch, features in _run(rest, runtime, entries):
-        runtime.seconds["decode"] += batch.seconds
         notes.unreadable |= batch.unreadable
-        if features is not None:
+        with runtime.timed("cache"):
             vectors = _unit_vectors(batch, features, notes)
             entries.write(vectors, batch)
             found |= vectors
-        if save_crops:
-            notes.unsaved += _save_crops(batch, save_crops)
+            if save_crops:
+                notes.unsaved += _save_crops(batch, save_crops)
         bar.update(len(batch.names) + len(batch.unreadable))
     return found
 
 
-def _run(
-    rest: list[ImageFile], runtime: Runtime, entries: _Entries
-) -> Iterator[tuple[Batch, np.ndarray | None]]:
-    """Yield batches with the network's output. The readers run ahead of the network."""
-    transform = runtime.backbone.transform
-    ahead = max(2 * runtime.batch_size * runtime.threads, AHEAD_BYTES // (3 * transform.size**2))
-    in_processes = transform.detects_faces
-    reading = read_ahead(rest, transform, ahead, in_processes, transform.enough, entries.crop)
-    with closing(reading):
-        first = [next(reading)] if in_processes else []  # then they go on while the network is loaded
-        runtime.settle()
-        batches = in_batches(chain(first, reading), runtime.batch_size)
-        if runtime.name == TORCH:  # it has its own threads, and CUDA's device belongs to this one
-            yield from ((batch, _features(runtime, batch)) for batch in batches)
+def _run(rest: list[ImageFile], runtime: Runtime, entries: _Entries) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Yield batches with the network's output (images, dimension).
+
+    Readers run ahead of the network, and the network runs ahead of what is done with its output.
+    """
+    cropped, others = entries.with_crops(rest)
+    while True:
+        on_gpu = runtime.gpu_decodes  # until `settle` finds that this gives other vectors
+        reader = Reader(runtime.backbone.transform, leave_jpegs=on_gpu)
+        bytes_of_batch = 3 * reader.transform.size**2 * runtime.batch_size
+        ahead = max(4, 2 * runtime.threads, AHEAD_BYTES // bytes_of_batch)
+        with ExitStack() as stack:
+            with runtime.timed("wait for images"):  # that is, for the readers to start
+                processes = runtime.reads_by_processes
+                reading = stack.enter_context(
+                    read_ahead(others, reader, runtime.batch_size, ahead, processes)
+                )
+            runtime.settle(others or cropped)
+            if runtime.gpu_decodes == on_gpu:
+                batches = chain(entries.crops(cropped, runtime.batch_size), reading)
+                yield from _run_ahead(batches, runtime)
+                return
+
+
+def _run_ahead(batches: Iterator[Batch], runtime: Runtime) -> Iterator[tuple[Batch, np.ndarray]]:
+    running: deque[tuple[Batch, Callable[[], np.ndarray]]] = deque()
+    while True:
+        with runtime.timed("wait for images"):
+            batch = next(batches, None)
+        if batch:
+            runtime.readers_seconds += batch.seconds
+            running.append((batch, runtime.start(batch)))
+        while running and (len(running) > runtime.queued or not batch):
+            with runtime.timed("network"):
+                done, output = running.popleft()
+                features = output()
+            yield done, features
+        if not batch:
             return
-        with ThreadPoolExecutor(runtime.threads) as pool:
-            running: deque[tuple[Batch, Future]] = deque()
-            for batch in batches:
-                running.append((batch, pool.submit(_features, runtime, batch)))
-                if len(running) > max(QUEUED, 2 * runtime.threads):
-                    batch, future = running.popleft()
-                    yield batch, future.result()
-            for batch, future in running:
-                yield batch, future.result()
-
-
-def _features(runtime: Runtime, batch: Batch) -> np.ndarray | None:
-    """Return the network's output (images, dimension); None if not one image of the batch is readable."""
-    return runtime.embed(batch.pixels()) if batch.images else None
 
 
 def _unit_vectors(batch: Batch, features: np.ndarray, notes: Notes) -> dict[str, CachedVector]:
     """Return the features (images, dimension) as unit vectors, by name; note which of them have no use."""
+    found: dict[str, CachedVector] = {}
+    if not batch.names:
+        return found
     with np.errstate(all="ignore"):
         lengths = np.linalg.norm(features, axis=1)
         vectors = features / lengths[:, None]
-    found = {}
-    for name, image, vector, length in zip(batch.names, batch.images, vectors, lengths, strict=True):
+    for name, face, vector, length in zip(batch.names, batch.faces, vectors, lengths, strict=True):
         if 0 < length < np.inf:
-            found[name] = CachedVector(vector, image.face)
+            found[name] = CachedVector(vector, face)
         else:
             notes.unreadable[name] = "the network gave no usable numbers"
     return found
@@ -216,20 +228,34 @@ class _Entries:
         self.runtime, self.cache, self.transform = runtime, cache, runtime.backbone.transform
         self.digests = cache.digests(files) if cache else {}
         self.vectors = cache.vectors(self._key(), self.digests.values()) if cache else {}
-        self.crops_key = None
-        if cache and self.transform.detects_faces:
-            self.crops_key = CacheKey(runtime.crops_key, f"faces of {self.transform.size} pixels")
+        if self.crops_key:
             cache.mark_used(self.crops_key)
 
     def _key(self) -> CacheKey:
         return CacheKey(self.runtime.key, self.runtime.description)
 
-    def crop(self, file: ImageFile) -> ModelInput | None:
-        """Return the cached crop of a file."""
-        digest = self.digests.get(file.name)
-        if not (self.crops_key and digest):
+    @property
+    def crops_key(self) -> CacheKey | None:
+        if not (self.cache and self.transform.detects_faces):
             return None
-        return self.cache.crop(self.crops_key, digest, self.transform.size)
+        return CacheKey(self.runtime.crops_key, f"faces of {self.transform.size} pixels")
+
+    def with_crops(self, files: list[ImageFile]) -> tuple[list[ImageFile], list[ImageFile]]:
+        """Return the files whose crops are in the cache, and the others."""
+        if not self.crops_key:
+            return [], files
+        kept = self.cache.having_crops(self.crops_key, list(self.digests.values()))
+        cropped = [file for file in files if self.digests.get(file.name) in kept]
+        return cropped, [file for file in files if self.digests.get(file.name) not in kept]
+
+    def crops(self, files: list[ImageFile], batch_size: int) -> Iterator[Batch]:
+        """Yield batches of the cached crops of files."""
+        for start in range(0, len(files), batch_size):
+            names = [file.name for file in files[start : start + batch_size]]
+            digests = [self.digests[name] for name in names]
+            kept = self.cache.crops(self.crops_key, digests, self.transform.size)
+            crops = [kept[digest] for digest in digests]
+            yield Batch(names, np.stack([crop.pixels for crop in crops]), [crop.face for crop in crops])
 
     def write(self, vectors: dict[str, CachedVector], batch: Batch) -> None:
         """Write the vectors of a batch, by name, and the crops that gave them."""
@@ -238,7 +264,7 @@ class _Entries:
             return
         self.cache.keep_vectors(self._key(), {digest: vectors[name] for name, digest in known.items()})
         if self.crops_key:
-            images = zip(batch.names, batch.images, strict=True)
+            images = zip(batch.names, batch.inputs(), strict=True)
             self.cache.keep_crops(self.crops_key, {known[n]: image for n, image in images if n in known})
 
 
@@ -251,7 +277,7 @@ def _write_png(pixels: np.ndarray, path: Path) -> None:
 def _save_crops(batch: Batch, folder: Path) -> list[str]:
     """Write the inputs of a batch as PNG files; return which failed and why, as on a full disk."""
     unsaved = []
-    for name, image in zip(batch.names, batch.images, strict=True):
+    for name, image in zip(batch.names, batch.inputs(), strict=True):
         path = folder / f"{name}.png"
         try:
             _write_png(image.pixels, path)

@@ -190,13 +190,12 @@ def read(monkeypatch):
     """The files that were read, by threads, whoever asks for processes."""
     files = []
 
-    def reading(transform, enough, path):
+    def reading(reader, path, read=loader.Reader.read):
         files.append(path)
-        return plain(transform, enough, path)
+        return read(reader, path)
 
-    plain = loader._read
     monkeypatch.setattr(loader, "_reader_processes", lambda module: loader._reader_threads())
-    monkeypatch.setattr(loader, "_read", reading)
+    monkeypatch.setattr(loader.Reader, "read", reading)
     return files
 
 
@@ -320,6 +319,7 @@ def test_what_is_kept_while_somebody_removes_all_is_still_seen(tmp_path):
     assert cache.vectors(key, []) == {}
     assert prune(other, 0) == 0
     cache.keep_vectors(key, vectors)
+    cache.flush()
     assert prune(other, 0) == 1
 
 

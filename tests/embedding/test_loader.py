@@ -7,7 +7,20 @@ from PIL import Image
 
 from get_images import ImageFile, find_images
 from retrieval.backbones.transform import ModelInput, Transform
-from retrieval.embedding.loader import read_batches
+from retrieval.embedding.loader import PIPE_BYTES, read_batches
+
+
+class Corner:
+    """A transform: the upper left corner, 2 x 2 pixels."""
+
+    size, enough = 2, None
+
+    def __init__(self, called=lambda: None):
+        self.called = called
+
+    def __call__(self, image):
+        self.called()
+        return ModelInput(image[:2, :2].transpose(2, 0, 1))
 
 
 def test_batches_keep_order_and_names_and_name_what_is_unreadable(tmp_path):
@@ -16,27 +29,24 @@ def test_batches_keep_order_and_names_and_name_what_is_unreadable(tmp_path):
     broken = ("3a.jpg", "b.png", "z.gif")
     for name in broken:
         (tmp_path / name).write_bytes(b"no image")
-    batches = list(
-        read_batches(
-            find_images(tmp_path), lambda image: ModelInput(image[:2, :2].transpose(2, 0, 1)), batch_size=3
-        )
-    )
+    batches = list(read_batches(find_images(tmp_path), Corner(), batch_size=3))
     assert [batch.names for batch in batches] == [
         ["0.png", "1.png", "2.png"],
-        ["3.png", "4.png", "5.png"],
-        ["6.png"],
+        ["3.png", "4.png"],
+        ["5.png", "6.png"],
+        [],
     ]
     for batch in batches:
-        for name, image in zip(batch.names, batch.images, strict=True):
-            assert image.pixels.shape == (3, 2, 2)
-            assert (image.pixels == int(name[0]) * 10).all()
+        assert batch.pixels.shape == (len(batch.names), 3, 2, 2)
+        for name, pixels in zip(batch.names, batch.pixels, strict=True):
+            assert (pixels == int(name[0]) * 10).all()
     assert {name for batch in batches for name in batch.unreadable} == set(broken)
 
 
 def test_unreadable_files_alone_still_come_in_a_batch(tmp_path):
     (tmp_path / "a.jpg").write_bytes(b"")
-    (batch,) = read_batches(find_images(tmp_path), ModelInput, batch_size=4)
-    assert (batch.names, batch.images, list(batch.unreadable)) == ([], [], ["a.jpg"])
+    (batch,) = read_batches(find_images(tmp_path), Corner(), batch_size=4)
+    assert (batch.names, len(batch.pixels), list(batch.unreadable)) == ([], 0, ["a.jpg"])
 
 
 def test_workers_read_only_a_little_ahead_and_end_with_the_caller(tmp_path):
@@ -44,7 +54,7 @@ def test_workers_read_only_a_little_ahead_and_end_with_the_caller(tmp_path):
     started = []
     before = threading.active_count()
     files = [ImageFile(str(i), tmp_path / "a.png") for i in range(1000)]
-    batches = read_batches(files, lambda image: started.append(1) or ModelInput(image), batch_size=5)
+    batches = read_batches(files, Corner(lambda: started.append(1)), batch_size=5)
     next(batches)
     batches.close()
     assert len(started) <= 20
@@ -54,29 +64,28 @@ def test_workers_read_only_a_little_ahead_and_end_with_the_caller(tmp_path):
 def test_an_error_in_prepare_is_not_taken_for_an_unreadable_image(tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
 
-    def prepare(image):
-        raise ZeroDivisionError
-
     with pytest.raises(ZeroDivisionError):
-        list(read_batches(find_images(tmp_path), prepare, batch_size=5))
+        list(read_batches(find_images(tmp_path), Corner(lambda: 1 / 0), batch_size=5))
 
 
 def test_reading_leaves_the_networks_threads_alone(tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
     before = torch.get_num_threads()
-    list(read_batches(find_images(tmp_path), ModelInput, batch_size=5))
+    list(read_batches(find_images(tmp_path), Corner(), batch_size=5))
     assert torch.get_num_threads() == before
 
 
-def test_processes_give_what_threads_give(tmp_path):
+@pytest.mark.parametrize("size", [4, 1024])  # the second: through shared memory
+def test_processes_give_what_threads_give(tmp_path, monkeypatch, size):
+    assert (2 * 3 * size**2 > PIPE_BYTES) == (size == 1024)
     for level in range(5):
         Image.new("L", (5 + level, 3), level * 10).save(tmp_path / f"{level}.png")
     (tmp_path / "3a.jpg").write_bytes(b"no image")
-    files, transform = find_images(tmp_path), Transform(4, "bilinear")
+    monkeypatch.chdir(tmp_path)  # not where the processes started
+    files, transform = find_images("."), Transform(size, "bilinear")
     by_threads = list(read_batches(files, transform, batch_size=2))
     by_processes = list(read_batches(files, transform, batch_size=2, processes=True))
     assert [batch.names for batch in by_processes] == [batch.names for batch in by_threads]
     assert [batch.unreadable for batch in by_processes] == [batch.unreadable for batch in by_threads]
     for one, other in zip(by_processes, by_threads, strict=True):
-        for image, same in zip(one.images, other.images, strict=True):
-            assert np.array_equal(image.pixels, same.pixels)
+        assert np.array_equal(one.pixels, other.pixels)

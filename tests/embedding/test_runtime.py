@@ -178,10 +178,15 @@ def test_a_want_of_memory_is_tried_again_by_the_next_run(tmp_path, caplog, monke
 def test_of_several_processes_one_that_cannot_makes_all_use_torch(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(runtime.distributed, "all_agree", lambda yes: asked.append(yes))
+    monkeypatch.setattr(runtime.distributed, "all_gather", lambda value: asked.append(value) or [value])
     assert settled(lazy(Small()), tmp_path).name == TORCH
-    assert asked == [True, False]  # ONNX Runtime, and half precision
+    assert asked == [True, False, torch_runtime.FULL]  # ONNX Runtime, the GPU's decoder, and the precision
     assert settled(lazy(Small()), tmp_path, "torch").name == TORCH
-    assert asked == [True, False, False, False]  # it is asked whatever it has chosen: none waits for ever
+    assert asked[3:] == [
+        False,
+        False,
+        torch_runtime.FULL,
+    ]  # it is asked whatever it has chosen: none waits for ever
 
 
 def test_both_engines_rank_real_images_alike(few, backbone, tmp_path):
@@ -205,7 +210,21 @@ def test_torch_gives_the_same_bits_in_every_batch_of_one_size():
 def test_half_precision_is_used_only_where_the_vectors_stay_the_same(half, monkeypatch, caplog):
     caplog.set_level("INFO")
     monkeypatch.setattr(torch_runtime, "half_type", lambda: half)  # what a GPU has, whatever this machine has
-    assert torch_runtime.half_is_enough(lazy(Small()).load(), images(4))
+    small = lazy(Small()).load()
+    assert torch_runtime.fastest_precision(small, images(4)) == torch_runtime.CAST
+    cast = torch_runtime.with_precision(small, torch_runtime.CAST)
+    assert small.network.conv.weight.dtype == torch.float32  # it stays as it is
+    seen = torch_runtime.embed_plainly(cast, images(4))
+    assert not np.array_equal(seen, torch_runtime.embed_plainly(small, images(4)))
+    assert torch_runtime.least_cosine(seen, torch_runtime.embed_plainly(small, images(4))) > 0.999
+
+    class Mixed(Small):
+        """Multiplies its features by numbers in full precision, which autocast alone allows."""
+
+        def forward(self, pixels):
+            return nn.functional.linear(super().forward(pixels), torch.eye(8))
+
+    assert torch_runtime.fastest_precision(lazy(Mixed()).load(), images(4)) == torch_runtime.AUTOCAST
 
     class Fine(Small):
         """What it tells apart lies below the digits of half precision."""
@@ -214,7 +233,7 @@ def test_half_precision_is_used_only_where_the_vectors_stay_the_same(half, monke
             features = super().forward(pixels)
             return nn.functional.linear(features + 100, torch.eye(8)) - 100
 
-    assert not torch_runtime.half_is_enough(lazy(Fine()).load(), images(4))
+    assert torch_runtime.fastest_precision(lazy(Fine()).load(), images(4)) == torch_runtime.FULL
     assert "needs full precision" in caplog.text
 
 
