@@ -76,8 +76,8 @@ def embed_both(run: Run, images: Images, backbone: LazyBackbone) -> Vectors:
     run.done("backbone")
     count = len(images.queries) + len(images.gallery)
     cache = None if settings.no_cache else Cache(settings.cache_dir, settings.verify_cache)
-    runtime = choose_runtime(backbone, settings.engine, count, settings.batch_size, settings.cache_dir)
     claim_devices()
+    runtime = choose_runtime(backbone, settings.engine, count, settings.batch_size, settings.cache_dir)
     if several():  # all choose one runtime, also a process whose shard is cached
         runtime.settle(images.gallery)
     # The larger part first: face detectors run in their own processes while the network loads.

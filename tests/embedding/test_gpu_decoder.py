@@ -11,6 +11,7 @@ from photographs import face_photograph, photo_of
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
+import retrieval.embedding.embed as embedding
 from get_images import find_images
 from retrieval.backbones.backbone import Backbone, LazyBackbone, find_backbone, place
 from retrieval.backbones.face_crop import FaceCrop
@@ -19,6 +20,7 @@ from retrieval.embedding import gpu_decoder
 from retrieval.embedding.cache import Cache
 from retrieval.embedding.embed import embed
 from retrieval.embedding.loader import Reader, plain_jpeg
+from retrieval.embedding.onnx_runtime import NetworkFiles
 from retrieval.embedding.runtime import choose_runtime
 
 PHOTO = Image.fromarray(load_sample_images().images[0])
@@ -80,8 +82,10 @@ def test_only_plain_jpegs_are_left_to_the_gpu(photographs, tmp_path):
 
 
 def test_a_file_that_the_gpu_refuses_is_decoded_by_the_cpu(photographs, monkeypatch):
+    refused = photographs[3].path.read_bytes()
+
     def decode(jpegs, device, decode=gpu_decoder.decode):
-        if len(jpegs) > 2:
+        if refused in jpegs:
             raise RuntimeError("Failed to decode jpeg stream: 2")
         return decode(jpegs, device)
 
@@ -91,7 +95,7 @@ def test_a_file_that_the_gpu_refuses_is_decoded_by_the_cpu(photographs, monkeypa
     monkeypatch.setattr(gpu_decoder, "PIXELS", 4 * 300 * 250)
     monkeypatch.setattr(gpu_decoder, "decode", decode)
     photographs[3].path.write_bytes(b"changed meanwhile")
-    gpu_decoder.decode_on_gpu(by_gpu, transform, "cpu")
+    assert gpu_decoder.decode_on_gpu(by_gpu, transform, "cpu") == 5
     assert by_gpu.names == [name for name in by_cpu.names if name != "3.jpg"]
     assert by_gpu.unreadable["3.jpg"] == "not an image"
     kept = [row for row, name in enumerate(by_cpu.names) if name != "3.jpg"]
@@ -99,26 +103,60 @@ def test_a_file_that_the_gpu_refuses_is_decoded_by_the_cpu(photographs, monkeypa
     assert np.abs(difference).max() <= 1
 
 
-@pytest.mark.parametrize("why", ["few JPEGs", "no decoder", "other vectors"])
-def test_where_it_is_not_worth_it_the_cpu_decodes(photographs, monkeypatch, caplog, why):
+@pytest.mark.parametrize("why", ["no decoder", "other vectors"])
+def test_where_the_gpu_does_not_keep_the_vectors_the_cpu_decodes(photographs, monkeypatch, caplog, why):
+    def decode(jpegs, device):
+        if why == "no decoder":
+            raise NotImplementedError("Could not run 'image::decode_jpegs_cuda'")
+        return [torch.zeros(3, 30, 40, dtype=torch.uint8)] * len(jpegs)
+
     caplog.set_level("INFO")
-    if why == "few JPEGs":
-        photographs = photographs[4:]
-    else:
-        error = NotImplementedError("Could not run 'image::decode_jpegs_cuda'")
-        wrong = {
-            "no decoder": lambda *_: exec("raise error", {"error": error}),
-            "other vectors": lambda jpegs, device: [torch.zeros(3, 30, 40, dtype=torch.uint8)] * len(jpegs),
-        }
-        monkeypatch.setattr(gpu_decoder, "decode", wrong[why])
-    runtime = runtime_of(Mean(), Transform(32, "bicubic"), photographs)
-    key = runtime.key
+    monkeypatch.setattr(gpu_decoder, "decode", decode)
+    runtime = runtime_of(Mean(), Transform(32, "bicubic"), photographs, decodes=None)
     found = embed(photographs, runtime)
-    assert not runtime.gpu_decodes
-    assert runtime.key != key
+    assert runtime.gpu_decodes is False
     expected = runtime_of(Mean(), Transform(32, "bicubic"), photographs, decodes=False)
     assert np.array_equal(found.vectors, embed(photographs, expected).vectors)
-    assert ("the CPU decodes JPEGs" in caplog.text) == (why != "few JPEGs")
+    assert "the CPU decodes JPEGs" in caplog.text
+
+
+def test_what_a_run_finds_out_is_kept_for_the_next(photographs, tmp_path):
+    """Else the second run would load the network to know under which key its vectors are."""
+    runtime = runtime_of(Mean(), Transform(32, "bicubic"), photographs, decodes=None)
+    runtime.files = NetworkFiles(tmp_path, b"a network")
+    runtime.settle(photographs)
+    assert runtime.gpu_decodes is True
+    backbone = LazyBackbone("toy", Transform(32, "bicubic"), "cuda", b"a network", pytest.fail)
+    again = choose_runtime(backbone, "auto", 10, None, tmp_path)
+    assert again.gpu_decodes is True
+    assert choose_runtime(backbone, "auto", 10, None, tmp_path / "other").gpu_decodes is None
+
+
+def test_a_folder_without_jpegs_needs_no_answer(photographs, tmp_path):
+    pngs = photographs[6:7]
+    first = embed(pngs, runtime_of(Mean(), Transform(32, "bicubic"), pngs, None), cache=Cache(tmp_path / "c"))
+    again = runtime_of(Mean(), Transform(32, "bicubic"), pngs, None)
+    assert np.array_equal(embed(pngs, again, cache=Cache(tmp_path / "c")).vectors, first.vectors)
+    assert again.gpu_decodes is None  # the network was not loaded
+
+
+@pytest.mark.parametrize("jpeg_bytes", [2**27, 1])
+def test_small_groups_are_joined_to_batches(photographs, monkeypatch, jpeg_bytes):
+    monkeypatch.setattr(embedding, "FILES", 2)
+    monkeypatch.setattr(embedding, "JPEG_BYTES", jpeg_bytes)
+    sizes = []
+
+    class Counting(Mean):
+        def forward(self, images):
+            sizes.append(int((images > -1).any(dim=(1, 2, 3)).sum()))  # the others fill the batch up
+            return super().forward(images)
+
+    runtime = runtime_of(Counting(), Transform(32, "bicubic"), photographs, batch=5)
+    runtime.settle(photographs)
+    sizes.clear()
+    found = embed(photographs, runtime)
+    assert sizes == ([4, 4] if jpeg_bytes > 1 else [2, 2, 2, 2])
+    assert found.unreadable == ["8.jpg", "9.jpg"]
 
 
 def test_the_cache_keeps_the_two_apart(photographs, tmp_path):
@@ -155,19 +193,26 @@ def test_torchcodec_decodes_where_it_is_installed(monkeypatch):
         return [(bytes(source.numpy()), mode, device) for source in sources]
 
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", SimpleNamespace(decode_jpeg=decode_jpeg))
-    assert gpu_decoder.decode([b"a", b"b"], "cuda") == [(b"a", "RGB", "cuda"), (b"b", "RGB", "cuda")]
+    gpu_decoder._library.cache_clear()
+    try:
+        assert gpu_decoder.decode([b"a", b"b"], "cpu") == [(b"a", "RGB", "cpu"), (b"b", "RGB", "cpu")]
+    finally:
+        gpu_decoder._library.cache_clear()
 
 
 def test_a_gpu_decodes_by_default_what_it_can(tmp_path):
     backbone = replace(find_backbone("efficientnet_lite0", "cpu"), device="cuda")
     chosen = choose_runtime(backbone, "auto", 10_000, None, tmp_path)
-    assert (chosen.gpu_decodes, chosen.reads_by_processes, chosen.batch_size) == (True, False, 512)
+    assert chosen.gpu_decodes is None  # it will find out
+    chosen.gpu_decodes = True
+    assert chosen.batch_size == 512
     chosen.gpu_decodes = False
     assert (chosen.reads_by_processes, chosen.batch_size) == (True, 128)
+    assert not choose_runtime(backbone, "auto", 1000, None, tmp_path).reads_by_processes
     dlib = replace(find_backbone("dlib", "cpu"), device="cuda")
-    assert not choose_runtime(dlib, "auto", 10_000, None, tmp_path).gpu_decodes
+    assert choose_runtime(dlib, "auto", 10_000, None, tmp_path).gpu_decodes is False
     apple = replace(backbone, device="mps")
-    assert not choose_runtime(apple, "auto", 10_000, None, tmp_path).gpu_decodes
+    assert choose_runtime(apple, "auto", 10_000, None, tmp_path).gpu_decodes is False
 
 
 def test_a_decoded_jpeg_is_the_photograph():

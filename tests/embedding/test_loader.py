@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from get_images import ImageFile, find_images
+from retrieval.backbones.face_crop import FaceCrop
 from retrieval.backbones.transform import ModelInput, Transform
 from retrieval.embedding.loader import PIPE_BYTES, read_batches
 
@@ -73,6 +74,16 @@ def test_reading_leaves_the_networks_threads_alone(tmp_path):
     before = torch.get_num_threads()
     list(read_batches(find_images(tmp_path), Corner(), batch_size=5))
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.slow
+def test_dlibs_processes_need_no_torch_for_large_batches(tmp_path):
+    Image.new("RGB", (60, 60), "green").save(tmp_path / "a.png")
+    files = [ImageFile(str(number), tmp_path / "a.png") for number in range(64)]
+    crop = FaceCrop("dlib", 150, 1 / 3, 0.08)
+    assert len(files) * 3 * crop.size**2 > PIPE_BYTES
+    (batch,) = read_batches(files, crop, batch_size=64, processes=True)
+    assert batch.faces == [False] * 64
 
 
 @pytest.mark.parametrize("size", [4, 1024])  # the second: through shared memory
