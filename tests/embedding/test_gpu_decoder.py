@@ -15,6 +15,7 @@ import retrieval.embedding.embed as embedding
 from get_images import find_images
 from retrieval.backbones.backbone import Backbone, LazyBackbone, find_backbone, place
 from retrieval.backbones.face_crop import FaceCrop
+from retrieval.backbones.mtcnn import cut_faces, find_faces
 from retrieval.backbones.transform import Transform
 from retrieval.embedding import gpu_decoder
 from retrieval.embedding.cache import Cache
@@ -220,3 +221,66 @@ def test_a_decoded_jpeg_is_the_photograph():
     PHOTO.save(file, "JPEG", quality=95)
     (pixels,) = gpu_decoder.decode([file.getvalue()], "cpu")
     assert np.array_equal(photo_of(pixels), np.asarray(Image.open(file)))
+
+
+# ---- on a GPU -------------------------------------------------------------------------------------
+
+ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@ON_A_GPU
+def test_decoding_ahead_touches_nothing_that_the_network_still_reads(tmp_path):
+    """Batches of mixed shapes through a slow network, beside the same with a wait after every step."""
+    from torchvision.models import resnet50
+
+    for number in range(240):
+        side = 200 + 40 * (number % 7)
+        PHOTO.resize((side, 240)).rotate(number).save(tmp_path / f"{number:03d}.jpg", quality=90)
+    files, transform = find_images(tmp_path), Transform(224, "bilinear")
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(*[torch.nn.Conv2d(3, 3, 7, padding=3) for _ in range(40)], resnet50())
+    backbone = place(Backbone(network, 0, transform, (0.5,) * 3, (0.5,) * 3, "slow", "cuda"))
+    lazy = LazyBackbone("slow", transform, "cuda", b"", lambda: backbone)
+    runtime = choose_runtime(lazy, "torch", len(files), 24, None)
+    runtime.settle(files)
+    assert runtime.gpu_decodes
+    found = embed(files, runtime).vectors
+    expected = []
+    for start in range(0, len(files), 24):
+        batch = Reader(transform, leave_jpegs=True).read_group(files[start : start + 24])
+        torch.cuda.synchronize()
+        assert gpu_decoder.decode_on_gpu(batch, transform, "cuda") == 24
+        torch.cuda.synchronize()
+        features = runtime.embed(batch.pixels)
+        expected.append(features / np.linalg.norm(features, axis=1, keepdims=True))
+    assert np.array_equal(found, np.concatenate(expected))
+
+
+@ON_A_GPU
+def test_a_gpu_finds_the_faces_of_the_cpu():
+    photos = [face_photograph("hopper"), face_photograph("collins")]
+    here, there = find_faces(photos, 0.08), find_faces([photo.cuda() for photo in photos], 0.08)
+    for boxes, others in zip(here, there, strict=True):
+        assert np.abs(boxes - others).max() < 0.01
+    first = np.array([boxes[0] for boxes in here])
+    cuts = [cut_faces([photo.to(device) for photo in photos], first, 160, 0.1) for device in ("cpu", "cuda")]
+    assert (cuts[0].int() - cuts[1].cpu().int()).abs().max() <= 1
+
+
+@ON_A_GPU
+@pytest.mark.parametrize("kind", ["CMYK", "cut", "empty"])
+def test_what_nvjpeg_refuses_is_decoded_by_the_cpu(photographs, kind):
+    if kind == "CMYK":
+        PHOTO.convert("CMYK").save(photographs[2].path)
+    elif kind == "cut":
+        photographs[2].path.write_bytes(photographs[2].path.read_bytes()[:-2])
+    else:  # its scan ends at once
+        content = photographs[2].path.read_bytes()
+        photographs[2].path.write_bytes(content[: content.index(b"\xff\xda")] + b"\xff\xd9")
+    transform = Transform(32, "bicubic")
+    by_gpu = Reader(transform, leave_jpegs=True).read_group(photographs)
+    by_cpu = Reader(transform).read_group(photographs)
+    gpu_decoder.decode_on_gpu(by_gpu, transform, "cuda")
+    assert set(by_cpu.names) <= set(by_gpu.names)
+    kept = [row for row, name in enumerate(by_gpu.names) if name in by_cpu.names]
+    assert np.abs(by_gpu.pixels.cpu().numpy()[kept].astype(int) - by_cpu.pixels).mean() < 2
