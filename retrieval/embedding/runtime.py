@@ -163,8 +163,8 @@ class Runtime:
     def embed(self, pixels: Any) -> np.ndarray:
         """Map uint8 RGB (images, 3, size, size) to float32 (images, dimension), not yet of unit length.
 
-        Needs `settle` first. An image gets the same vector, to the last bit, in every batch. Raises RunError
-        if a single image does not fit into a GPU's memory.
+        Needs `settle` first. An image gets the same vector, to the last bit, in every batch, unless batches
+        had to be halved. Raises RunError if a single image does not fit into a GPU's memory.
         """
         return self._start(pixels)()
 
