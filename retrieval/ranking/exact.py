@@ -126,9 +126,12 @@ def _search(
             products = library.multiply(some, vectors)
             products[:, library.put(zeros[-1])] = -np.inf
             near = _candidates(products, cosines[part, -1], k, vectors.shape[1], library.xp)
-            owners, columns = library.xp.where(near)  # the query and the image of each candidate
+            pairs = library.xp.where(near.reshape(-1))[0]  # flat: numpy takes a tenth of the time
+            owners = pairs // len(vectors)  # the query of each candidate
+            columns = pairs - owners * len(vectors)
             found = library.cosines(some, owners, vectors, columns)
-            _update(rows[part], cosines[part], near.sum(1), owners, start + columns, found, library)
+            counts = library.xp.bincount(owners, minlength=len(some))
+            _update(rows[part], cosines[part], counts, owners, start + columns, found, library)
         zeros[-1] += start
     return library.take(rows), library.take(cosines), np.concatenate(zeros)
 
