@@ -26,8 +26,8 @@ from retrieval.records import Embeddings
 
 PART = 2**14  # images processed at a time; of earlier ones only the vectors stay in memory
 AHEAD_BYTES = 2**26  # of inputs, or of JPEG files, that are read ahead
-FILES = 16  # that a reader reads at a time for a GPU that decodes
-JPEG_BYTES = 2**28  # that a GPU gets at a time, or somewhat more
+FILES = 16  # in a group that a reader reads, where the GPU decodes
+JPEG_BYTES = 2**28  # of JPEG files in a batch; its last group may exceed this
 
 log = logging.getLogger("retrieval.embedding")
 
@@ -178,7 +178,7 @@ def _run(rest: list[ImageFile], runtime: Runtime, entries: _Entries) -> Iterator
     # Where the GPU decodes, whole files are read ahead: few at a time, and they are joined later.
     group = min(FILES, runtime.batch_size) if runtime.gpu_decodes else runtime.batch_size
     ahead = max(4, 2 * runtime.threads, AHEAD_BYTES // (_bytes_of(others, reader) * group))
-    processes = runtime.reads_by_processes and not _mostly_jpegs(others, reader)
+    processes = runtime.reads_by_processes and not _gpu_decodes_nearly_all(others, reader)
     with ExitStack() as stack:
         with runtime.timed("wait for images"):  # that is, for the readers to start
             reading = stack.enter_context(read_ahead(others, reader, group, ahead, processes))
@@ -195,7 +195,7 @@ def _bytes_of(files: list[ImageFile], reader: Reader) -> int:
     return max(1, sum(file.path.stat().st_size for file in some if file.path.is_file()) // len(some))
 
 
-def _mostly_jpegs(files: list[ImageFile], reader: Reader) -> bool:
+def _gpu_decodes_nearly_all(files: list[ImageFile], reader: Reader) -> bool:
     """Return whether the GPU decodes nearly all of the files, so that there is little to read but bytes."""
     others = sum(not named_jpeg(file) for file in files)
     return reader.leave_jpegs and others <= FEW
@@ -217,6 +217,7 @@ def _joined(batches: Iterator[Batch], size: int) -> Iterator[Batch]:
 
 
 def _run_ahead(batches: Iterator[Batch], runtime: Runtime) -> Iterator[tuple[Batch, np.ndarray]]:
+    """Yield each batch with the network's output; the network has started on later batches by then."""
     running: deque[tuple[Batch, Callable[[], np.ndarray]]] = deque()
     while True:
         with runtime.timed("wait for images"):

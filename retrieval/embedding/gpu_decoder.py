@@ -58,8 +58,8 @@ def decode(jpegs: list[bytes], device: str) -> list[Tensor]:
         warnings.simplefilter("ignore")  # of deprecation
         if device == "cpu":  # in tests
             return _library()(sources, mode="RGB", device=device)
-        # nvJPEG writes without waiting for this stream, on which a network may still use memory that is free
-        # for Python. So photographs get memory of another stream, which is kept while this one reads.
+        # nvJPEG writes without waiting for this stream, where a network may still use memory that Python has
+        # freed. So the photographs get memory of another stream, and keep it while this stream reads them.
         this, other = torch.cuda.current_stream(), _stream()
         with torch.cuda.stream(other):
             photos = _library()(sources, mode="RGB", device=device)

@@ -201,7 +201,7 @@ def read_ahead(
     pool = _reader_processes(reader.transform.module) if processes and files else _reader_threads()
     if processes:
         ahead = max(ahead, cores() + 2)  # so that none is idle
-        files = [ImageFile(file.name, file.path.absolute()) for file in files]  # their folder may be another
+        files = [ImageFile(file.name, file.path.absolute()) for file in files]  # they run elsewhere
     groups = in_groups(files, batch_size)
     coming: deque[Future[Batch]] = deque()
 

@@ -44,7 +44,7 @@ from retrieval.machine import cores, require
 
 TORCH, ONNX = "torch", "onnx"
 BREAK_EVEN = 200  # images: from there on the export saves more time than it takes, also for small networks
-DECODER = f"{gpu_decoder.VERSION}.decoder"  # a kind of file: GPU or CPU, as a run has found out
+DECODER = f"{gpu_decoder.VERSION}.decoder"  # kind of file that says what decodes JPEGs: GPU or CPU
 QUEUED = 16  # batches that wait for ONNX Runtime's threads while the cache is written
 ONNX_PACKAGES = ("onnxruntime", "onnx")
 
@@ -60,8 +60,8 @@ class Runtime:
     files: NetworkFiles
     half: str = ""  # of a GPU: its type of half precision, which it uses if that gives the same vectors
     gpu_decodes: bool | None = False  # JPEGs; None: `settle` finds out whether that gives the same vectors
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # that the caller waited
-    readers_seconds: float = 0.0  # the processors' seconds
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # of each part of a run
+    readers_seconds: float = 0.0  # of all cores together, for reading
     _start: Callable[[Any], Callable[[], np.ndarray]] | None = field(default=None, init=False)
 
     @property
@@ -124,9 +124,7 @@ class Runtime:
         if self._start:
             return
         with self.timed("load"):
-            waking = None
-            if self.half:
-                waking = wake_gpu()
+            waking = wake_gpu() if self.half else None
             pixels = check_images(self.backbone.transform.size)
             session = load_onnx(self.backbone, self.files, pixels) if self.name == ONNX else None
             if distributed.all_agree(session is not None):  # a collective, so that every process must call it
@@ -146,7 +144,7 @@ class Runtime:
         """Find out whether the GPU decodes, unless an earlier run has; keep the answer for the next runs."""
         undecided = self.gpu_decodes is None
         kept = keeps_vectors(files, backbone) if undecided else self.gpu_decodes
-        self.gpu_decodes = distributed.all_agree(kept is not False) and kept is not None
+        self.gpu_decodes = distributed.all_agree(bool(kept))
         if undecided and kept is not None:
             self.files.write(DECODER, b"GPU" if self.gpu_decodes else b"CPU")
 
@@ -211,8 +209,8 @@ def _default_batch(device: str, gpu_decodes: bool) -> int:
     """Return how many images a batch has with torch.
 
     A GPU that computes faster than Python starts its kernels needs large batches: ResNet-50 on an H100 embeds
-    7600 images a second in batches of 32, 12 000 in 128, and 12 900 in 512. Where the CPU decodes, that
-    is the limit, and smaller batches take less memory.
+    7600 images a second in batches of 32, 12 000 in 128, and 12 900 in 512. Where the CPU decodes,
+    reading is the limit, and smaller batches take less memory.
     """
     if device == "cpu":
         return 32
