@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from get_images import ImageFile
-from retrieval.backbones.backbone import Backbone, load_backbone, place
+from retrieval.backbones.backbone import Backbone, find_pretrained, load_backbone, place
 from retrieval.backbones.batch_norm_folding import fold_batch_norms
 from retrieval.backbones.fine_tuned import Mapped, Recipe, load_tuned_alone
+from retrieval.backbones.onnx_file import SUFFIX
 from retrieval.backbones.weights import is_fine_tuned, unpickle
 from retrieval.distributed import claim_devices
 from retrieval.errors import InputError
@@ -40,6 +41,7 @@ def load_start(settings: Form, files: list[ImageFile]) -> Start:
     the start. The images `files` decide the size of the inputs. Raises as load_backbone.
     """
     claim_devices()
+    _refuse_onnx(settings)
     if settings.weights and settings.weights.suffix != ".dat" and is_fine_tuned(unpickle(settings.weights)):
         given = [name for name in ("face_margin", "min_face_size") if getattr(settings, name) is not None]
         given += ["crop"] if settings.crop != "auto" else []
@@ -65,6 +67,16 @@ def load_start(settings: Form, files: list[ImageFile]) -> Start:
     log.info("loaded %s on %s; it learns from inputs of %d pixels", untuned.model_name, untuned.device,
              tuned.transform.size)  # fmt: skip
     return Start(untuned, tuned, folded)
+
+
+def _refuse_onnx(settings: Form) -> None:
+    """Raise InputError for a network in an ONNX file: ONNX Runtime computes no gradients."""
+    in_onnx = settings.weights and settings.weights.suffix == SUFFIX
+    if in_onnx or find_pretrained(settings.model).network is None:
+        raise InputError(
+            f"{settings.weights or settings.model} is a network in an ONNX file, which cannot be fine-tuned: "
+            "run it with model_not_tuned.py, or tune dlib, facenet or a network of timm"
+        )
 
 
 def _warn_of_other_split(recipe: Recipe, settings: Form) -> None:

@@ -8,4 +8,6 @@ def lay_in_hub(home, repository, **files):
     (folder / "refs" / "main").write_text("0" * 40)
     (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
     for name, write in files.items():
-        write(folder / "snapshots" / ("0" * 40) / name)
+        file = folder / "snapshots" / ("0" * 40) / name
+        file.parent.mkdir(exist_ok=True)
+        write(file)

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import get_images
 from retrieval.backbones import timm_zoo
 from retrieval.backbones.face_crop import DETECTORS, FaceCrop
+from retrieval.backbones.onnx_file import FACE_SIZE, SUFFIX, OnnxFile, choose_onnx_device, read_onnx
 from retrieval.backbones.timm_zoo import find_timm, hub_config
 from retrieval.backbones.transform import Transform
 from retrieval.backbones.zoo import ALIASES, FACES, PRETRAINED, Pretrained, known_model_name
@@ -56,6 +57,7 @@ class Backbone:
     std: tuple[float, float, float]
     model_name: str = ""
     device: str = "cpu"
+    onnx: bool = False  # whether the network is an ONNX file, which ONNX Runtime runs
 
     def embed(self, images: Tensor) -> Tensor:
         """Map uint8 RGB (images, 3, size, size) to float32 (images, dimension), not yet of unit length."""
@@ -93,6 +95,7 @@ class LazyBackbone:
     key: bytes  # the cache key
     load: Callable[[], Backbone]
     trained: Trained | None = None  # None: not fine-tuned
+    onnx: bool = False  # whether the network is an ONNX file, which ONNX Runtime runs
 
 
 def find_backbone(
@@ -106,24 +109,29 @@ def find_backbone(
 ) -> LazyBackbone:
     """Find the pretrained backbone of a model name; download its weights if they are not on this machine.
 
-    `weights` replaces its own file. `crop` is face, none, or auto: what the network was trained for. The
-    other three replace the values of its training: the side of its input in pixels, the share of that side
-    which lies around a face's box, and the smallest face as a share of the photograph's longer side.
+    `weights` replaces its own file; an ONNX file also replaces the network, and gets the images that the
+    model name would get. `crop` is face, none, or auto: what the network was trained for. The other three
+    replace the values of its training: the side of its input in pixels, the share of that side which lies
+    around a face's box, and the smallest face as a share of the photograph's longer side.
 
     Raises InputError for an unknown model name or a device that is not there, RunError if the weights cannot
     be downloaded. `load` raises InputError for weights that do not fit, RunError if the device has no room.
     """
-    device = choose_device(device)
-    row = find_pretrained(model_name)
-    transform = _choose_transform(row, crop, image_size, face_margin, min_face_size)
+    row, asked, device = find_pretrained(model_name), device, choose_device(device)
     file = Path(weights) if weights else row.weights.fetch()
+    onnx = _read_onnx(file, model_name, row, image_size)
+    if onnx:
+        device = choose_onnx_device(device, asked)
+        image_size = onnx.size or image_size
+    transform = _choose_transform(row, crop, image_size, face_margin, min_face_size)
 
     def load() -> Backbone:
-        return place(Backbone(row.network(file), 0, transform, row.mean, row.std, model_name, device))
+        network = _onnx_network(onnx, row) if onnx else row.network(file)
+        return place(Backbone(network, 0, transform, row.mean, row.std, model_name, device, bool(onnx)))
 
     others = model_name, network_version(model_name), row.mean, row.std, hub_config(model_name), device
-    key = cache_key(transform, file, *others)
-    return LazyBackbone(model_name, transform, device, key, load)
+    key = cache_key(transform, [file, *(onnx.beside if onnx else ())], *others)
+    return LazyBackbone(model_name, transform, device, key, load, onnx=bool(onnx))
 
 
 def load_backbone(
@@ -139,16 +147,42 @@ def load_backbone(
     return find_backbone(model_name, device, weights, crop, image_size, face_margin, min_face_size).load()
 
 
-def cache_key(transform: Transform | FaceCrop, file: Path | None = None, *others: object) -> bytes:
+def _read_onnx(file: Path, model_name: str, row: Pretrained, image_size: int | None) -> OnnxFile | None:
+    """Read an ONNX file, None for another one. Raises InputError unless it suits the settings."""
+    if file.suffix != SUFFIX:
+        if row.network is None:
+            raise InputError(f"--weights {file}: {model_name} is a network in an ONNX file, named {SUFFIX}")
+        return None
+    onnx = read_onnx(file)
+    if image_size and onnx.size not in (image_size, None):
+        raise InputError(
+            f"{file} takes images of {onnx.size} pixels only: leave --image_size {image_size} out"
+        )
+    if row.network:
+        log.info("%s replaces the network of %s, and gets its images as %s would", file, *2 * [model_name])
+    if onnx.size == FACE_SIZE and row.good_for != FACES:
+        log.warning("%s takes %d pixels, as face networks do: --model_type arcface (adaface, sface) aligns "
+                    "faces for it", file, FACE_SIZE)  # fmt: skip
+    return onnx
+
+
+def _onnx_network(onnx: OnnxFile, row: Pretrained) -> nn.Module:
+    require("onnxruntime", "onnxruntime")
+    from retrieval.backbones.onnx_network import OnnxNetwork
+
+    return OnnxNetwork(onnx, row.bgr)
+
+
+def cache_key(transform: Transform | FaceCrop, files: Sequence[Path] = (), *others: object) -> bytes:
     """Return the digest of everything that changes a vector, or a crop.
 
-    The key contains the transform, a file of weights, `others`, the versions of the installed packages, and a
-    version number of each part of this project that the backbone uses. Raise the number when you change the
-    output of such a part; no other edit of the code invalidates the cache.
+    The key contains the transform, the files of weights, `others`, the versions of the installed packages,
+    and a version number of each part of this project that the backbone uses. Raise the number when you change
+    the output of such a part; no other edit of the code invalidates the cache.
     """
     versions = {"image decoding": get_images.VERSION} | transform.versions
     digest = hashlib.sha256(repr((transform, others, versions, package_versions())).encode())
-    if file:
+    for file in files:
         with open(file, "rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.digest()
@@ -224,6 +258,8 @@ def _shape_of_one_vector(backbone: Backbone) -> tuple[int, ...]:
     try:
         with torch.inference_mode():
             vectors = backbone.embed(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+    except InputError:  # which an ONNX file raises
+        raise
     except (RuntimeError, AssertionError, ValueError) as error:
         if isinstance(error, RuntimeError) and out_of_memory(error):
             raise

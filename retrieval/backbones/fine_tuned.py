@@ -180,7 +180,9 @@ def find_fine_tuned(file: Path, device: str = "auto") -> LazyBackbone:
         return place(Backbone(network, 0, transform, recipe.mean, recipe.std, name, device))
 
     versions = network_version(recipe.word), VERSION, recipe.folded and batch_norm_folding.VERSION
-    return LazyBackbone(name, transform, device, cache_key(transform, file, versions, device), load, trained)
+    return LazyBackbone(
+        name, transform, device, cache_key(transform, [file], versions, device), load, trained
+    )
 
 
 def load_fine_tuned(file: Path, device: str = "auto") -> Backbone:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator
 
@@ -29,7 +29,8 @@ Three = tuple[float, float, float]
 class Pretrained:
     """A pretrained network: a row of the table."""
 
-    network: Callable[[Path | None], nn.Module]  # a file of weights → the network without its classifier
+    # A file of weights → the network without its classifier; None: the file is ONNX, and holds the network.
+    network: Callable[[Path | None], nn.Module] | None
     weights: InPackage | Download | OnHub
     dimension: int | None  # of the embedding; None: known when the network is loaded
     millions: float | None  # parameters without the classifier
@@ -40,6 +41,7 @@ class Pretrained:
     good_for: str
     face: FaceCrop | None = None  # used instead of the transform, unless --crop none
     version: int = 1  # part of the cache key: raise it when the same weights give other vectors
+    bgr: bool = False  # the colour order that an ONNX file takes, if not RGB
 
 
 # ---- EfficientNet-Lite ----------------------------------------------------------------------------
@@ -163,6 +165,9 @@ def _same(value: float) -> Three:
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TORCHVISION = "https://download.pytorch.org/models"
 FACENET = "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9"
+ADAFACE = "https://github.com/yakhyo/adaface-onnx/releases/download/weights"
+ADAFACE_DIGEST = "f2eb07d03de0af560a82e1214df799fec5e09375d43521e2868f9dc387e5a43e"
+RESEARCH_ONLY = "research only"
 SCENES = "scenes and objects"
 FACES = "faces"
 
@@ -202,6 +207,18 @@ def _dlib_row() -> Pretrained:
     return Pretrained(_dlib, weights, 128, 5.6, transform, mean, std, "public domain", good_for, crop)
 
 
+def _onnx_face_row(
+    weights: Download | OnHub, dimension: int, millions: float, licence: str, **others: Any
+) -> Pretrained:
+    """Return the row of a network for faces that are aligned to 112 pixels."""
+    crop = FaceCrop("mtcnn", 112, margin=0, min_face_size=0.08)
+    mean, std = others.pop("mean", 0.5), others.pop("std", 0.5)  # (pixel - 127.5) / 127.5
+    transform = Transform(112, "bilinear")
+    return Pretrained(
+        None, weights, dimension, millions, transform, _same(mean), _same(std), licence, FACES, crop, **others
+    )
+
+
 PRETRAINED = {
     "efficientnet_lite0": _lite_row(0, 224, 3.4, "57934424"),
     "efficientnet_lite1": _lite_row(1, 240, 4.1, "77cc7160"),
@@ -224,6 +241,38 @@ PRETRAINED = {
     "facenet": _facenet_row("20180402-114759-vggface2.pt", "VGGFace2"),
     "facenet:casia-webface": _facenet_row("20180408-102900-casia-webface.pt", "CASIA-WebFace"),
     "dlib": _dlib_row(),
+    # InsightFace (Deng et al. 2019): ResNet-50 and MobileFaceNet, trained on WebFace600K with ArcFace's loss.
+    "arcface": _onnx_face_row(
+        OnHub("immich-app/buffalo_l", ("recognition/model.onnx",)), 512, 43.6, RESEARCH_ONLY
+    ),
+    "arcface:small": _onnx_face_row(
+        OnHub("immich-app/buffalo_s", ("recognition/model.onnx",)), 512, 3.4, RESEARCH_ONLY
+    ),
+    # AdaFace (Kim et al. 2022): ResNet-101, trained on WebFace12M, with the colours of OpenCV.
+    "adaface": _onnx_face_row(
+        Download(f"{ADAFACE}/adaface_ir_101.onnx", torch_checkpoints, sha256=ADAFACE_DIGEST),
+        512,
+        65.2,
+        "MIT; WebFace's terms: research only",
+        bgr=True,
+    ),
+    # LVFace (You et al. 2025): a vision transformer, trained on Glint360K.
+    "lvface": _onnx_face_row(
+        OnHub("Mowshon/lvface-weights", ("LVFace-B_Glint360K.onnx",)),
+        512,
+        113.9,
+        "MIT; its card: research only",
+    ),
+    # SFace (Zhong et al. 2021), of OpenCV's zoo: pixels from 0 to 255. cv2.FaceRecognizerSF takes BGR and
+    # swaps the colours (face_recognize.cpp), so that the network sees RGB.
+    "sface": _onnx_face_row(
+        OnHub("opencv/face_recognition_sface", ("face_recognition_sface_2021dec.onnx",)),
+        128,
+        9.7,
+        "Apache-2.0",
+        mean=0.0,
+        std=1 / 255,
+    ),
 }
 ALIASES = {"resnet50:IMAGENET1K_V2": "resnet50", "facenet:vggface2": "facenet"}
 

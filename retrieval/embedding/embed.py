@@ -96,7 +96,7 @@ def _lazy(backbone: Backbone | LazyBackbone, folder: Path | None) -> LazyBackbon
         )
     name = backbone.model_name or type(backbone.network).__name__
     named = replace(backbone, model_name=name)
-    return LazyBackbone(name, backbone.transform, backbone.device, b"", lambda: place(named))
+    return LazyBackbone(name, backbone.transform, backbone.device, b"", lambda: place(named), onnx=named.onnx)
 
 
 def embed_with_notes(

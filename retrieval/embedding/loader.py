@@ -256,7 +256,7 @@ def read_batches(
 
 
 def _reader_threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(cores(), initializer=_start_thread)
+    return ThreadPoolExecutor(cores(), initializer=use_one_thread)
 
 
 def _should_be_shared(pixels: np.ndarray) -> bool:
@@ -268,10 +268,11 @@ def _should_be_shared(pixels: np.ndarray) -> bool:
     return SHARED_MEMORY.is_dir() and shutil.disk_usage(SHARED_MEMORY).free > BATCHES * pixels.nbytes
 
 
-def _start_thread() -> None:
+def use_one_thread() -> None:
+    """Let torch use one core in this thread, since others like it run in parallel."""
     import torch  # here, or its seconds count as the first image's
 
-    torch.set_num_threads(1)  # of this thread: the readers run in parallel, and the network has its own
+    torch.set_num_threads(1)
 
 
 @functools.cache

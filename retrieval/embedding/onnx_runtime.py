@@ -10,8 +10,10 @@ import logging
 import os
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,17 +37,21 @@ LEAST_COSINE = 0.9999  # between a vector by ONNX Runtime and the network's own
 log = logging.getLogger("retrieval.runtime")
 
 
-def load_onnx(lazy: LazyBackbone, files: NetworkFiles, pixels: np.ndarray) -> Any | None:
-    """Return the onnxruntime.InferenceSession of a network, from the file of an earlier run or a new export.
+def load_onnx(
+    lazy: LazyBackbone, files: NetworkFiles, pixels: np.ndarray
+) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Return a function that embeds uint8 (images, 3, size, size) by ONNX Runtime.
 
-    A new export is kept if its vectors of the images `pixels` agree with those of torch. If the export or
-    this check fails, warns, keeps the reason for the next runs, and returns None. Raises as the backbone's
-    `load`.
+    It runs the backbone's own ONNX file, or the export of an earlier run, or a new export. A new export is
+    kept if its vectors of the images `pixels` agree with those of torch. If the export or this check fails,
+    warns, keeps the reason for the next runs, and returns None. Raises as the backbone's `load`.
     """
+    if lazy.onnx:
+        return partial(embed_plainly, lazy.load())
     kept = files.read(EXPORTED)
     if kept:
         try:
-            return open_exported(kept)
+            return partial(run_onnx, open_exported(kept))
         except Exception as error:  # ONNX Runtime's errors have no common class
             log.warning("%s is broken (%s): the network is exported again",
                         files.path(EXPORTED), _first_line(error))  # fmt: skip
@@ -64,7 +70,7 @@ def load_onnx(lazy: LazyBackbone, files: NetworkFiles, pixels: np.ndarray) -> An
             files.write(REFUSED, _first_line(error).encode())
         return None
     files.write(EXPORTED, exported)
-    return session
+    return partial(run_onnx, session)
 
 
 def run_onnx(session: Any, images: np.ndarray) -> np.ndarray:

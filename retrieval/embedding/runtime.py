@@ -22,14 +22,13 @@ from retrieval import distributed
 from retrieval.backbones.backbone import Backbone, LazyBackbone, cache_key
 from retrieval.embedding import gpu_decoder, onnx_runtime, torch_runtime
 from retrieval.embedding.gpu_decoder import can_decode, decode_on_gpu, keeps_vectors
-from retrieval.embedding.loader import FEW, Batch
+from retrieval.embedding.loader import FEW, Batch, use_one_thread
 from retrieval.embedding.onnx_runtime import (
     EXPORTED,
     ONNX_BATCH,
     NetworkFiles,
     is_refused,
     load_onnx,
-    run_onnx,
 )
 from retrieval.embedding.torch_runtime import (
     FULL,
@@ -73,7 +72,7 @@ class Runtime:
     @property
     def crops_key(self) -> bytes:
         """Return the cache key of the crops, if the transform detects faces."""
-        return cache_key(self.backbone.transform, None, *filter(None, [self._decoder]))
+        return cache_key(self.backbone.transform, (), *filter(None, [self._decoder]))
 
     @property
     def _decoder(self) -> str:
@@ -87,14 +86,19 @@ class Runtime:
     @property
     def batch_size(self) -> int:
         """Return how many images a batch has."""
-        if self.name == ONNX:
+        if self.runs_several:
             return ONNX_BATCH
         return min(self.torch_batch or _default_batch(self.backbone.device, self.gpu_decodes), self.images)
 
     @property
+    def runs_several(self) -> bool:
+        """Return whether several batches run at once, each by one core."""
+        return self.name == ONNX and self.backbone.device == "cpu"
+
+    @property
     def threads(self) -> int:
         """Return how many batches may run at once."""
-        return cores() if self.name == ONNX else 1
+        return cores() if self.runs_several else 1
 
     @property
     def reads_by_processes(self) -> bool:
@@ -105,7 +109,7 @@ class Runtime:
     @property
     def queued(self) -> int:
         """Return how many batches may wait for the network, or run, while the cache is written."""
-        return max(QUEUED, 2 * self.threads) if self.name == ONNX else 1
+        return max(QUEUED, 2 * self.threads) if self.runs_several else 1
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -126,13 +130,14 @@ class Runtime:
         with self.timed("load"):
             waking = wake_gpu() if self.half else None
             pixels = check_images(self.backbone.transform.size)
-            session = load_onnx(self.backbone, self.files, pixels) if self.name == ONNX else None
-            if distributed.all_agree(session is not None):  # a collective, so that every process must call it
-                pool = ThreadPoolExecutor(self.threads)
-                self._start = lambda pixels: pool.submit(run_onnx, session, pixels).result
+            run = load_onnx(self.backbone, self.files, pixels) if self.runs_several else None
+            if distributed.all_agree(run is not None):  # a collective, so that every process must call it
+                with_torch = use_one_thread if self.backbone.onnx else None
+                pool = ThreadPoolExecutor(self.threads, initializer=with_torch)
+                self._start = lambda pixels: pool.submit(run, pixels).result
                 return
-            self.name = TORCH
             backbone = self.backbone.load()
+            self.name = ONNX if backbone.onnx else TORCH
             self._choose_decoder(files, backbone)
             precision = fastest_precision(backbone, pixels) if self.half else FULL
             backbone = with_precision(backbone, min(distributed.all_gather(precision)))
@@ -189,7 +194,13 @@ def choose_runtime(
     network is not kept. Raises InputError if ONNX Runtime is asked for and cannot be used.
     """
     files = NetworkFiles(folder, backbone.key)
-    if engine == ONNX:
+    if backbone.onnx:
+        if engine == TORCH:
+            raise InputError(
+                f"{backbone.model_name} is an ONNX file, which torch cannot run: leave out --engine"
+            )
+        engine = ONNX
+    elif engine == ONNX:
         for package in ONNX_PACKAGES:
             require(package, package)
         if backbone.device != "cpu":
@@ -198,7 +209,7 @@ def choose_runtime(
         engine = ONNX if _is_worth_it(backbone, images, files) else TORCH
     if engine == ONNX and is_refused(backbone, files):
         engine = TORCH
-    half = f"{half_type()} weights" if backbone.device == "cuda" else ""
+    half = f"{half_type()} weights" if backbone.device == "cuda" and not backbone.onnx else ""
     decodes = None if backbone.device == "cuda" and can_decode(backbone.transform) else False
     if decodes is None and (decoder := files.read(DECODER)):
         decodes = decoder == b"GPU"

@@ -2,13 +2,15 @@
 
 import json
 
+import pytest
 import torch
 from conftest import begun, settings_of
 from hub import lay_in_hub
 
 from retrieval.backbones.fine_tuned import load_fine_tuned, read_fine_tuned
+from retrieval.errors import InputError
 from supcon import training
-from supcon.start import size_for
+from supcon.start import load_start, size_for
 
 
 def test_small_images_are_learned_from_in_small_squares(backbone, tiny, tmp_path):
@@ -40,6 +42,16 @@ def test_the_study_s_networks_take_the_same_path(tiny, tmp_path):
     recipe, _, _ = read_fine_tuned(settings.save_dir / "fine_tuned_model.pth")
     assert recipe.mean == (0.485, 0.456, 0.406)
     assert load_fine_tuned(settings.save_dir / "fine_tuned_model.pth", "cpu").dimension == 2048
+
+
+def test_a_network_in_an_onnx_file_cannot_be_tuned(tiny, tmp_path):
+    file = tmp_path / "w.onnx"
+    for given in ({"model": "arcface"}, {"model": "resnet50", "weights": file}):
+        file.write_bytes(b"")
+        with pytest.raises(
+            InputError, match=r"(arcface|w\.onnx) is a network in an ONNX file.*cannot be fine"
+        ):
+            load_start(settings_of(tiny, tmp_path, **given), [])
 
 
 def test_a_network_of_the_hub_is_rebuilt_without_the_hub(tiny, tmp_path, monkeypatch):

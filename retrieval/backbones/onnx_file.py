@@ -1,0 +1,98 @@
+"""A network's ONNX file in; the input that it takes, and the device that can run it, out. Needs no torch."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from retrieval.errors import InputError
+from retrieval.machine import require
+
+SUFFIX = ".onnx"
+FACE_SIZE = 112  # pixels: the input of nearly all networks for aligned faces, and of hardly any other
+HOW_TO_USE_A_GPU = (
+    "`pip uninstall onnxruntime` and `pip install onnxruntime-gpu` make it run on an NVIDIA GPU"
+)
+
+log = logging.getLogger("retrieval.backbones")
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """A network's ONNX file and its input, float32 or float16 RGB or BGR (images, 3, size, size)."""
+
+    path: Path
+    images: int | str | None  # that it takes at once; any number, if it is the dimension's name or None
+    size: int | None  # pixels; None: any
+    beside: tuple[Path, ...]  # files in the same folder that hold tensors of the network
+
+
+def read_onnx(path: Path) -> OnnxFile:
+    """Read the input of an ONNX file. Raises InputError if it is no network of square colour images."""
+    require("onnx", "onnx")
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except DecodeError:
+        raise InputError(f"{path} is not an ONNX file, or only a part of one") from None
+    tensors = {tensor.name for tensor in graph.initializer}  # old files list them as inputs, too
+    inputs = [each for each in graph.input if each.name not in tensors]
+    shape = [_side(side) for side in inputs[0].type.tensor_type.shape.dim] if len(inputs) == 1 else []
+    fixed = {side for side in shape[2:] if isinstance(side, int)}
+    if len(shape) != 4 or shape[1] not in (3, None) or len(fixed) > 1:
+        found = ", ".join(f"{each.name} {_shown(each)}" for each in inputs)
+        raise InputError(
+            f"{path} takes {found or 'nothing'}: a network for embeddings takes square colour images, "
+            "(n, 3, size, size)"
+        )
+    return OnnxFile(path, shape[0], next(iter(fixed), None), _files_beside(path, graph))
+
+
+def _side(dimension: Any) -> int | str | None:
+    """Return a dimension's number, its name, or None."""
+    return dimension.dim_value or dimension.dim_param or None
+
+
+def _shown(tensor: Any) -> str:
+    return "(" + ", ".join(str(_side(each) or "?") for each in tensor.type.tensor_type.shape.dim) + ")"
+
+
+def _files_beside(path: Path, graph: Any) -> tuple[Path, ...]:
+    """Return the files that hold tensors. Raises InputError for one that lies elsewhere, or is missing."""
+    locations = {
+        entry.value
+        for tensor in graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    for name in sorted(locations):
+        if Path(name).name != name:
+            raise InputError(f"{path} wants to read {name}: its tensors are read only from beside it")
+        if not path.with_name(name).is_file():
+            raise InputError(f"{path} lacks {name}, which holds its tensors: put it beside that file")
+    return tuple(path.with_name(name) for name in sorted(locations))
+
+
+def choose_onnx_device(device: str, asked: str) -> str:
+    """Return `device` if the installed ONNX Runtime can use it, else cpu.
+
+    Raises InputError if the user has `asked` for just this device.
+    """
+    if device == "cpu":
+        return device
+    import onnxruntime
+
+    if device == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        return device
+    if asked == device:
+        raise InputError(
+            f"--device {asked}: the installed ONNX Runtime cannot use it ({HOW_TO_USE_A_GPU}); "
+            "or use --device cpu"
+        )
+    log.warning("the network runs on the CPU: the installed ONNX Runtime cannot use %s (%s)",
+                device, HOW_TO_USE_A_GPU)  # fmt: skip
+    return "cpu"
