@@ -181,7 +181,7 @@ REFUSED = {
         inputs=[helper.make_tensor_value_info("size", TensorProto.FLOAT, [1])]
     ),
     "cannot be run by ONNX Runtime": of_shape("n", 3, 112, 112, dtype=TensorProto.UINT8),
-    "maps tensor(float) to norm [4, 1]: a network for embeddings maps floats to (n, dimension)": without_embedding(),
+    "to norm [4, 1]: a network for embeddings maps floats to (n, dimension)": without_embedding(),
 }
 
 
