@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import get_images
-from retrieval.backbones import timm_zoo
+from retrieval.backbones import filling, timm_zoo
 from retrieval.backbones.face_crop import DETECTORS, FaceCrop
 from retrieval.backbones.timm_zoo import find_timm, hub_config
 from retrieval.backbones.transform import Transform
@@ -122,7 +122,7 @@ def find_backbone(
         return place(Backbone(row.network(file), 0, transform, row.mean, row.std, model_name, device))
 
     others = model_name, network_version(model_name), row.mean, row.std, hub_config(model_name), device
-    key = cache_key(transform, file, *others)
+    key = cache_key(transform, file, *others, *([filling.VERSION] if weights else []))
     return LazyBackbone(model_name, transform, device, key, load)
 
 

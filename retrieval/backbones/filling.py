@@ -21,11 +21,13 @@ from retrieval.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+VERSION = 1  # part of the cache key with --weights: raise it when other tensors of the same file are taken
+
 log = logging.getLogger("retrieval.weights")
 
 # If a file has a network twice, its authors evaluate these: the default of --checkpoint_key in DINO and iBOT,
 # that of use_ema in timm, and what main_lincls.py keeps in MoCo and MoCo v3.
-CHOSEN = {"teacher", "model_ema", "state_dict_ema", "ema", "encoder_q", "base_encoder"}
+CHOSEN = {"teacher", "model_ema", "state_dict_ema", "ema", "ema_model", "encoder_q", "base_encoder"}
 # Prefixes of a backbone's tensors, where its names are not the network's own, since timm converts them.
 BEFORE = ("module.", "model.", "net.", "backbone.", "encoder.", "encoder_q.", "teacher.", "student.")
 # Modules that wrap another one at any depth: torch.compile, FSDP, activation checkpointing.
@@ -48,7 +50,7 @@ def load_weights(network: nn.Module, file: Path, title: str, rename: Callable[[s
     wanted, holders = network.state_dict(), _read_holders(file)
     place, known = _find_place(holders, wanted, rename)
     _log_left_out(holders, place, file)
-    title = f"{title} under {_shown(place)}" if any(place) else title
+    title += _under(place)
     given = without_heads(_renamed(_at(holders, place), rename, file), wanted, file)
     if not known:
         raise does_not_fit(file, title, [_first_of_each(given, wanted)])
@@ -58,17 +60,18 @@ def load_weights(network: nn.Module, file: Path, title: str, rename: Callable[[s
     fill(network, given, file, title)
 
 
-def read_checkpoint(file: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def read_checkpoint(file: Path, wanted: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """Read the tensors of a checkpoint that may need conversion to a network's names; heads are included.
 
     `wanted` are the network's tensors, which tell its place in the file. If no place has half of them, the
-    names are returned without the prefixes of BEFORE that they share. Executes nothing in the file. Raises
-    InputError for a file without tensors, and for a checkpoint of fine_tuning.py.
+    names are returned without the prefixes of BEFORE that they share. Also returns the end of a sentence that
+    names the place, such as " under state_dict". Raises InputError for a file without tensors, and for a
+    checkpoint of fine_tuning.py.
     """
     holders = _read_holders(file)
     place, _ = _find_place(holders, wanted)
     _log_left_out(holders, place, file)
-    return _at(holders, place)
+    return _at(holders, place), _under(place)
 
 
 def fill(network: nn.Module, given: Mapping[str, Tensor], file: Path, title: str) -> None:
@@ -99,9 +102,7 @@ def without_heads(given: dict[str, Tensor], wanted: Iterable[str], file: Path) -
     if len(on_it) == len(given):
         raise InputError(f"{file} holds only a classifier ({heads}): give the weights of its backbone")
     if on_it:
-        log.info(
-            "left out of %s: %s, a classifier or projection, which a retrieval does not need", file, heads
-        )
+        log.info("left out of %s: %s, which a retrieval does not need", file, heads)
     return {name: tensor for name, tensor in given.items() if name not in on_it}
 
 
@@ -212,8 +213,9 @@ def _at(holders: Holders, place: Place) -> dict[str, Tensor]:
     return {n.removeprefix(prefix): t for n, t in holders[holder].items() if n.startswith(prefix)}
 
 
-def _shown(place: Place) -> str:
-    return ".".join(part for part in place if part).rstrip(".")
+def _under(place: Place) -> str:
+    keys = ".".join(part for part in place if part).rstrip(".")
+    return f" under {keys}" if keys else ""
 
 
 def _log_left_out(holders: Holders, place: Place, file: Path) -> None:
@@ -226,7 +228,7 @@ def _log_left_out(holders: Holders, place: Place, file: Path) -> None:
     others = [*dict.fromkeys(outside), *(other for other in holders if other != holder)]
     if any(place):
         left_out = f"; left out: {', '.join(others[:8])}" if others else ""
-        log.info("the weights in %s are those under %s%s", file, _shown(place), left_out)
+        log.info("the weights in %s are those%s%s", file, _under(place), left_out)
 
 
 def _renamed(state: dict[str, Tensor], rename: Callable[[str], str], file: Path) -> dict[str, Tensor]:

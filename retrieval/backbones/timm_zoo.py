@@ -120,19 +120,20 @@ def _timm_network(name: str, architecture: str, config: dict[str, Any], file: Pa
     """
     ends_in_embedding = bool(ENDS_IN_EMBEDDING.search(name))
     build = partial(_build, architecture)
-    state = read_checkpoint(file, _without_weights(architecture)) if file else None
+    state, under = read_checkpoint(file, _without_weights(architecture)) if file else (None, "")
+    title = f"timm:{name}{under}"
     try:
-        network = _built(build, state, file, f"timm:{name}")
+        network = _built(build, state, file, title)
     except InputError:
         if ends_in_embedding:
             raise
         build = partial(build, num_classes=0, label_offset=0)
         state = _without_classifier(state, architecture, config, file)
-        network = _built(build, state, file, f"timm:{name}")
+        network = _built(build, state, file, title)
     if not ends_in_embedding:
         network.reset_classifier(0)
     if state and (missing := _missing(network, build, state)):
-        raise does_not_fit(file, f"timm:{name}", [f"{tensor} is missing" for tensor in missing])
+        raise does_not_fit(file, title, [f"{tensor} is missing" for tensor in missing])
     return network
 
 

@@ -17,16 +17,16 @@ from retrieval.errors import InputError
 # ---- objects beside the weights -------------------------------------------------------------------
 
 
-class Ignored:
+class UnreadObject:
     """Stand for an object beside the weights: it takes any arguments and any state, and keeps none."""
 
-    def __new__(cls, *_: Any) -> Ignored:
+    def __new__(cls, *_: Any) -> UnreadObject:
         return object.__new__(cls)
 
     def __setstate__(self, state: Any) -> None: ...
 
 
-class IgnoredDict:
+class UnreadDict:
     """Stand for a kind of dict: it makes a plain one, since the unpickler adds items to no other."""
 
     def __new__(cls, *_: Any) -> OrderedDict[Any, Any]:
@@ -35,7 +35,7 @@ class IgnoredDict:
 
 # The names, as a pickle has them, of what training scripts save beside the weights. None is ever imported.
 _PATHS = ("PurePath", "PurePosixPath", "PureWindowsPath", "Path", "PosixPath", "WindowsPath")
-IGNORED = {
+OBJECTS = {
     **{f"numpy.{core}.multiarray": ("scalar", "_reconstruct") for core in ("core", "_core")},  # numpy 1 and 2
     "numpy": ("dtype", "ndarray"),
     "pathlib": _PATHS,
@@ -44,9 +44,14 @@ IGNORED = {
     "types": ("SimpleNamespace",),
     "datetime": ("datetime", "date", "time", "timedelta", "timezone"),
     "torch.torch_version": ("TorchVersion",),
+    "omegaconf.dictconfig": ("DictConfig",),
+    "omegaconf.listconfig": ("ListConfig",),
+    "omegaconf.base": ("ContainerMetadata", "Metadata"),
+    "omegaconf.nodes": ("AnyNode",),
+    "typing": ("Any",),
     "builtins": ("bool", "int", "float", "str", "list", "tuple", "dict", "frozenset", "range", "slice"),
 }
-IGNORED_DICTS = {
+DICTS = {
     "collections": ("defaultdict",),
     "easydict": ("EasyDict",),
     "yacs.config": ("CfgNode",),
@@ -55,7 +60,7 @@ IGNORED_DICTS = {
 }
 STAND_INS = [
     (stand_in, f"{module}.{name}")
-    for stand_in, modules in ((Ignored, IGNORED), (IgnoredDict, IGNORED_DICTS))
+    for stand_in, modules in ((UnreadObject, OBJECTS), (UnreadDict, DICTS))
     for module, names in modules.items()
     for name in names
 ]
@@ -66,8 +71,8 @@ STAND_INS = [
 def unpickle(file: Path) -> Any:
     """Read a file of torch.save or safetensors, whatever its name, without executing code in it.
 
-    The objects of IGNORED are replaced by stand-ins. Raises InputError if the file holds any other object, or
-    is of another kind.
+    The objects of OBJECTS and DICTS are replaced by stand-ins. Raises InputError if the file holds any other
+    object, or is of another kind.
     """
     import torch
 

@@ -187,6 +187,14 @@ def test_a_refused_file_names_the_place_and_the_first_key_that_does_not_fit(tmp_
         load_weights(small_resnet(), file, "Toy")
 
 
+def test_a_file_that_timm_refuses_names_the_place_and_the_key(tmp_path):
+    state = timm.create_model("test_vit", num_classes=0).state_dict()
+    first = next(iter(state))
+    torch.save({"teacher": before("backbone.", state | {first: torch.ones(2, 2)})}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=rf"test_vit\S* under teacher\.backbone: .*{first}"):
+        load_backbone("timm:test_vit.r160_in1k", "cpu", weights=tmp_path / "w.pth")
+
+
 def test_what_is_taken_and_what_is_left_out_is_logged(tmp_path, trained, caplog):
     for layout, said in {
         "DINO": "are those under teacher.backbone; left out: head, student, dino_loss",
@@ -216,4 +224,6 @@ def test_a_file_of_open_clip_keeps_its_names_for_timm_to_convert(tmp_path, prefi
     state = tower | {"visual.head.proj.weight": ONE, "logit_scale": ONE, "transformer.resblocks.0.x": ONE}
     torch.save({"state_dict": before(prefix, state), "epoch": 1}, tmp_path / "w.pth")
     wanted = timm.create_model("test_vit", num_classes=0).state_dict()
-    assert set(read_checkpoint(tmp_path / "w.pth", wanted)) == set(state)
+    given, under = read_checkpoint(tmp_path / "w.pth", wanted)
+    assert set(given) == set(state)
+    assert under == " under state_dict" + f".{prefix}".rstrip(".")

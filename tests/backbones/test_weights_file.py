@@ -174,15 +174,15 @@ STAND_IN_CALLS = {  # known names with other arguments and states than their own
 @pytest.mark.parametrize("attack", STAND_IN_CALLS)
 def test_a_known_name_with_hostile_arguments_makes_an_inert_stand_in(tmp_path, attack):
     beside = unpickle(saved(tmp_path, STAND_IN_CALLS[attack]))["beside"]
-    assert type(beside).__name__ in ("Ignored", "OrderedDict")
+    assert type(beside).__name__ in ("UnreadObject", "OrderedDict")
     assert not vars(beside)
 
 
 def test_no_stand_in_is_known_to_torch_afterwards(tmp_path):
-    before = torch.serialization.get_safe_globals()
+    before = set(torch.serialization.get_safe_globals())
     torch.save(STATE, tmp_path / "w.pth")
     unpickle(tmp_path / "w.pth")
-    assert torch.serialization.get_safe_globals() == before
+    assert set(torch.serialization.get_safe_globals()) == before
 
 
 # ---- other kinds of files
