@@ -242,6 +242,6 @@ def _first_of_each(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) ->
     """Describe two networks that have little in common by the first tensor of each."""
     (name, tensor), (needed, like) = next(iter(given.items())), next(iter(wanted.items()))
     return (
-        f"most of the names are others, the first is {name} {tuple(tensor.shape)} "
-        f"instead of {needed} {tuple(like.shape)}"
+        f"most of its names are not the network's: the first is {name} {tuple(tensor.shape)}, "
+        f"and the network's first is {needed} {tuple(like.shape)}"
     )

@@ -7,6 +7,7 @@ lie beside the weights are not built either, but replaced by a stand-in that doe
 from __future__ import annotations
 
 import re
+import warnings
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -85,8 +86,11 @@ def unpickle(file: Path) -> Any:
         except SafetensorError:
             raise InputError(f"{file} is only a part of a safetensors file: download it again") from None
     try:
-        # Opened here, since torch goes by the ending of a path.
-        with open(file, "rb") as opened, torch.serialization.safe_globals(STAND_INS):
+        with (
+            open(file, "rb") as opened,  # since torch goes by the ending of a path
+            torch.serialization.safe_globals(STAND_INS),
+            warnings.catch_warnings(action="ignore"),  # on files that it then refuses
+        ):
             return torch.load(opened, map_location="cpu", weights_only=True)
     except OSError:
         raise

@@ -133,8 +133,11 @@ SGD.step()
         ({"model": FC}, "holds only a classifier"),
         ({"recipe": {}, "network": {}}, "run `python model_fine_tuned.py --weights .*weights.pth`"),
         ({"epoch": 3, "best": 0.5}, "holds no weights, but epoch: int, best: float: save the network's"),
-        ({"conv1.weight": ONE, "best": 0.5}, r"most .* the first is conv1.weight \(1,\) instead of conv1"),
-        ({"teacher": {"backbone.a": ONE}}, r"Toy under teacher\.backbone: .* the first is a \(1,\) instead"),
+        (
+            {"conv1.weight": ONE, "best": 0.5},
+            r"most .* the first is conv1.weight \(1,\), and the network's first",
+        ),
+        ({"teacher": {"backbone.a": ONE}}, r"Toy under teacher\.backbone: .* the first is a \(1,\), and"),
         ({}, "holds no weights, but nothing"),
         ([1, 2], "holds no weights, but a list"),
         (SGD.state_dict(), "holds no weights, but the state of an optimiser"),
