@@ -88,7 +88,7 @@ def lite0() -> Callable:
     """timm's network with the weights of the package, and with its classifier."""
     import timm
 
-    from retrieval.backbones.weights import load_weights
+    from retrieval.backbones.filling import load_weights
     from retrieval.backbones.zoo import PRETRAINED, lite_name_in_timm
 
     network = timm.create_model("tf_efficientnet_lite0")

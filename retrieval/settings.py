@@ -218,7 +218,7 @@ class BackboneSettings(Form):
     weights: File | None = None
     """file of weights to load instead of the network's own
 
-    It is a state dict, safetensors, or a checkpoint of SupContrast, lightly or Lightning.
+    It is a state dict, safetensors, or a checkpoint of DINO, MoCo, SupContrast, lightly or Lightning.
     """
     image_size: Side | None = None
     """side of the network's square input in pixels (default: the network's own)"""

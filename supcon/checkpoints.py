@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from retrieval.backbones.weights import unpickle
+from retrieval.backbones.weights_file import unpickle
 from retrieval.distributed import rank
 from retrieval.errors import InputError, RunError
 from retrieval.files import lock

@@ -16,7 +16,7 @@ from retrieval.backbones.backbone import Backbone, find_pretrained, load_backbon
 from retrieval.backbones.batch_norm_folding import fold_batch_norms
 from retrieval.backbones.fine_tuned import Mapped, Recipe, load_tuned_alone
 from retrieval.backbones.onnx_file import SUFFIX
-from retrieval.backbones.weights import is_fine_tuned, unpickle
+from retrieval.backbones.weights_file import is_fine_tuned, unpickle
 from retrieval.distributed import claim_devices
 from retrieval.errors import InputError
 from retrieval.settings import Form

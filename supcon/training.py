@@ -27,7 +27,7 @@ from retrieval.backbones.fine_tuned import (
     write_fine_tuned,
 )
 from retrieval.backbones.timm_zoo import hub_config
-from retrieval.backbones.weights import unpickle
+from retrieval.backbones.weights_file import unpickle
 from retrieval.distributed import all_agree, from_rank_0, progress_bar, rank, rank_zero_only
 from retrieval.errors import RunError
 from retrieval.files import as_json, write_whole

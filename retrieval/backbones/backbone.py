@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import get_images
-from retrieval.backbones import timm_zoo
+from retrieval.backbones import filling, timm_zoo
 from retrieval.backbones.face_crop import DETECTORS, FaceCrop
 from retrieval.backbones.onnx_file import FACE_SIZE, SUFFIX, OnnxFile, choose_onnx_device, read_onnx
 from retrieval.backbones.timm_zoo import find_timm, hub_config
@@ -129,7 +129,8 @@ def find_backbone(
         network = _onnx_network(onnx, row) if onnx else row.network(file)
         return place(Backbone(network, 0, transform, row.mean, row.std, model_name, device, bool(onnx)))
 
-    others = model_name, network_version(model_name), row.mean, row.std, hub_config(model_name), device
+    versions = network_version(model_name), filling.VERSION
+    others = model_name, versions, row.mean, row.std, hub_config(model_name), device
     key = cache_key(transform, [file, *(onnx.beside if onnx else ())], *others)
     return LazyBackbone(model_name, transform, device, key, load, onnx=bool(onnx))
 

@@ -29,9 +29,10 @@ from retrieval.backbones.backbone import (
 )
 from retrieval.backbones.batch_norm_folding import fold_batch_norms
 from retrieval.backbones.face_crop import FaceCrop
+from retrieval.backbones.filling import fill
 from retrieval.backbones.timm_zoo import network_of_hub_config
 from retrieval.backbones.transform import Transform
-from retrieval.backbones.weights import fill, is_fine_tuned, unpickle
+from retrieval.backbones.weights_file import is_fine_tuned, unpickle
 from retrieval.errors import InputError
 from retrieval.files import write_whole
 

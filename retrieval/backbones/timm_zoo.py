@@ -9,8 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrieval.backbones.filling import does_not_fit, read_checkpoint, without_heads
 from retrieval.backbones.transform import Transform
-from retrieval.backbones.weights import Download, OnHub, does_not_fit, read_checkpoint, without_heads
+from retrieval.backbones.weights import Download, OnHub
 from retrieval.backbones.zoo import FACES, Pretrained, torch_checkpoints
 from retrieval.errors import InputError, did_you_mean
 
@@ -118,19 +119,21 @@ def _timm_network(name: str, architecture: str, config: dict[str, Any], file: Pa
     Raises InputError unless the file fills every tensor of the embedding.
     """
     ends_in_embedding = bool(ENDS_IN_EMBEDDING.search(name))
-    build, state = partial(_build, architecture), read_checkpoint(file) if file else None
+    build = partial(_build, architecture)
+    state, under = read_checkpoint(file, _without_weights(architecture)) if file else (None, "")
+    title = f"timm:{name}{under}"
     try:
-        network = _built(build, state, file, f"timm:{name}")
+        network = _built(build, state, file, title)
     except InputError:
         if ends_in_embedding:
             raise
         build = partial(build, num_classes=0, label_offset=0)
         state = _without_classifier(state, architecture, config, file)
-        network = _built(build, state, file, f"timm:{name}")
+        network = _built(build, state, file, title)
     if not ends_in_embedding:
         network.reset_classifier(0)
     if state and (missing := _missing(network, build, state)):
-        raise does_not_fit(file, f"timm:{name}", [f"{tensor} is missing" for tensor in missing])
+        raise does_not_fit(file, title, [f"{tensor} is missing" for tensor in missing])
     return network
 
 
@@ -158,13 +161,20 @@ def _built(build: Build, state: dict[str, Tensor] | None, file: Path | None, tit
 def _without_classifier(
     state: dict[str, Tensor], architecture: str, config: dict[str, Any], file: Path
 ) -> dict[str, Tensor]:
-    import timm
-
-    bare = timm.create_model(architecture, pretrained=False, num_classes=0).state_dict()
+    bare = _without_weights(architecture)
     classifiers = config.get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else classifiers
     state = {n: t for n, t in state.items() if n in bare or n.rpartition(".")[0] not in classifiers}
     return without_heads(state, bare, file)
+
+
+def _without_weights(architecture: str) -> dict[str, Tensor]:
+    """Return a network's tensors by name, without its classifier. They have shapes, but no values."""
+    import timm
+    import torch
+
+    with torch.device("meta"):
+        return timm.create_model(architecture, pretrained=False, num_classes=0).state_dict()
 
 
 def _missing(network: nn.Module, build: Build, state: dict[str, Tensor]) -> list[str]:

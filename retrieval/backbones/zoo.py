@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator
 
 from retrieval.backbones.face_crop import DLIB_MODELS, FaceCrop
+from retrieval.backbones.filling import load_weights
 from retrieval.backbones.transform import Transform
-from retrieval.backbones.weights import Download, InPackage, OnHub, load_weights
+from retrieval.backbones.weights import Download, InPackage, OnHub
 from retrieval.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:

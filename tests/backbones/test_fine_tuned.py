@@ -20,7 +20,7 @@ from retrieval.backbones.fine_tuned import (
     write_fine_tuned,
 )
 from retrieval.backbones.transform import Transform
-from retrieval.backbones.weights import is_fine_tuned, unpickle
+from retrieval.backbones.weights_file import is_fine_tuned, unpickle
 from retrieval.errors import InputError
 
 

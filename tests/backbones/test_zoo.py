@@ -16,7 +16,7 @@ from torchvision.models import ResNet50_Weights, resnet50
 from torchvision.transforms.v2.functional import resize
 
 from retrieval.backbones.backbone import find_pretrained, load_backbone
-from retrieval.backbones.weights import load_weights
+from retrieval.backbones.filling import load_weights
 from retrieval.backbones.zoo import PRETRAINED, known_model_name, lite_name_in_timm
 from retrieval.errors import InputError, RunError
 

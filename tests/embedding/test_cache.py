@@ -16,6 +16,7 @@ from torch import nn
 import get_images
 from get_images import find_images
 from retrieval.backbones import backbone as backbones
+from retrieval.backbones import filling
 from retrieval.backbones.backbone import Backbone, LazyBackbone, find_backbone, load_backbone
 from retrieval.backbones.face_crop import DETECTORS
 from retrieval.backbones.transform import Transform
@@ -134,6 +135,9 @@ def test_whatever_decides_a_vector_makes_another_digest(tmp_path, monkeypatch):
              digest(image_size=120), digest(face_margin=0.5), digest(min_face_size=0.1)]  # fmt: skip
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     found.append(digest(weights=weights))
+    monkeypatch.setattr(filling, "VERSION", 99)
+    found.append(digest(weights=weights))
+    assert digest() == found[0]
     monkeypatch.setattr(backbones, "version_of", lambda package: "another")
     found.append(digest())
     monkeypatch.setattr(get_images, "VERSION", 99)

@@ -1,0 +1,176 @@
+"""A file in; its tensors and plain values out, or a sentence that says what kind of file it is instead.
+
+Nothing in a file is executed: torch's unpickler builds tensors and plain values alone. The objects that often
+lie beside the weights are not built either, but replaced by a stand-in that does nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+from retrieval.errors import InputError
+
+# ---- objects beside the weights -------------------------------------------------------------------
+
+
+class UnreadObject:
+    """Stand for an object beside the weights: it takes any arguments and any state, and keeps none."""
+
+    def __new__(cls, *_: Any) -> UnreadObject:
+        return object.__new__(cls)
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+class UnreadDict:
+    """Stand for a kind of dict: it makes a plain one, since the unpickler adds items to no other."""
+
+    def __new__(cls, *_: Any) -> OrderedDict[Any, Any]:
+        return OrderedDict()
+
+
+# The names, as a pickle has them, of what training scripts save beside the weights. None is ever imported.
+_PATHS = ("PurePath", "PurePosixPath", "PureWindowsPath", "Path", "PosixPath", "WindowsPath")
+OBJECTS = {
+    **{f"numpy.{core}.multiarray": ("scalar", "_reconstruct") for core in ("core", "_core")},  # numpy 1 and 2
+    "numpy": ("dtype", "ndarray"),
+    "pathlib": _PATHS,
+    "pathlib._local": _PATHS,  # Python 3.13
+    "argparse": ("Namespace",),
+    "types": ("SimpleNamespace",),
+    "datetime": ("datetime", "date", "time", "timedelta", "timezone"),
+    "torch.torch_version": ("TorchVersion",),
+    "omegaconf.dictconfig": ("DictConfig",),
+    "omegaconf.listconfig": ("ListConfig",),
+    "omegaconf.base": ("ContainerMetadata", "Metadata"),
+    "omegaconf.nodes": ("AnyNode",),
+    "typing": ("Any",),
+    "builtins": ("bool", "int", "float", "str", "list", "tuple", "dict", "frozenset", "range", "slice"),
+}
+DICTS = {
+    "collections": ("defaultdict",),
+    "easydict": ("EasyDict",),
+    "yacs.config": ("CfgNode",),
+    "lightning_fabric.utilities.data": ("AttributeDict",),
+    "pytorch_lightning.utilities.parsing": ("AttributeDict",),
+}
+STAND_INS = [
+    (stand_in, f"{module}.{name}")
+    for stand_in, modules in ((UnreadObject, OBJECTS), (UnreadDict, DICTS))
+    for module, names in modules.items()
+    for name in names
+]
+
+# ---- reading --------------------------------------------------------------------------------------
+
+
+def unpickle(file: Path) -> Any:
+    """Read a file of torch.save or safetensors, whatever its name, without executing code in it.
+
+    The objects of OBJECTS and DICTS are replaced by stand-ins. Raises InputError if the file holds any other
+    object, or is of another kind.
+    """
+    import torch
+
+    if _is_safetensors(file):
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(file)
+        except SafetensorError:
+            raise InputError(f"{file} is only a part of a safetensors file: download it again") from None
+    try:
+        with (
+            open(file, "rb") as opened,  # since torch goes by the ending of a path
+            torch.serialization.safe_globals(STAND_INS),
+            warnings.catch_warnings(action="ignore"),  # on files that it then refuses
+        ):
+            return torch.load(opened, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # the unpickler raises anything on a file that is no checkpoint
+        refused = re.search(r"(?:GLOBAL|global) (\S+)", str(error))
+        if refused:
+            raise InputError(
+                f"{file} holds a Python object ({refused[1]}), which is not loaded, since that could run any "
+                "code: save the network's state_dict() alone"
+            ) from None
+        what = kind_of(file) or "is not a file of weights, or only a part of one"
+        raise InputError(f"{file} {what}") from None
+
+
+def is_fine_tuned(content: Any) -> bool:
+    """Return whether a file's content is a checkpoint of fine_tuning.py: a recipe and a network."""
+    return isinstance(content, dict) and {"recipe", "network"} <= set(content)
+
+
+def _is_safetensors(file: Path) -> bool:
+    """Tell by the first bytes: the length of the header in 8 bytes, at most 100 MB, then the header's {."""
+    with open(file, "rb") as opened:
+        start = opened.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= 100_000_000
+
+
+# ---- what else a file may be ----------------------------------------------------------------------
+
+UNPACK = "is an archive, not a file of weights: unpack it, and give the file in it"
+KERAS = "is a file of Keras or TensorFlow, which is not loaded: convert it to a state dict of torch"
+NUMPY = "is a NumPy file, which is not loaded: save its arrays as a state dict of torch"
+UNREADABLE = (
+    "cannot be read by torch.load(FILE, weights_only=True): save the network's state_dict() alone, "
+    "without pickle_protocol"
+)
+PART = "is only a part of a file of torch.save: download it again"
+ONNX = "looks like an ONNX network: give it a name that ends in .onnx"
+SIGNATURES = {  # the first bytes of a file, as a pattern → what the file is
+    rb"version https://git-lfs": "is only a pointer of Git LFS: run `git lfs pull` in its repository",
+    rb"(?i)\s*<(!doctype )?html": "is a web page, such as a login or an error: download the weights again",
+    rb"\x89HDF\r\n|.{4}TFL3|\x08\x01\x12": KERAS,  # HDF5, TensorFlow Lite, SavedModel
+    rb"\x08[\x03-\x1f][\x12\x3a]": ONNX,  # the format's version, then its producer or the graph
+    rb"\x93NUMPY": NUMPY,
+    rb"\x1f\x8b|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ|.{257}ustar": UNPACK,
+    rb"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19": PART,  # torch.save before torch 1.6
+    rb"\x80[\x02-\x05]": "is a pickle that torch.save did not write: save the state_dict() by torch.save",
+    rb"\s*[{\[]": "is a JSON file, not one of weights",
+}
+
+
+def kind_of(file: Path) -> str:
+    """Return the end of a sentence: the kind of a file that cannot be read, "" if it is unknown."""
+    with open(file, "rb") as opened:
+        start = opened.read(512)
+    if not start:
+        return "is empty"
+    if start.startswith(b"PK"):
+        return _kind_of_zip(file)
+    for pattern, kind in SIGNATURES.items():
+        if re.match(pattern, start, re.DOTALL):
+            return kind
+    return "is a text file, not one of weights" if _is_text(start) else ""
+
+
+def _kind_of_zip(file: Path) -> str:
+    """Return what a zip file is that cannot be read; a file of torch.save is a zip file, too."""
+    try:
+        with zipfile.ZipFile(file) as opened:
+            names = opened.namelist()
+    except zipfile.BadZipFile:
+        return PART
+    ends = {Path(name).name for name in names}
+    if "constants.pkl" in ends:
+        return "is a TorchScript archive: save torch.jit.load(FILE).state_dict() by torch.save, and give that"
+    if "model.weights.h5" in ends:
+        return KERAS
+    if any(name.endswith(".npy") for name in ends):
+        return NUMPY
+    return UNREADABLE if "data.pkl" in ends else UNPACK
+
+
+def _is_text(start: bytes) -> bool:
+    return start.decode("utf-8", "ignore").replace("\n", "").replace("\r", "").replace("\t", "").isprintable()
