@@ -167,7 +167,6 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TORCHVISION = "https://download.pytorch.org/models"
 FACENET = "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9"
 ADAFACE = "https://github.com/yakhyo/adaface-onnx/releases/download/weights"
-ADAFACE_DIGEST = "f2eb07d03de0af560a82e1214df799fec5e09375d43521e2868f9dc387e5a43e"
 RESEARCH_ONLY = "research only"
 SCENES = "scenes and objects"
 FACES = "faces"
@@ -244,14 +243,17 @@ PRETRAINED = {
     "dlib": _dlib_row(),
     # InsightFace (Deng et al. 2019): ResNet-50 and MobileFaceNet, trained on WebFace600K with ArcFace's loss.
     "arcface": _onnx_face_row(
-        OnHub("immich-app/buffalo_l", ("recognition/model.onnx",)), 512, 43.6, RESEARCH_ONLY
+        OnHub("immich-app/buffalo_l", ("recognition/model.onnx",), sha256="4c06341c33c2ca1f"),
+        512,
+        43.6,
+        RESEARCH_ONLY,
     ),
     "arcface:small": _onnx_face_row(
         OnHub("immich-app/buffalo_s", ("recognition/model.onnx",)), 512, 3.4, RESEARCH_ONLY
     ),
     # AdaFace (Kim et al. 2022): ResNet-101, trained on WebFace12M, with the colours of OpenCV.
     "adaface": _onnx_face_row(
-        Download(f"{ADAFACE}/adaface_ir_101.onnx", torch_checkpoints, sha256=ADAFACE_DIGEST),
+        Download(f"{ADAFACE}/adaface_ir_101.onnx", torch_checkpoints, sha256="f2eb07d03de0af56"),
         512,
         65.2,
         "MIT; WebFace's terms: research only",
@@ -259,7 +261,7 @@ PRETRAINED = {
     ),
     # LVFace (You et al. 2025): a vision transformer, trained on Glint360K.
     "lvface": _onnx_face_row(
-        OnHub("Mowshon/lvface-weights", ("LVFace-B_Glint360K.onnx",)),
+        OnHub("Mowshon/lvface-weights", ("LVFace-B_Glint360K.onnx",), sha256="9d834ed8e927fd35"),
         512,
         113.9,
         "MIT; its card: research only",
@@ -267,7 +269,11 @@ PRETRAINED = {
     # SFace (Zhong et al. 2021), of OpenCV's zoo: pixels from 0 to 255. cv2.FaceRecognizerSF takes BGR and
     # swaps the colours (face_recognize.cpp), so that the network sees RGB.
     "sface": _onnx_face_row(
-        OnHub("opencv/face_recognition_sface", ("face_recognition_sface_2021dec.onnx",)),
+        OnHub(
+            "opencv/face_recognition_sface",
+            ("face_recognition_sface_2021dec.onnx",),
+            sha256="0ba9fbfa01b5270c",
+        ),
         128,
         9.7,
         "Apache-2.0",
