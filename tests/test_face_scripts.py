@@ -85,7 +85,8 @@ def test_a_face_crop_before_any_network(people):
         (("--save_crops", "tuned.pth"), "--save_crops tuned.pth is not a folder but a file"),
         (("--weights", "query"), "--weights is 'query': it is a folder; give the file"),
         (("--image_size", "20"), "dlib does not take images of 20 pixels"),
-        (("--crop", "faces"), "--crop is 'faces': it should be 'auto', 'none' or 'face'"),
+        (("--crop", "faces"), "--crop is 'faces': it should be 'auto', 'none', 'face', 'align' or 'loose'"),
+        (("--detector", "retina"), "--detector is 'retina': it should be 'auto', 'mtcnn', 'dlib', 'scrfd'"),
     ],
 )
 def test_wrong_input_is_a_sentence(people, flags, sentence):

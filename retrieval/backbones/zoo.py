@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator
 
-from retrieval.backbones.face_crop import DLIB_MODELS, FaceCrop
+from retrieval.backbones.detectors import DLIB_MODELS
+from retrieval.backbones.face_crop import FaceCrop
 from retrieval.backbones.transform import Transform
 from retrieval.backbones.weights import Download, InPackage, OnHub, load_weights
 from retrieval.errors import InputError, did_you_mean
