@@ -21,7 +21,7 @@ from retrieval.backbones import timm_zoo
 from retrieval.backbones.face_crop import FaceCrop
 from retrieval.backbones.timm_zoo import find_timm, hub_config
 from retrieval.backbones.transform import Transform
-from retrieval.backbones.zoo import ALIASES, FACES, PRETRAINED, Pretrained, known_model_name
+from retrieval.backbones.zoo import ALIASES, PRETRAINED, Pretrained, known_model_name
 from retrieval.errors import InputError, RunError
 from retrieval.machine import keep_freed_memory, out_of_memory, version_of
 
@@ -217,7 +217,7 @@ def _choose_transform(
     size, own = size or row.transform.size, row.face
     method = crop if crop != "auto" else own.method if own else "none"
     if method == "none":
-        if row.good_for == FACES:
+        if own:
             log.warning("this is a face network, but --crop none lets it see whole images")
         if margin is not None or min_face_size is not None or detector != "auto":
             log.warning("no face is cut out: --face_margin, --min_face_size and --detector change nothing")

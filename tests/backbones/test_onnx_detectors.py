@@ -3,11 +3,9 @@
 import math
 
 import numpy as np
-import onnx
 import pytest
-from hub import lay_in_hub
+from hub import CELLS, POINTS, lay_detector, lay_in_hub, scrfds
 from huggingface_hub import constants
-from onnx import TensorProto, helper, numpy_helper
 from photographs import face_photograph, photo_of
 
 from retrieval.backbones import onnx_detectors
@@ -20,8 +18,6 @@ from retrieval.backbones.onnx_detectors import SCRFD, YUNET, decode_scrfd, decod
 from retrieval.errors import InputError, RunError
 
 PHOTO = photo_of(face_photograph("hopper"))[:500, :400]
-CELLS = {stride: (640 // stride) ** 2 for stride in (8, 16, 32)}
-POINTS = [-1.0, -1, 1, -1, 0, 0.5, -0.8, 1.2, 0.8, 1.2]  # around a cell's corner, in strides
 
 
 @pytest.fixture
@@ -32,39 +28,6 @@ def home(tmp_path, monkeypatch):
     onnx_detectors._session.cache_clear()
     yield tmp_path
     onnx_detectors._session.cache_clear()
-
-
-def lay(home, file, outputs, shape):
-    """Lay an ONNX file that gives these outputs, by name, for whatever it sees where `file` is looked for."""
-    nodes = [
-        helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.float32(values)))
-        for name, values in outputs.items()
-    ]
-    seen = helper.make_tensor_value_info("input.1", TensorProto.FLOAT, shape)
-    gives = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, list(np.shape(values)))
-        for name, values in outputs.items()
-    ]
-    graph = helper.make_graph(nodes, "planted", [seen], gives)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-
-    def write(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        onnx.save(model, path)
-
-    lay_in_hub(home, file.repository, **{file.names[0]: write})
-
-
-def scrfds(*faces, batch=()):
-    """SCRFD's nine outputs with faces of (stride, row, column, anchor, score, four sides)."""
-    outputs = {}
-    for kind, width in (("score", 1), ("bbox", 4), ("kps", 10)):
-        outputs |= {f"{kind}_{s}": np.zeros((*batch, 2 * CELLS[s], width), np.float32) for s in CELLS}
-    for stride, row, column, anchor, score, sides in faces:
-        at = 2 * (row * (640 // stride) + column) + anchor
-        for kind, values in (("score", [score]), ("bbox", sides), ("kps", POINTS)):
-            outputs[f"{kind}_{stride}"].reshape(2 * CELLS[stride], -1)[at] = values
-    return outputs
 
 
 def yunets(*faces, sides=(640, 640)):
@@ -93,7 +56,7 @@ def test_scrfd_finds_what_was_planted(home, name, shape, batch):
         (8, 70, 70, 0, 0.49, [9, 9, 9, 9]),  # no face
         batch=batch,
     )
-    lay(home, DETECTORS[name].file, planted, shape)
+    lay_detector(home, DETECTORS[name].file, planted, shape)
     faces = DETECTORS[name].find(PHOTO, 0.08)  # 500 pixels high, enlarged to 640: by 1.28
     assert faces.shape == (2, 14)
     centre = np.array([18 * 16, 15 * 16])
@@ -112,7 +75,7 @@ def test_yunet_finds_what_was_planted(home, shape, sides):
         (8, 3, 3, (0.9, 0.8), [0, 0, 1, 1]),  # no face
         sides=sides,
     )
-    lay(home, YUNET, planted, shape)
+    lay_detector(home, YUNET, planted, shape)
     (face,) = DETECTORS["yunet"].find(PHOTO, 0.08)
     assert np.allclose(face[:4], [5.5 * 32 - 64, 6.25 * 32 - 80, 5.5 * 32 + 64, 6.25 * 32 + 80], atol=1e-3)
     assert np.allclose(face[4:], np.tile([160, 192], 5) + 32 * np.array(POINTS), atol=1e-3)
@@ -263,7 +226,7 @@ def test_the_digest_of_the_file_is_part_of_the_keys(home):
         lazy = find_backbone("dlib", "cpu", crop="align", detector="scrfd")
         return lazy.key, lazy.transform.versions
 
-    lay(home, SCRFD, scrfds(), FIXED)
+    lay_detector(home, SCRFD, scrfds(), FIXED)
     (before, versions), again = keys(), keys()
     assert again == (before, versions)
     file = SCRFD.find()
@@ -274,7 +237,7 @@ def test_the_digest_of_the_file_is_part_of_the_keys(home):
 
 @pytest.mark.parametrize("method", ["face", "align", "loose"])
 def test_each_method_cuts_what_they_find(home, method):
-    lay(home, SCRFD, scrfds((32, 10, 11, 0, 0.9, [3, 3, 3, 3])), FIXED)
+    lay_detector(home, SCRFD, scrfds((32, 10, 11, 0, 0.9, [3, 3, 3, 3])), FIXED)
     seen = FaceCrop("scrfd", 112, 0.2, 0.08, method)(PHOTO)
     assert seen.face is True
     centre = np.array([11, 10]) * 25.0  # strides of 32 / 1.28 pixels
