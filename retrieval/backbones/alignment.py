@@ -59,10 +59,17 @@ def align(photo: np.ndarray, to_photo: np.ndarray, size: int) -> np.ndarray:
     Each pixel is interpolated between four of the photograph, as by cv2.warpAffine. A face much larger than
     the crop is not smoothed, since InsightFace's crops are not.
     """
-    height, width = photo.shape[:2]
+    # Only the pixels that the crop sees: copying all of a large photograph would take longer.
+    far = size - 1
+    corners = to_photo @ np.array([[0, far, 0, far], [0, 0, far, far], [1, 1, 1, 1]])
+    sides = np.array(photo.shape[1::-1])  # width, height
+    left, top = first = np.floor(corners.min(1)).astype(int).clip(0, sides - 1)
+    right, bottom = (np.floor(corners.max(1)).astype(int) + 2).clip(first + 1, sides)
     # With a black frame Pillow blends the photograph's edge into black, as cv2 does.
-    framed = Image.fromarray(photo).crop((-1, -1, width + 1, height + 1))
-    (a, b, x), (c, d, y) = to_photo.tolist()
+    frame = (-1, -1, int(right - left) + 1, int(bottom - top) + 1)
+    framed = Image.fromarray(photo[top:bottom, left:right]).crop(frame)
+    a, b, c, d = to_photo[:, :2].ravel().tolist()
+    x, y = (to_photo[:, 2] - first).tolist()
     # In Pillow the centre of the first pixel is (0.5, 0.5), in the crop as in the photograph.
     pillows = (a, b, x + 1.5 - (a + b) / 2, c, d, y + 1.5 - (c + d) / 2)
     aligned = framed.transform((size, size), Image.Transform.AFFINE, pillows, Image.Resampling.BILINEAR)
