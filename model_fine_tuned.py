@@ -38,7 +38,7 @@ class Settings(RetrievalSettings, CheckpointSettings):
     output_dir: NewFolder = Path("results")
 
     refused: ClassVar = dict.fromkeys(
-        ("model_type", "crop", "image_size", "face_margin", "min_face_size"),
+        ("model_type", "crop", "image_size", "detector", "face_margin", "min_face_size"),
         "the checkpoint of --weights knows it, and can be run in no other way",
     )
 

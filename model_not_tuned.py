@@ -46,7 +46,7 @@ def main(settings: Settings) -> None:
         images = find(run)
         backbone = find_backbone(
             settings.model_type, settings.device, settings.weights, settings.crop,
-            settings.image_size, settings.face_margin, settings.min_face_size)  # fmt: skip
+            settings.image_size, settings.face_margin, settings.min_face_size, settings.detector)  # fmt: skip
         vectors = embed_both(run, images, backbone)
         ranking = rank_both(run, vectors, backbone)
         results = save(run, images, vectors, ranking, backbone)  # all is on the disk before anything is sent

@@ -35,8 +35,8 @@ a flag means none, as in `--clip unset`.
 {retrieval}
 
 `model_fine_tuned.py` takes the checkpoint of `--weights`, by default `checkpoints/fine_tuned_model.pth`.
-It refuses `--model_type`, `--crop`, `--image_size`, `--face_margin` and `--min_face_size`, which the
-checkpoint knows.
+It refuses `--model_type`, `--crop`, `--image_size`, `--detector`, `--face_margin` and `--min_face_size`,
+which the checkpoint knows.
 
 ## `fine_tuning.py`
 

@@ -118,7 +118,8 @@ GroupName = Annotated[str, AfterValidator(_not_blank)]
 GroupToken = SecretStr  # no file and no page shows it
 Runtime = Literal["auto", "torch", "onnx"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
-Crop = Literal["auto", "none", "face"]
+Crop = Literal["auto", "none", "face", "align", "loose"]
+Detector = Literal["auto", "mtcnn", "dlib", "scrfd", "scrfd:small", "yunet"]
 Search = Literal["exact", "flat", "ivf", "hnsw"]
 Tracker = Literal["none", "tensorboard", "wandb"]
 
@@ -235,9 +236,21 @@ class FaceSettings(Form):
     """Settings of the face crop."""
 
     crop: Crop = "auto"
-    """cut the face out first: face, none, or auto, as the network was trained"""
+    """cut the face out first: face, align, loose, none, or auto, as the network was trained
+
+    `face` is the detector's own crop; `align` turns the face by five points, as networks of ArcFace's family
+    want it; `loose` keeps some background, for CLIP and others that were trained on whole photographs.
+    """
+    detector: Detector = "auto"
+    """face detector: mtcnn, dlib, scrfd, scrfd:small, yunet, or auto, the network's own, else mtcnn
+
+    SCRFD and YuNet are ONNX files of the Hugging Face hub, downloaded once. They run on the CPU.
+    """
     face_margin: Share | None = None
-    """margin around the face, as a share of the crop's side (default: the network's own)"""
+    """margin around the face, as a share of the crop's side (default: the network's own)
+
+    `--crop loose` has 0.5, and `--crop align` none.
+    """
     min_face_size: PositiveShare | None = None
     """smallest face, as a share of the photograph's longer side (default: the network's own)
 

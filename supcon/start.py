@@ -44,15 +44,16 @@ def load_start(settings: Form, files: list[ImageFile]) -> Start:
     _refuse_onnx(settings)
     if settings.weights and settings.weights.suffix != ".dat" and is_fine_tuned(unpickle(settings.weights)):
         given = [name for name in ("face_margin", "min_face_size") if getattr(settings, name) is not None]
-        given += ["crop"] if settings.crop != "auto" else []
+        given += [name for name in ("crop", "detector") if getattr(settings, name) != "auto"]
         if given:
             raise InputError(f"--{given[0]} changes nothing: the checkpoint {settings.weights} knows it")
         backbone, recipe = load_tuned_alone(settings.weights, settings.model, settings.device)
         _warn_of_other_split(recipe, settings)
         network, folded = backbone.network.cpu(), recipe.folded
     else:
-        backbone = load_backbone(settings.model, settings.device, settings.weights, settings.crop,
-                                 None, settings.face_margin, settings.min_face_size)  # fmt: skip
+        backbone = load_backbone(
+            settings.model, settings.device, settings.weights, settings.crop,
+            None, settings.face_margin, settings.min_face_size, settings.detector)  # fmt: skip
         network, folded, size = backbone.network.cpu(), True, backbone.transform.size
         example = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
         try:

@@ -10,14 +10,19 @@ import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, by_torch, run, run_here
+from hub import lay_detector, scrfds
+from huggingface_hub import constants
 from photographs import face_photograph
 from PIL import Image
 from torchvision.transforms.v2.functional import resize
 
-from get_images import find_images
+from get_images import find_images, read_image
+from retrieval.backbones.face_crop import FaceCrop
+from retrieval.backbones.onnx_detectors import SCRFD
 
 FLAGS = ("--model_type", "dlib", "--query_dir", "query", "--gallery_dir", "gallery")
 
@@ -73,6 +78,43 @@ def test_a_face_crop_before_any_network(people):
     assert "no face was found in 3 of the 6 gallery images" in ended.stderr
 
 
+@pytest.mark.parametrize("crop", ["face", "align", "loose"])
+def test_reader_processes_find_faces_by_an_onnx_file(people, crop):
+    """Each photograph has the planted face in its upper left: 300 pixels of it are 640 of the detector's."""
+    planted = scrfds((32, 8, 8, 0, 0.9, [4, 4, 4, 4]))
+    lay_detector(people, SCRFD, planted, [1, 3, 640, 640])
+    flags = (
+        "--crop",
+        crop,
+        "--detector",
+        "scrfd",
+        "--custom_dataset",
+        "--save_crops",
+        "crops",
+        "--no_report",
+    )
+    hub = {"HF_HUB_CACHE": str(people / "hub"), "HF_HUB_OFFLINE": "1"}
+    ended = run("model_not_tuned.py", *FLAGS, *flags, cwd=people, **hub)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads((people / "results" / "metrics.json").read_text())
+    assert (found["queries_without_face"], found["gallery_images_without_face"]) == (0, 0)
+    saved = np.asarray(Image.open(people / "crops" / "queries" / "hopper" / "query.jpg.png")).astype(int)
+    method = FaceCrop("scrfd", 150, {"face": 1 / 3, "align": 0.0, "loose": 0.5}[crop], 0.08, crop)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_CACHE", hub["HF_HUB_CACHE"])
+        expected = method(read_image(people / "query" / "hopper" / "query.jpg")).pixels.transpose(1, 2, 0)
+    assert np.array_equal(saved, expected)
+    assert np.std(saved) > 20
+
+
+def test_a_detector_that_is_not_here_is_a_sentence_at_the_start(people):
+    hub = {"HF_HUB_CACHE": str(people / "empty"), "HF_HUB_OFFLINE": "1"}
+    ended = run("model_not_tuned.py", *FLAGS, "--detector", "yunet", cwd=people, **hub)
+    assert ended.returncode == 1
+    assert "face_detection_yunet_2023mar.onnx could not be downloaded" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -85,7 +127,8 @@ def test_a_face_crop_before_any_network(people):
         (("--save_crops", "tuned.pth"), "--save_crops tuned.pth is not a folder but a file"),
         (("--weights", "query"), "--weights is 'query': it is a folder; give the file"),
         (("--image_size", "20"), "dlib does not take images of 20 pixels"),
-        (("--crop", "faces"), "--crop is 'faces': it should be 'auto', 'none' or 'face'"),
+        (("--crop", "faces"), "--crop is 'faces': it should be 'auto', 'none', 'face', 'align' or 'loose'"),
+        (("--detector", "retina"), "--detector is 'retina': it should be 'auto', 'mtcnn', 'dlib', 'scrfd'"),
     ],
 )
 def test_wrong_input_is_a_sentence(people, flags, sentence):

@@ -161,7 +161,7 @@ def test_wrong_input_is_a_sentence_before_anything_is_learned(trainable, flags, 
 
 
 @pytest.mark.parametrize(
-    "flag", ["--model_type", "--crop", "--image_size", "--face_margin", "--min_face_size"]
+    "flag", ["--model_type", "--crop", "--image_size", "--detector", "--face_margin", "--min_face_size"]
 )
 def test_what_the_checkpoint_knows_is_no_setting(flag, trainable):
     ended = run_here("model_fine_tuned.py", flag, "1", cwd=trainable)

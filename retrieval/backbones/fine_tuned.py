@@ -218,8 +218,12 @@ def load_tuned_alone(file: Path, model_name: str, device: str = "auto") -> tuple
 
 
 def _transform(recipe: Recipe) -> Transform | FaceCrop:
-    kind = FaceCrop if "detector" in recipe.prepare else Transform
-    return kind(**recipe.prepare)
+    """Return the transform of a recipe; fetch its face detector. Raises as FaceCrop.fetch."""
+    if "detector" not in recipe.prepare:
+        return Transform(**recipe.prepare)
+    face = FaceCrop(**recipe.prepare)
+    face.fetch()
+    return face
 
 
 def _network(recipe: Recipe, state: Mapping[str, Tensor], file: Path) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Photographs on any device in; the boxes of their faces, or the faces cut out, out: many at once, for a GPU.
+"""Photographs on any device in; their faces as boxes and points, or cut out, out: many at once, for a GPU.
 
 The detector is facenet-pytorch's MTCNN (Zhang et al., "Joint Face Detection and Alignment using Multi-task
 Cascaded Convolutional Networks", 2016): its networks, weights, thresholds and rules. Its own code loops over
@@ -27,15 +27,17 @@ CROP_PIXELS = 2**21  # of the crops in one pass of a network: at most some 1 GB 
 
 @torch.inference_mode()
 def find_faces(photos: list[Tensor], min_face_size: float) -> list[np.ndarray]:
-    """Return the boxes (faces, 4) of each photograph's faces, float32, the largest first.
+    """Return the faces (faces, 14) of each photograph, float32, the largest first.
 
     `photos` are uint8 RGB (3, height, width) of any sizes, all on one device. `min_face_size` is the smallest
-    face to look for, as a share of the longer side. A box is left, top, right, bottom in pixels of its
-    photograph. They are facenet-pytorch's up to rounding. In a resized photograph single pixels differ from
-    Pillow's by a grey level, which can move a box by about a pixel.
+    face to look for, as a share of the longer side. A face is a box, then five points, in pixels of its
+    photograph: left, top, right, bottom; x and y of the left eye, the right eye, the nose, the left and the
+    right corner of the mouth, left and right as in the image. They are facenet-pytorch's up to rounding. In a
+    resized photograph single pixels differ from Pillow's by a grey level, which can move a box by about a
+    pixel.
     """
     shapes = [_resized_shape(*photo.shape[1:], min_face_size) for photo in photos]
-    found: list[np.ndarray] = [np.empty((0, 4), np.float32)] * len(photos)
+    found: list[np.ndarray] = [np.empty((0, 14), np.float32)] * len(photos)
     by_shape = sorted(range(len(photos)), key=shapes.__getitem__)
     for shape, indices in groupby(by_shape, shapes.__getitem__):
         same, at_once = list(indices), max(1, GROUP_PIXELS // (shape[0] * shape[1]))
@@ -45,9 +47,9 @@ def find_faces(photos: list[Tensor], min_face_size: float) -> list[np.ndarray]:
             # In TF32, a GPU's default, boxes would move by up to four pixels.
             flags = {"enabled": True, "allow_tf32": False}
             with torch.backends.cudnn.flags(**flags) if small.is_cuda else nullcontext():
-                boxes_of_group = _cascade(small, smallest)
-            for i, boxes in zip(group, boxes_of_group, strict=True):
-                found[i] = boxes * np.float32(max(photos[i].shape[1:]) / max(shape))
+                faces_of_group = _cascade(small, smallest)
+            for i, faces in zip(group, faces_of_group, strict=True):
+                found[i] = faces * np.float32(max(photos[i].shape[1:]) / max(shape))
     return found
 
 
@@ -80,9 +82,9 @@ def _mtcnn(device: torch.device) -> MTCNN:
 
 
 def _cascade(photos: Tensor, smallest: int) -> list[np.ndarray]:
-    """Return the boxes (faces, 4) of each of the photos (photos, 3, height, width), the largest first."""
+    """Return the faces (faces, 14) of each of the photos (photos, 3, height, width), the largest first."""
     mtcnn, sums = _mtcnn(photos.device), _summed_areas(photos)
-    faces = [np.empty((0, 5), np.float32)] * len(photos)
+    faces = [np.empty((0, 16), np.float32)] * len(photos)
     boxes, owners = _propose(mtcnn, sums, smallest)
     if len(boxes):
         boxes, moves, scores, owners = _judge(mtcnn.rnet, 24, mtcnn.thresholds[1], sums, boxes, owners)
@@ -92,11 +94,18 @@ def _cascade(photos: Tensor, smallest: int) -> list[np.ndarray]:
         boxes, owners = rerec(bbreg(boxes[kept], moves[kept])), owners[kept]
         boxes, moves, scores, owners = _judge(mtcnn.onet, 48, mtcnn.thresholds[2], sums, boxes, owners)
     if len(boxes):
-        rows = torch.column_stack([bbreg(boxes, moves), scores, owners]).cpu().numpy()
-        faces = [rows[rows[:, 5] == photo, :5] for photo in range(len(photos))]
-        faces = [face[nms_numpy(face, face[:, 4], 0.7, "Min")] if len(face) else face for face in faces]
+        points = _points(boxes, moves[:, 4:])  # first, since bbreg moves the boxes in place
+        rows = torch.column_stack([bbreg(boxes, moves[:, :4]), points, scores, owners]).cpu().numpy()
+        faces = [rows[rows[:, 15] == photo] for photo in range(len(photos))]
+        faces = [face[nms_numpy(face, face[:, 14], 0.7, "Min")] if len(face) else face for face in faces]
     areas = [(face[:, 2:4].astype(float) - face[:, :2]).prod(1) for face in faces]
-    return [face[np.argsort(area)[::-1], :4] for face, area in zip(faces, areas, strict=True)]
+    return [face[np.argsort(area)[::-1], :14] for face, area in zip(faces, areas, strict=True)]
+
+
+def _points(boxes: Tensor, shares: Tensor) -> Tensor:
+    """Return x and y of five points (faces, 10) from ONet's five x and five y, shares of the boxes' sides."""
+    first, sides = boxes[:, None, :2], (boxes[:, 2:] - boxes[:, :2] + 1)[:, None]
+    return (sides * shares.view(-1, 2, 5).transpose(1, 2) + first - 1).flatten(1)
 
 
 def _propose(mtcnn: MTCNN, sums: Tensor, smallest: int) -> tuple[Tensor, Tensor]:
@@ -156,10 +165,13 @@ def _boxes_of_cells(
 def _judge(
     network: nn.Module, side: int, threshold: float, sums: Tensor, boxes: Tensor, owners: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the boxes that RNet or ONet accepts, how to move each one's sides, its score and its photo."""
+    """Return the boxes that RNet or ONet accepts, how to move each one's sides, its score and its photo.
+
+    With ONet, the five points (boxes, 10) follow in the columns after the moves (boxes, 4).
+    """
     chunks = zip(boxes.split(CROP_PIXELS // side**2), owners.split(CROP_PIXELS // side**2), strict=True)
     outputs = [network(_crops(sums, *chunk, side, side)) for chunk in chunks]
-    moves = torch.cat([output[0] for output in outputs])
+    moves = torch.cat([torch.cat(output[:-1], 1) for output in outputs])
     scores = torch.cat([output[-1][:, 1] for output in outputs])
     passed = (scores > threshold).nonzero()[:, 0]
     return boxes[passed], moves[passed], scores[passed], owners[passed]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from retrieval.errors import InputError
 from retrieval.machine import require
+
+if TYPE_CHECKING:
+    from retrieval.backbones.zoo import Pretrained
 
 SUFFIX = ".onnx"
 FACE_SIZE = 112  # pixels: the input of nearly all networks for aligned faces, and of hardly any other
@@ -27,6 +30,28 @@ class OnnxFile:
     images: int | str | None  # that it takes at once; any number, if it is the dimension's name or None
     size: int | None  # pixels; None: any
     beside: tuple[Path, ...]  # files in the same folder that hold tensors of the network
+
+
+def find_onnx(file: Path, model_name: str, row: Pretrained, image_size: int | None) -> OnnxFile | None:
+    """Read a network's ONNX file; None if the file is of another kind.
+
+    Raises InputError unless it suits the row of the model name and the image size, if one is given.
+    """
+    if file.suffix != SUFFIX:
+        if row.network is None:
+            raise InputError(f"--weights {file}: {model_name} is a network in an ONNX file, named {SUFFIX}")
+        return None
+    onnx = read_onnx(file)
+    if image_size and onnx.size not in (image_size, None):
+        raise InputError(
+            f"{file} takes images of {onnx.size} pixels only: leave --image_size {image_size} out"
+        )
+    if row.network:
+        log.info("%s replaces the network of %s, and gets its images as %s would", file, *2 * [model_name])
+    if onnx.size == FACE_SIZE and not row.face:
+        log.warning("%s takes %d pixels, as face networks do: --model_type arcface (adaface, sface) aligns "
+                    "faces for it", file, FACE_SIZE)  # fmt: skip
+    return onnx
 
 
 def read_onnx(path: Path) -> OnnxFile:

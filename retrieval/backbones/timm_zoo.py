@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrieval.backbones.face_crop import FaceCrop
 from retrieval.backbones.filling import does_not_fit, read_checkpoint, without_heads
 from retrieval.backbones.transform import Transform
 from retrieval.backbones.weights import Download, OnHub
@@ -108,6 +109,7 @@ def _timm_row(name: str, architecture: str, config: dict[str, Any], weights: OnH
         tuple(data["std"]),
         config.get("license") or "see its model card",
         FACES if ENDS_IN_EMBEDDING.search(name) else "what it was trained on",
+        FaceCrop("mtcnn", height, 0, 0.08, "align") if ENDS_IN_EMBEDDING.search(name) else None,
     )
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator
 
-from retrieval.backbones.face_crop import DLIB_MODELS, FaceCrop
+from retrieval.backbones.detectors import DLIB_MODELS
+from retrieval.backbones.face_crop import FaceCrop
 from retrieval.backbones.filling import load_weights
 from retrieval.backbones.transform import Transform
 from retrieval.backbones.weights import Download, InPackage, OnHub
@@ -211,7 +212,7 @@ def _onnx_face_row(
     weights: Download | OnHub, dimension: int, millions: float, licence: str, **others: Any
 ) -> Pretrained:
     """Return the row of a network for faces that are aligned to 112 pixels."""
-    crop = FaceCrop("mtcnn", 112, margin=0, min_face_size=0.08)
+    crop = FaceCrop("mtcnn", 112, margin=0, min_face_size=0.08, method="align")
     mean, std = others.pop("mean", 0.5), others.pop("std", 0.5)  # (pixel - 127.5) / 127.5
     transform = Transform(112, "bilinear")
     return Pretrained(

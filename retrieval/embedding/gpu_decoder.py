@@ -36,7 +36,7 @@ log = logging.getLogger("retrieval.runtime")
 
 
 def can_decode(transform: Transform | FaceCrop) -> bool:
-    """Return whether the transform can run on a GPU: dlib's detector cannot."""
+    """Return whether the transform can run on a GPU: of the face detectors only MTCNN can."""
     return not transform.detects_faces or transform.detector == "mtcnn"
 
 

@@ -29,6 +29,7 @@ class Settings(BaseModel):
 
     image_size: int | str | None = None
     crop: str | None = None
+    detector: str = "auto"
     face_margin: float | str | None = None
     min_face_size: float | str | None = None
     weights: str | None = None

@@ -5,7 +5,7 @@ import torch
 from conftest import run, run_here
 
 from retrieval.backbones import backbone as backbones
-from retrieval.backbones.backbone import choose_device, load_backbone
+from retrieval.backbones.backbone import choose_device, find_backbone, load_backbone
 from retrieval.backbones.face_crop import FaceCrop
 from retrieval.backbones.transform import Transform
 from retrieval.backbones.zoo import PRETRAINED
@@ -29,6 +29,45 @@ def test_size_margin_and_smallest_face_take_the_place_of_the_words_own(caplog):
     assert not caplog.records
     load_backbone("efficientnet_lite0", "cpu", face_margin=0.0)
     assert "change nothing" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("dlib", {"crop": "face"}, FaceCrop("dlib", 150, 1 / 3, 0.08)),
+        ("dlib", {"crop": "align"}, FaceCrop("dlib", 150, 0.0, 0.08, "align")),
+        ("dlib", {"detector": "mtcnn"}, FaceCrop("mtcnn", 150, 1 / 3, 0.08)),
+        ("dlib", {"crop": "align", "detector": "mtcnn"}, FaceCrop("mtcnn", 150, 0.0, 0.08, "align")),
+        ("dlib", {"crop": "loose"}, FaceCrop("dlib", 150, 0.5, 0.08, "loose")),
+        (
+            "efficientnet_lite0",
+            {"crop": "loose", "face_margin": 0.3},
+            FaceCrop("mtcnn", 224, 0.3, 0.08, "loose", "bicubic"),
+        ),
+        (
+            "efficientnet_lite0",
+            {"crop": "align", "image_size": 112, "min_face_size": 0.2},
+            FaceCrop("mtcnn", 112, 0.0, 0.2, "align"),
+        ),
+        ("efficientnet_lite0", {"crop": "face", "detector": "dlib"}, FaceCrop("dlib", 224, 0.2, 0.08)),
+    ],
+)
+def test_the_crop_and_the_detector_are_chosen_by_name(name, options, expected, caplog):
+    assert find_backbone(name, "cpu", **options).transform == expected
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("options", "warning"),
+    [
+        ({"crop": "none"}, "this is a face network, but --crop none lets it see whole images"),
+        ({"crop": "none", "detector": "mtcnn"}, "--min_face_size and --detector change nothing"),
+        ({"crop": "align", "face_margin": 0.3}, "--face_margin changes nothing"),
+    ],
+)
+def test_what_changes_nothing_is_a_warning(options, warning, caplog):
+    find_backbone("dlib", "cpu", **options)
+    assert warning in caplog.text
 
 
 def test_a_size_that_the_network_does_not_take_is_a_sentence(monkeypatch, tmp_path):

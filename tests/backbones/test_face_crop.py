@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,12 +11,14 @@ import torch
 from conftest import ROOT, by_torch
 from photographs import face_photograph, photo_of, seen_of
 from PIL import Image
-from torchvision.transforms.v2.functional import pad, resize
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import pad, resize, rotate
 
 from get_images import find_images
-from retrieval.backbones import face_crop
+from retrieval.backbones.alignment import FIVE_POINTS
 from retrieval.backbones.backbone import find_pretrained
-from retrieval.backbones.face_crop import DETECTORS, FaceCrop, centre_box, main_face
+from retrieval.backbones.detectors import DETECTORS, _dlib
+from retrieval.backbones.face_crop import FaceCrop, centre_box, main_face
 from retrieval.embedding.embed import embed
 
 CROPS = {"mtcnn": FaceCrop("mtcnn", 160, 14 / 160, 0.08), "dlib": FaceCrop("dlib", 150, 1 / 3, 0.08)}
@@ -31,7 +34,7 @@ def main_box(crop, image):
     """The chosen face's box, in shares of the photograph's sides."""
     photo = photo_of(image)
     height, width = photo.shape[:2]
-    box = main_face(DETECTORS[crop.detector].find(photo, crop.min_face_size), (height, width))
+    box = main_face(DETECTORS[crop.detector].find(photo, crop.min_face_size), (height, width))[:4]
     return np.array(box) / [width, height, width, height]
 
 
@@ -74,7 +77,7 @@ def test_facenets_input_is_its_own_standardisation():
 def test_the_chip_is_dlibs_own_pixel_by_pixel():
     import dlib
 
-    detect, landmarks = face_crop._dlib()
+    detect, landmarks = _dlib()
     photo = photo_of(hopper())
     expected = dlib.get_face_chip(photo, landmarks(photo, detect(photo)[0]), size=150, padding=0.25)
     assert np.array_equal(photo_of(seen_of(CROPS["dlib"], hopper()).pixels), expected)
@@ -115,7 +118,7 @@ def test_main_face():
 
 def test_a_face_at_the_edge_gives_a_crop(crop):
     box = main_face(DETECTORS[crop.detector].find(photo_of(hopper()), crop.min_face_size), (250, 200))
-    left, top, right, bottom = (int(side) for side in box)
+    left, top, right, bottom = (int(side) for side in box[:4])
     for image in (hopper()[:, (top + bottom) // 2 - 30 :, left + 10 :], hopper()[:, :bottom, : right - 5]):
         assert seen_of(crop, image).pixels.shape == (3, crop.size, crop.size)
 
@@ -141,6 +144,74 @@ def test_without_a_face_the_centre_goes_the_same_way_as_a_box(monkeypatch, crop)
     with_face = seen_of(crop, hopper())
     assert (without.face, with_face.face) == (False, True)
     assert torch.equal(without.pixels, with_face.pixels)
+
+
+ALIGNED = {name: FaceCrop(name, 112, 0, 0.08, "align") for name in CROPS}
+LOOSE = {name: FaceCrop(name, 224, 0.5, 0.08, "loose") for name in CROPS}
+
+
+def between_the_ears(pixels):
+    return pixels[:, 30:105, 25:87]
+
+
+@pytest.mark.parametrize("name", ["hopper", "collins"])
+def test_mtcnns_and_dlibs_points_align_a_face_alike(name):
+    photo = resize(face_photograph(name), [300], antialias=True)
+    one, other = (between_the_ears(seen_of(ALIGNED[detector], photo).pixels) for detector in CROPS)
+    assert cosine(one, other) > 0.9
+    for shift, axis in ((5, 1), (-5, 1), (5, 2), (-5, 2)):
+        assert cosine(one, other.roll(shift, axis)) < cosine(one, other)
+
+
+@pytest.mark.parametrize("detector", CROPS)
+def test_a_turned_photograph_gives_the_same_aligned_face(detector):
+    turned = rotate(hopper(), 15, InterpolationMode.BILINEAR, expand=True)
+    faces = [between_the_ears(seen_of(ALIGNED[detector], photo).pixels) for photo in (turned, hopper())]
+    assert cosine(*faces) > 0.85
+    upright = [seen_of(CROPS["mtcnn"], photo).pixels[:, 40:120, 40:120] for photo in (turned, hopper())]
+    assert cosine(*upright) < 0.8
+
+
+def test_the_eyes_of_an_aligned_face_lie_on_the_template():
+    from retrieval.backbones.mtcnn import find_faces
+
+    aligned = seen_of(replace(ALIGNED["mtcnn"], size=224), hopper()).pixels
+    (face,) = find_faces([aligned], 0.08)[0]
+    points = face[4:].reshape(5, 2)
+    assert np.abs(points - 2 * FIVE_POINTS).max() < 8  # of 224 pixels: faces differ from the template
+
+
+@pytest.mark.parametrize("detector", CROPS)
+def test_without_a_face_the_centre_is_upright(detector):
+    """Half of the shorter side is 112 pixels; a loose crop shows twice as much."""
+    noise = torch.randint(0, 256, (3, 300, 224), dtype=torch.uint8, generator=torch.manual_seed(0))
+    aligned, loose = (seen_of(crop[detector], noise) for crop in (ALIGNED, LOOSE))
+    assert (aligned.face, loose.face) == (False, False)
+    assert torch.equal(aligned.pixels, noise[:, 94:206, 56:168])
+    assert torch.equal(loose.pixels, noise[:, 38:262])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3), (19, 200), (300, 1)])
+def test_every_photograph_gives_a_crop(shape):
+    for crop in (*ALIGNED.values(), *LOOSE.values()):
+        seen = seen_of(crop, torch.full((3, *shape), 200, dtype=torch.uint8))
+        assert seen.pixels.shape == (3, crop.size, crop.size)
+        assert seen.face is False
+
+
+@pytest.mark.parametrize("method", ["face", "align", "loose"])
+def test_many_photographs_on_a_gpu_give_the_crops_of_each_alone(method):
+    crop = FaceCrop("mtcnn", 112, 0.2, 0.08, method, "bicubic")
+    photos = [hopper(), resize(face_photograph("collins"), [300], antialias=True), hopper().flip(2)]
+    photos += [hopper()[:, 40:], torch.zeros(3, 80, 60, dtype=torch.uint8)]
+    pixels, found = crop.on_gpu(photos)
+    assert found == [True] * 4 + [False]
+    for photo, one in zip(photos, pixels, strict=True):
+        assert (one.int() - seen_of(crop, photo).pixels.int()).abs().max() <= 2
+
+
+def test_old_checkpoints_have_no_method():
+    assert FaceCrop(detector="dlib", size=150, margin=0.2, min_face_size=0.08).method == "face"
 
 
 def test_dlib_needs_no_torch(tmp_path):

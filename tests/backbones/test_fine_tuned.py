@@ -96,7 +96,8 @@ def test_a_linear_map_and_a_face_crop_are_part_of_it(networks, tmp_path):
         pixels = normalised(images(64))
         torch.testing.assert_close(mapped(pixels), networks[0](pixels))  # the identity
         mapped.map.weight.copy_(torch.eye(1280).flip(0))
-    recipe = replace(RECIPE, mapped=True, prepare=asdict(FaceCrop("dlib", 64, 0.2, 0.08)))
+    old = {"detector": "dlib", "size": 64, "margin": 0.2, "min_face_size": 0.08}  # of earlier versions
+    recipe = replace(RECIPE, mapped=True, prepare=old)
     write_fine_tuned(tmp_path / "a.pth", recipe, mapped.state_dict())
     backbone = load_fine_tuned(tmp_path / "a.pth", "cpu")
     assert backbone.transform == FaceCrop("dlib", 64, 0.2, 0.08)

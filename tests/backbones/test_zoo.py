@@ -16,6 +16,7 @@ from torchvision.models import ResNet50_Weights, resnet50
 from torchvision.transforms.v2.functional import resize
 
 from retrieval.backbones.backbone import find_pretrained, load_backbone
+from retrieval.backbones.face_crop import FaceCrop
 from retrieval.backbones.filling import load_weights
 from retrieval.backbones.zoo import PRETRAINED, known_model_name, lite_name_in_timm
 from retrieval.errors import InputError, RunError
@@ -141,7 +142,7 @@ def test_facenets_addresses_are_facenet_pytorchs():
 def test_dlib_is_dlibs_own_from_photograph_to_descriptor():
     import dlib
 
-    from retrieval.backbones.face_crop import LANDMARKS
+    from retrieval.backbones.detectors import LANDMARKS
 
     photo = resize(face_photograph("hopper"), [250], antialias=True)[:, :250, :200]
     photos = [photo, photo.flip(2)]
@@ -199,7 +200,10 @@ def test_a_repository_of_the_hub_by_its_config(home, caplog, tag, dimension):
            "model.safetensors": lambda file: save_file(changed(network), file)},
     )  # fmt: skip
     backbone = load_backbone(f"timm:hf-hub:owner/resnet18.{tag}", "cpu")
-    assert ("this is a face network" in caplog.text) == (dimension == 64)
+    aligned = FaceCrop("mtcnn", 112, 0, 0.08, "align")
+    assert (backbone.transform == aligned) == (dimension == 64)
+    backbone = load_backbone(f"timm:hf-hub:owner/resnet18.{tag}", "cpu", crop="none")
+    assert ("face network, but --crop none lets it see whole images" in caplog.text) == (dimension == 64)
     assert (backbone.dimension, backbone.transform.size, backbone.mean) == (dimension, 112, (0.5, 0.5, 0.5))
     ours, pixels = embedded(backbone, CHINA, FLOWER)
     theirs = network.eval()

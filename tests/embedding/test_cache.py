@@ -18,7 +18,7 @@ from get_images import find_images
 from retrieval.backbones import backbone as backbones
 from retrieval.backbones import filling
 from retrieval.backbones.backbone import Backbone, LazyBackbone, find_backbone, load_backbone
-from retrieval.backbones.face_crop import DETECTORS
+from retrieval.backbones.detectors import DETECTORS
 from retrieval.backbones.transform import Transform
 from retrieval.backbones.zoo import PRETRAINED
 from retrieval.embedding import loader, onnx_runtime, torch_runtime
@@ -132,7 +132,8 @@ def test_whatever_decides_a_vector_makes_another_digest(tmp_path, monkeypatch):
 
     assert digest() == digest()
     found = [digest(), digest("efficientnet_lite0", "cpu"), digest(crop="none"), digest(weights=weights),
-             digest(image_size=120), digest(face_margin=0.5), digest(min_face_size=0.1)]  # fmt: skip
+             digest(image_size=120), digest(face_margin=0.5), digest(min_face_size=0.1), digest(crop="align"),
+             digest(crop="loose"), digest(detector="mtcnn")]  # fmt: skip
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     found.append(digest(weights=weights))
     monkeypatch.setattr(filling, "VERSION", 99)

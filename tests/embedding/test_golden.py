@@ -4,6 +4,7 @@ python tests/embedding/test_golden.py writes golden.json anew.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +55,8 @@ def transformed(folder):
     yield "center", some(Transform(224, "bilinear", "center", 256)(photo).pixels)
 
 
-def cropped(detector, folder):
-    crop = FaceCrop(detector, 150, 0.25, 0.08)
+def cropped(detector, method, folder):
+    crop = FaceCrop(detector, 150, 0.25, 0.08, method)
     yield "face", some(crop(photo_of(face_photograph("hopper"))).pixels)
     yield "no face", some(crop(read_image(CHINA)).pixels)
 
@@ -103,14 +104,10 @@ def joined(folder):
 PARTS = {  # the place of the version → what it makes, and how much that may differ
     "VERSION in get_images.py": (decoded, LEVELS),
     "VERSION in retrieval/backbones/transform.py": (transformed, LEVELS),
-    "the version of mtcnn in retrieval/backbones/face_crop.py": (
-        lambda folder: cropped("mtcnn", folder),
-        LEVELS,
-    ),
-    "the version of dlib in retrieval/backbones/face_crop.py": (
-        lambda folder: cropped("dlib", folder),
-        LEVELS,
-    ),
+    "the version of mtcnn in retrieval/backbones/detectors.py": (partial(cropped, "mtcnn", "face"), LEVELS),
+    "the version of dlib in retrieval/backbones/detectors.py": (partial(cropped, "dlib", "face"), LEVELS),
+    "VERSION in retrieval/backbones/alignment.py": (partial(cropped, "dlib", "align"), LEVELS),
+    "VERSION in retrieval/backbones/loose_crop.py": (partial(cropped, "dlib", "loose"), LEVELS),
     "the version of dlib in retrieval/backbones/zoo.py": (of_dlib, SHARE),
     "VERSION in retrieval/embedding/torch_runtime.py": (lambda folder: run_by("torch", folder), SHARE),
     "VERSION in retrieval/embedding/onnx_runtime.py": (lambda folder: run_by("onnx", folder), SHARE),

@@ -168,13 +168,16 @@ def test_the_cache_keeps_the_two_apart(photographs, tmp_path):
     assert np.array_equal(embed(photographs, again, cache=Cache(tmp_path / "cache")).vectors, first.vectors)
 
 
-def test_faces_are_found_and_cut_on_the_gpu(tmp_path):
+@pytest.mark.parametrize("method", ["face", "align", "loose"])
+def test_faces_are_found_and_cut_on_the_gpu(tmp_path, method):
     for number, name in enumerate(["hopper", "collins", "hopper"]):
         image = Image.fromarray(photo_of(face_photograph(name)))
         image.resize((300 + number, 300)).save(tmp_path / f"{number}.jpg", quality=95)
     Image.new("RGB", (200, 100), "green").save(tmp_path / "3.jpg")
     files = find_images(tmp_path)
-    crop = FaceCrop("mtcnn", 80, 0.1, 0.08)
+    crop = FaceCrop("mtcnn", 80, 0.1, 0.08, method)
+    assert gpu_decoder.can_decode(crop)
+    assert not gpu_decoder.can_decode(replace(crop, detector="scrfd"))
     by_gpu = runtime_of(Mean(), crop, files)
     cache = Cache(tmp_path / "cache")
     found = embed(files, by_gpu, cache=cache)
@@ -262,7 +265,7 @@ def test_a_gpu_finds_the_faces_of_the_cpu():
     here, there = find_faces(photos, 0.08), find_faces([photo.cuda() for photo in photos], 0.08)
     for boxes, others in zip(here, there, strict=True):
         assert np.abs(boxes - others).max() < 0.01
-    first = np.array([boxes[0] for boxes in here])
+    first = np.array([faces[0, :4] for faces in here])
     cuts = [cut_faces([photo.to(device) for photo in photos], first, 160, 0.1) for device in ("cpu", "cuda")]
     assert (cuts[0].int() - cuts[1].cpu().int()).abs().max() <= 1
 

@@ -110,3 +110,16 @@ def test_a_linear_map_is_learned_further_and_found_again(tiny, tmp_path):
         training.fit(run)
         training.choose(run)  # which loads the file that it wrote
         assert read_fine_tuned(second.save_dir / "fine_tuned_model.pth")[0].mapped
+
+
+def test_the_crop_and_the_detector_reach_the_checkpoint(tiny, tmp_path):
+    from retrieval.backbones.face_crop import FaceCrop
+
+    settings = settings_of(
+        tiny, tmp_path, model="efficientnet_lite0", crop="align", detector="dlib", epochs=1
+    )
+    training.fit(begun(settings))
+    file, expected = settings.save_dir / "fine_tuned_model.pth", FaceCrop("dlib", 224, 0.0, 0.08, "align")
+    recipe, _, _ = read_fine_tuned(file)
+    assert FaceCrop(**recipe.prepare).of_size(224) == expected
+    assert load_fine_tuned(file, "cpu").transform.of_size(224) == expected
