@@ -5,11 +5,15 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from facenet_pytorch import MTCNN
 from hub import lay_in_hub
 from huggingface_hub import constants
 from odd_images import write_odd_images
 from onnx import TensorProto, helper, numpy_helper
+from photographs import face_photograph, photo_of
 from PIL import Image
+from skimage.transform import SimilarityTransform, warp
+from torchvision.transforms.v2.functional import resize, rotate
 
 from get_images import find_images
 from retrieval.backbones import onnx_file
@@ -116,6 +120,45 @@ def test_a_name_prepares_images_as_its_authors(home, images, name):
     for wrong in WRONG.values():
         theirs = reference(model, files, lambda rgb, wrong=wrong: wrong(name, rgb))
         assert (ours * theirs).sum(1).min() < 0.9999
+
+
+def norm_crop(photo, points):
+    """InsightFace's norm_crop: skimage's similarity transform to the template, one bilinear warp."""
+    template = [
+        [38.2946, 51.6963],
+        [73.5318, 51.5014],
+        [56.0252, 71.7366],
+        [41.5493, 92.3655],
+        [70.7299, 92.2041],
+    ]
+    to_crop = SimilarityTransform.from_estimate(points.astype(float), np.array(template))
+    return warp(photo, to_crop.inverse, output_shape=(112, 112), order=1, preserve_range=True).astype(
+        np.float32
+    )
+
+
+@pytest.mark.parametrize("name", ["arcface", "adaface", "sface"])
+def test_a_face_is_aligned_before_it(home, name):
+    model = graph()
+    lay_down(home, name, model)
+    photos = [resize(face_photograph(who), [300], antialias=True) for who in ("hopper", "collins")]
+    photos += [rotate(photos[0], 20), photos[1].flip(2)]
+    (home / "faces").mkdir()
+    for number, photo in enumerate(photos):
+        Image.fromarray(photo_of(photo)).save(home / "faces" / f"{number}.png")
+    found = embed(home / "faces", find_backbone(name, "cpu"))
+    assert found.without_face == []
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    mtcnn = MTCNN(selection_method="center_weighted_size", min_face_size=24)  # 8 % of 300 pixels
+    for photo, ours in zip(map(photo_of, photos), found.vectors, strict=True):
+        _, _, points = mtcnn.detect(Image.fromarray(photo), landmarks=True)
+        cosines = []
+        for crop in (norm_crop(photo, points[0]), norm_crop(photo, points[0][[1, 0, 2, 4, 3]])):
+            blob = REFERENCES[name](crop).transpose(2, 0, 1)[None].astype(np.float32)
+            theirs = session.run(["embedding"], {"image": np.ascontiguousarray(blob)})[0][0]
+            cosines.append(ours @ theirs / np.linalg.norm(theirs))
+        assert cosines[0] >= 0.9999
+        assert cosines[1] < 0.99  # its twin with left and right exchanged
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, None, "n"])
