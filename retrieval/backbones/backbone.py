@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import get_images
 from retrieval.backbones import timm_zoo
 from retrieval.backbones.face_crop import DETECTORS, FaceCrop
-from retrieval.backbones.timm_zoo import find_timm, hub_config
+from retrieval.backbones.timm_names import find_timm, hub_config
+from retrieval.backbones.timm_zoo import with_input_size
 from retrieval.backbones.transform import Transform
 from retrieval.backbones.zoo import ALIASES, FACES, PRETRAINED, Pretrained, known_model_name
 from retrieval.errors import InputError, RunError
@@ -119,7 +120,8 @@ def find_backbone(
     file = Path(weights) if weights else row.weights.fetch()
 
     def load() -> Backbone:
-        return place(Backbone(row.network(file), 0, transform, row.mean, row.std, model_name, device))
+        network = with_input_size(row.network(file), transform.size)
+        return place(Backbone(network, 0, transform, row.mean, row.std, model_name, device))
 
     others = model_name, network_version(model_name), row.mean, row.std, hub_config(model_name), device
     key = cache_key(transform, file, *others)
@@ -228,7 +230,11 @@ def _shape_of_one_vector(backbone: Backbone) -> tuple[int, ...]:
         if isinstance(error, RuntimeError) and out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0]
-        raise InputError(f"{backbone.model_name} does not take images of {size} pixels ({reason})") from None
+        own = getattr(backbone.network, "pretrained_cfg", {}).get("input_size", ())[1:2]
+        hint = f"; its own size is {own[0]}" if own else ""
+        raise InputError(
+            f"{backbone.model_name} does not take images of {size} pixels ({reason}){hint}"
+        ) from None
     if not vectors.isfinite().all():
         raise InputError(
             f"{backbone.model_name} gives no numbers for a black image of {size} pixels: "

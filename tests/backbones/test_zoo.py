@@ -359,5 +359,5 @@ def test_an_unknown_word_is_a_sentence_with_the_nearest():
         find_pretrained("timm:resnt18")
     with pytest.raises(InputError, match=r"timm has no weights for resnet18\.nothing"):
         find_pretrained("timm:resnet18.nothing")
-    with pytest.raises(InputError, match="supported are square RGB images"):
+    with pytest.raises(InputError, match=r"sees 1024 × 768 pixels.*square.*such as dinov3"):
         find_pretrained("timm:vit_base_patch16_sapiens2.fb")
