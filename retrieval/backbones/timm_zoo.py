@@ -108,7 +108,7 @@ def _log_what_it_gives(name: str, config: dict[str, Any]) -> None:
         log.info("timm:%s keeps its projection, to %d dimensions; timm:%s%s gives what lies before it",
                  name, config["num_classes"], name, FEATURES)  # fmt: skip
     if "QuickGELU" in str(config.get("notes")) and "quickgelu" not in name:
-        own = f"{config['architecture']}.{config['tag']}".replace("_clip_", "_clip_quickgelu_")
+        own = f"{config['architecture']}.{config.get('tag')}".replace("_clip_", "_clip_quickgelu_")
         give = f": give timm:{own}" if own in timm.list_pretrained() else ""
         log.warning("timm:%s runs GELU, but its weights were trained with QuickGELU%s", name, give)
 

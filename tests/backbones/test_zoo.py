@@ -297,7 +297,8 @@ def test_weights_of_another_lite_are_a_sentence():
 
 
 @pytest.mark.parametrize(
-    "word", ["resnet50", "simclr", "facenet", "timm:resnet18.a1_in1k", "timm:hf-hub:a/b"]
+    "word",
+    ["resnet50", "simclr", "facenet", "clip:base", "dinov2", "timm:resnet18.a1_in1k", "timm:hf-hub:a/b"],
 )
 def test_weights_that_cannot_be_downloaded_are_never_random_ones(home, monkeypatch, word):
     def offline(*_, **__):
