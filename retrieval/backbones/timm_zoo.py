@@ -22,6 +22,7 @@ FEATURES = ":features"  # the end of a name: a contrastive model without its pro
 HUB_NAMES = ("model.safetensors", "pytorch_model.bin")
 VERSION = 2  # part of the cache key: raise it when the same weights give other vectors
 NEW_NORM = ("head.norm.", "head_norm.")
+PROJECTION_BIAS = ("head.bias", "head.fc.bias")  # CLIP's projection has none, and timm's has one of zeros
 
 # The tensors of a file → the network with these; None → a new network.
 Build = Callable[[dict[str, "Tensor"] | None], "nn.Module"]
@@ -196,8 +197,7 @@ def _missing(network: nn.Module, build: Build, state: dict[str, Tensor]) -> list
 
     places = network.state_dict()
     suspects = [name for name in places if name not in state and not name.startswith(NEW_NORM)]
-    # The projection of CLIP has no bias: timm gives it one of zeros.
-    suspects = [name for name in suspects if name != "head.bias" or places[name].any()]
+    suspects = [name for name in suspects if name not in PROJECTION_BIAS or places[name].any()]
     if not suspects:
         return []
     filled_with_nan = {
