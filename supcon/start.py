@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from retrieval.backbones.backbone import Backbone, find_pretrained, load_backbon
 from retrieval.backbones.batch_norm_folding import fold_batch_norms
 from retrieval.backbones.fine_tuned import Mapped, Recipe, load_tuned_alone
 from retrieval.backbones.onnx_file import SUFFIX
+from retrieval.backbones.timm_zoo import size_step, with_input_size
 from retrieval.backbones.weights_file import is_fine_tuned, unpickle
 from retrieval.distributed import claim_devices
 from retrieval.errors import InputError
@@ -93,24 +95,22 @@ def _warn_of_other_split(recipe: Recipe, settings: Form) -> None:
 def _to_be_tuned(untuned: Backbone, image_size: int | None, files: list[ImageFile]) -> Backbone:
     """Copy the backbone with inputs of `image_size` pixels; None: of a size that suits the images."""
     size = image_size or size_for(files, untuned)
-    backbone = replace(
-        untuned, network=copy.deepcopy(untuned.network), transform=untuned.transform.of_size(size)
-    )
     try:
-        return place(backbone)
+        network = with_input_size(copy.deepcopy(untuned.network), size)
+        return place(replace(untuned, network=network, transform=untuned.transform.of_size(size)))
     except InputError:
         if image_size:
             raise
         log.info("%s takes inputs of %d pixels only", untuned.model_name, untuned.transform.size)
-        return replace(backbone, transform=untuned.transform)
+        return replace(untuned, network=copy.deepcopy(untuned.network))
 
 
 def size_for(files: list[ImageFile], backbone: Backbone) -> int:
     """Return the side in pixels of the inputs to train on: smaller for small images, which saves time.
 
     It is about a fifth more than the median shorter side of the images, so that most keep their detail. It is
-    a multiple of 32, at least SMALLEST_SIDE and at most the network's own size. A face network keeps its own
-    size, since its face crops are enlarged to that.
+    a multiple of 32 (of a ViT's patches: for 14 pixels, of 28), at least SMALLEST_SIDE and at most the
+    network's own size. A face network keeps its own size, since its face crops are enlarged to that.
     """
     own = backbone.transform.size
     if backbone.transform.detects_faces:
@@ -118,7 +118,10 @@ def size_for(files: list[ImageFile], backbone: Backbone) -> int:
     sides = [side for side in map(_shorter_side, files[:: max(1, len(files) // 200)]) if side]
     if not sides:
         return own
-    return min(own, max(SMALLEST_SIDE, 32 * round(1.2 * float(np.median(sides)) / 32 + 0.25)))
+    patch = size_step(backbone.network)
+    step = max(1, 32 // patch) * patch
+    least = step * math.ceil(SMALLEST_SIDE / step)
+    return min(own, max(least, step * round(1.2 * float(np.median(sides)) / step + 0.25)))
 
 
 def _shorter_side(file: ImageFile) -> int:

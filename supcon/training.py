@@ -26,7 +26,7 @@ from retrieval.backbones.fine_tuned import (
     write_checkpoint,
     write_fine_tuned,
 )
-from retrieval.backbones.timm_zoo import hub_config
+from retrieval.backbones.timm_names import hub_config
 from retrieval.backbones.weights_file import unpickle
 from retrieval.distributed import all_agree, from_rank_0, progress_bar, rank, rank_zero_only
 from retrieval.errors import RunError
@@ -267,7 +267,7 @@ def choose(training: TrainingState) -> None:
              time.perf_counter() - started, chosen)  # fmt: skip
     network = best.network.state_dict()
     if chosen.embedding == MIXED:
-        network = mixed(training.untuned.network, best.network, chosen.weight).state_dict()
+        network = mixed(training.untuned, best, chosen.weight).network.state_dict()
     joined = training.untuned.network.state_dict() if chosen.embedding == JOINED else None
     metrics = kept["metrics"] | {
         "tuned": without_points(chosen.metrics),

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from retrieval.backbones.backbone import Backbone
 from retrieval.backbones.fine_tuned import ALONE, JOINED, MIXED, Shrunk, how, join
+from retrieval.backbones.timm_zoo import with_input_size
 from retrieval.embedding.torch_runtime import embed_what_fits
 from retrieval.metrics import compare, metrics_of
 from retrieval.ranking.exact import rank
@@ -128,8 +129,8 @@ def candidates(validation: Validation, untuned: Backbone, tuned: Backbone) -> li
     for pixels in filter(None, (validation.images, validation.views)):
         of_both.append([vectors_of(pixels[size], backbone) for backbone in (untuned, beside)])
     for weight in ALPHAS:
-        network = mixed(untuned.network, tuned.network, weight)
-        found.append(Candidate(MIXED, weight, validate(validation, replace(tuned, network=network))))
+        metrics = validate(validation, mixed(untuned, tuned, weight))
+        found.append(Candidate(MIXED, weight, metrics))
     for weight in LAMBDAS:
         images, *views = [join(*both, weight) for both in of_both]
         metrics = metrics_of_vectors(validation, images, views[0] if views else None)
@@ -137,15 +138,19 @@ def candidates(validation: Validation, untuned: Backbone, tuned: Backbone) -> li
     return found
 
 
-def mixed(untuned: nn.Module, tuned: nn.Module, share: float) -> nn.Module:
-    """Mix the weights as share · tuned + (1 − share) · untuned: WiSE-FT, Wortsman et al. 2022."""
-    network = copy.deepcopy(tuned)
-    start, end = dict(untuned.named_parameters()), dict(tuned.named_parameters())
+def mixed(untuned: Backbone, tuned: Backbone, share: float) -> Backbone:
+    """Mix the weights as share · tuned + (1 − share) · untuned: WiSE-FT, Wortsman et al. 2022.
+
+    Position embeddings of the untuned network are resampled for the tuned network's input size first.
+    """
+    network = copy.deepcopy(tuned.network)
+    resized = with_input_size(copy.deepcopy(untuned.network), tuned.transform.size)
+    start, end = dict(resized.named_parameters()), dict(tuned.network.named_parameters())
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             if name in start:
                 parameter.copy_(torch.lerp(start[name], end[name], share))
-    return network
+    return replace(tuned, network=network)
 
 
 def best_of(found: list[Candidate], untuned: dict[str, Any], by_view: bool = False) -> Candidate:

@@ -55,6 +55,7 @@ def _described(name: str, row: Pretrained) -> str:
     size = row.transform.size
     sees = f"a face of {size} px ({row.face.detector})" if row.face else f"{size} px"
     numbers = f"{row.dimension}-d, {row.millions} million parameters" if row.dimension else "embedding"
+    numbers += f", {row.gmacs:g} GMACs" if row.gmacs else ""
     file = row.weights.find()
     where = f"here, {file.stat().st_size / 1e6:.0f} MB" if file else f"not here: --fetch {name}"
     return f"{name}\n    {sees} → {numbers}; for {row.good_for}\n    weights: {where}; {row.licence}"

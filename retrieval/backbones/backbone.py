@@ -20,7 +20,8 @@ import get_images
 from retrieval.backbones import filling, timm_zoo
 from retrieval.backbones.face_crop import FaceCrop
 from retrieval.backbones.onnx_file import OnnxFile, choose_onnx_device, find_onnx
-from retrieval.backbones.timm_zoo import find_timm, hub_config
+from retrieval.backbones.timm_names import find_timm, hub_config
+from retrieval.backbones.timm_zoo import with_input_size
 from retrieval.backbones.transform import Transform
 from retrieval.backbones.zoo import ALIASES, PRETRAINED, Pretrained, known_model_name
 from retrieval.errors import InputError, RunError
@@ -130,7 +131,7 @@ def find_backbone(
     transform = _choose_transform(row, crop, image_size, face_margin, min_face_size, detector)
 
     def load() -> Backbone:
-        network = _onnx_network(onnx, row.bgr) if onnx else row.network(file)
+        network = _onnx_network(onnx, row.bgr) if onnx else with_input_size(row.network(file), transform.size)
         return place(Backbone(network, 0, transform, row.mean, row.std, model_name, device, bool(onnx)))
 
     versions = network_version(model_name), filling.VERSION
@@ -268,7 +269,11 @@ def _shape_of_one_vector(backbone: Backbone) -> tuple[int, ...]:
         if isinstance(error, RuntimeError) and out_of_memory(error):
             raise
         reason = str(error).partition("\n")[0]
-        raise InputError(f"{backbone.model_name} does not take images of {size} pixels ({reason})") from None
+        own = getattr(backbone.network, "pretrained_cfg", {}).get("input_size", ())[1:2]
+        hint = f"; its own size is {own[0]}" if own else ""
+        raise InputError(
+            f"{backbone.model_name} does not take images of {size} pixels ({reason}){hint}"
+        ) from None
     if not vectors.isfinite().all():
         raise InputError(
             f"{backbone.model_name} gives no numbers for a black image of {size} pixels: "

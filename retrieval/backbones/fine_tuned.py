@@ -30,7 +30,7 @@ from retrieval.backbones.backbone import (
 from retrieval.backbones.batch_norm_folding import fold_batch_norms
 from retrieval.backbones.face_crop import FaceCrop
 from retrieval.backbones.filling import fill
-from retrieval.backbones.timm_zoo import network_of_hub_config
+from retrieval.backbones.timm_zoo import network_of_hub_config, with_input_size
 from retrieval.backbones.transform import Transform
 from retrieval.backbones.weights_file import is_fine_tuned, unpickle
 from retrieval.errors import InputError
@@ -175,9 +175,10 @@ def find_fine_tuned(file: Path, device: str = "auto") -> LazyBackbone:
     trained = Trained(recipe.embedding == JOINED, recipe.metrics["untuned"], recipe.history)
 
     def load() -> Backbone:
-        network = _network(recipe, tuned, file)
+        network = _network(recipe, recipe.tuned_size, tuned, file)
         if recipe.embedding == JOINED:
-            network = Joined(_network(recipe, untuned, file), network, recipe.weight, recipe.tuned_size)
+            first = _network(recipe, transform.size, untuned, file)
+            network = Joined(first, network, recipe.weight, recipe.tuned_size)
         return place(Backbone(network, 0, transform, recipe.mean, recipe.std, name, device))
 
     versions = network_version(recipe.word), VERSION, recipe.folded and batch_norm_folding.VERSION
@@ -212,7 +213,8 @@ def load_tuned_alone(file: Path, model_name: str, device: str = "auto") -> tuple
         raise InputError(
             f"--weights {file} is a fine-tuned {recipe.word}: give --model {recipe.word} with it"
         )
-    network, transform = _network(recipe, tuned, file), _transform(recipe).of_size(recipe.tuned_size)
+    size = recipe.tuned_size
+    network, transform = _network(recipe, size, tuned, file), _transform(recipe).of_size(size)
     backbone = Backbone(network, 0, transform, recipe.mean, recipe.std, model_name, choose_device(device))
     return place(backbone), recipe
 
@@ -226,14 +228,15 @@ def _transform(recipe: Recipe) -> Transform | FaceCrop:
     return face
 
 
-def _network(recipe: Recipe, state: Mapping[str, Tensor], file: Path) -> nn.Module:
-    """Build the network of a recipe, with these weights."""
+def _network(recipe: Recipe, size: int, state: Mapping[str, Tensor], file: Path) -> nn.Module:
+    """Build the network of a recipe for inputs of `size` pixels, with these weights."""
     if recipe.hub_config:
         network = network_of_hub_config(recipe.word, recipe.hub_config).eval()
     else:
         network = find_pretrained(recipe.word).network(None).eval()
+    network = with_input_size(network, size)
     if recipe.folded:
-        network = fold_batch_norms(network, torch.zeros(1, 3, recipe.tuned_size, recipe.tuned_size))
+        network = fold_batch_norms(network, torch.zeros(1, 3, size, size))
     if recipe.mapped:
         network = Mapped(network, state["map.weight"].shape[0])
     fill(network, state, file, f"the {recipe.word} of its recipe")

@@ -1,7 +1,8 @@
-"""The name of a timm model in; its row, as the table in zoo.py has them, out."""
+"""The name of a timm model and a file of weights in; its network, which gives the model's embedding, out."""
 
 from __future__ import annotations
 
+import logging
 import re
 import tempfile
 from collections.abc import Callable
@@ -9,134 +10,150 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrieval.backbones.face_crop import FaceCrop
 from retrieval.backbones.filling import does_not_fit, read_checkpoint, without_heads
-from retrieval.backbones.transform import Transform
-from retrieval.backbones.weights import Download, OnHub
-from retrieval.backbones.zoo import FACES, Pretrained, torch_checkpoints
-from retrieval.errors import InputError, did_you_mean
+from retrieval.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 # The last layer of a face network that was trained with a margin loss is the embedding, no classifier.
 ENDS_IN_EMBEDDING = re.compile(r"\.(arcface|cosface|adaface)_")
+FEATURES = ":features"  # the end of a name: a contrastive model without its projection
 HUB_NAMES = ("model.safetensors", "pytorch_model.bin")
-VERSION = 1  # part of the cache key: raise it when the same weights give other vectors
+VERSION = 2  # part of the cache key: raise it when the same weights give other vectors
 NEW_NORM = ("head.norm.", "head_norm.")
+PROJECTION_BIAS = ("head.bias", "head.fc.bias")  # CLIP's projection has none, and timm's has one of zeros
 
 # The tensors of a file → the network with these; None → a new network.
 Build = Callable[[dict[str, "Tensor"] | None], "nn.Module"]
 
-
-def find_timm(name: str) -> Pretrained:
-    """Return the row of a timm model, NAME or hf-hub:OWNER/NAME. Raises InputError for an unknown one."""
-    hub = re.fullmatch(r"hf[-_]hub:([\w.-]+/[\w.-]+)", name)
-    if hub:
-        return _timm_row(name, *_config_on_hub(hub[1]), OnHub(hub[1], HUB_NAMES))
-    config = _config_in_timm(name)
-    hub_id, url = config.get("hf_hub_id"), config.get("url")
-    weights = OnHub(hub_id, HUB_NAMES) if hub_id else Download(url, torch_checkpoints)
-    return _timm_row(name, name, config, weights)
+log = logging.getLogger("retrieval.backbones")
 
 
-def hub_config(model_name: str) -> str | None:
-    """Return the text of the downloaded config.json of timm:hf-hub:OWNER/NAME; None for other names."""
-    hub = re.fullmatch(r"timm:hf[-_]hub:([\w.-]+/[\w.-]+)", model_name)
-    file = OnHub(hub[1], ("config.json",)).find() if hub else None
-    return file.read_text(encoding="utf-8") if file else None
+def is_contrastive(name: str, config: dict[str, Any]) -> bool:
+    """Return whether a model's last layer is the projection of its contrastive training, not a classifier.
+
+    CLIP's kin and PE-Core end in a projection to 384 to 1280 dimensions. Fine-tuned to ImageNet they have
+    1000 or more classes. `name` may end in :features.
+
+    >>> is_contrastive("vit_base_patch16_clip_224.openai", {"num_classes": 512})
+    True
+    >>> is_contrastive("vit_base_patch16_clip_224.openai_ft_in1k", {"num_classes": 1000})
+    False
+    """
+    outputs = config["num_classes"]
+    named = re.search(r"clip|pe_core", name.rpartition("/")[2])  # the owner on the hub may be called anything
+    return bool(named) and 384 <= outputs <= 1280 and outputs != 1000
+
+
+def named_network(name: str, file: Path | None) -> nn.Module:
+    """Build the network of one of timm's own names, and load `file` into it."""
+    import timm
+
+    return timm_network(name, name, timm.get_pretrained_cfg(name).to_dict(), file)
 
 
 def network_of_hub_config(model_name: str, text: str) -> nn.Module:
     """Build the network that the text of a config.json describes, with random weights; needs no download."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(text, encoding="utf-8")
-        return _timm_network(model_name, f"local-dir:{folder}", {}, None)
+        network = _build(f"local-dir:{folder}", None)
+    if not _keeps_last_layer(model_name, network.pretrained_cfg):
+        network.reset_classifier(0)
+    return network
 
 
-def _config_in_timm(name: str) -> dict[str, Any]:
-    import timm
-
-    known = timm.list_pretrained()
-    if name in known or ("." not in name and timm.is_model(name)):  # without a tag, timm chooses one
-        config = timm.get_pretrained_cfg(name)
-        if config.has_weights:
-            return config.to_dict()
-    hint = did_you_mean(name, [*known, *timm.list_models()]) or ": timm.list_pretrained() lists them"
-    raise InputError(f"timm has no weights for {name}{hint}")
-
-
-def _config_on_hub(repository: str) -> tuple[str, dict[str, Any]]:
-    """Return the name by which timm builds a network of the hub, and its config, both from config.json."""
-    import timm
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise InputError(f"{repository} cannot be a repository of the hub: {error}") from None
-    fetch = f"`python -m retrieval.backbones --fetch timm:hf-hub:{repository}`"
-    file = OnHub(repository, ("config.json",), by_hand=f"copy the cache that {fetch} makes there").fetch()
-    folder = f"local-dir:{file.parent}"
-    try:
-        return folder, timm.create_model(folder, pretrained=False).pretrained_cfg
-    except Exception as error:  # anybody may have written config.json: anything may be wrong in it
-        reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"{repository} is no model of timm: its config.json describes none ({reason})"
-        ) from None
-
-
-def _timm_row(name: str, architecture: str, config: dict[str, Any], weights: OnHub | Download) -> Pretrained:
-    from timm.data import resolve_data_config
-
-    data = resolve_data_config(pretrained_cfg=config)
-    channels, height, width = data["input_size"]
-    known = data["crop_mode"] in ("center", "squash") and data["interpolation"] in ("bilinear", "bicubic")
-    if channels != 3 or height != width or not known:
-        raise InputError(
-            f"timm:{name} sees {channels} × {height} × {width} by {data['crop_mode']}, "
-            f"{data['interpolation']}; supported are square RGB images by center or squash, "
-            "bilinear or bicubic"
-        )
-    return Pretrained(
-        lambda file: _timm_network(name, architecture, config, file),
-        weights,
-        None,
-        None,
-        Transform(height, data["interpolation"], data["crop_mode"], int(height / data["crop_pct"])),
-        tuple(data["mean"]),
-        tuple(data["std"]),
-        config.get("license") or "see its model card",
-        FACES if ENDS_IN_EMBEDDING.search(name) else "what it was trained on",
-        FaceCrop("mtcnn", height, 0, 0.08, "align") if ENDS_IN_EMBEDDING.search(name) else None,
-    )
-
-
-def _timm_network(name: str, architecture: str, config: dict[str, Any], file: Path | None) -> nn.Module:
+def timm_network(name: str, architecture: str, config: dict[str, Any], file: Path | None) -> nn.Module:
     """Build a timm network without its classifier, and load `file` into it.
 
-    The file is loaded by timm, which also knows the layouts that its models were published in. The first try
-    includes the classifier. A file with another classifier, or none, is loaded into a network without one.
-    Raises InputError unless the file fills every tensor of the embedding.
+    A contrastive model keeps its projection, unless `name` ends in :features. The file is loaded by timm,
+    which also knows the layouts that its models were published in. The first try includes the last layer. A
+    file with another classifier, or none, is loaded into a network without one. Raises InputError unless the
+    file fills every tensor of the embedding.
     """
-    ends_in_embedding = bool(ENDS_IN_EMBEDDING.search(name))
+    kept, without = _keeps_last_layer(name, config), False
     build = partial(_build, architecture)
     state, under = read_checkpoint(file, _without_weights(architecture)) if file else (None, "")
     title = f"timm:{name}{under}"
     try:
         network = _built(build, state, file, title)
     except InputError:
-        if ends_in_embedding:
+        if ENDS_IN_EMBEDDING.search(name):
             raise
+        without = True
         build = partial(build, num_classes=0, label_offset=0)
         state = _without_classifier(state, architecture, config, file)
         network = _built(build, state, file, title)
-    if not ends_in_embedding:
+    if not kept:
         network.reset_classifier(0)
     if state and (missing := _missing(network, build, state)):
         raise does_not_fit(file, title, [f"{tensor} is missing" for tensor in missing])
+    if kept and without:
+        raise InputError(
+            f"{file} does not hold the projection of timm:{name}, to {config['num_classes']} dimensions: "
+            f"timm:{name}{FEATURES} takes it, and gives what lies before the projection"
+        )
+    if file:
+        _log_what_it_gives(name, config)
     return network
+
+
+def _keeps_last_layer(name: str, config: dict[str, Any]) -> bool:
+    projects = is_contrastive(name, config) and not name.endswith(FEATURES)
+    return projects or bool(ENDS_IN_EMBEDDING.search(name))
+
+
+def _log_what_it_gives(name: str, config: dict[str, Any]) -> None:
+    """Log that a projection is kept, and warn of OpenAI's weights (and others) without their activation."""
+    import timm
+
+    if is_contrastive(name, config) and not name.endswith(FEATURES):
+        log.info("timm:%s keeps its projection, to %d dimensions; timm:%s%s gives what lies before it",
+                 name, config["num_classes"], name, FEATURES)  # fmt: skip
+    if "QuickGELU" in str(config.get("notes")) and "quickgelu" not in name:
+        own = f"{config['architecture']}.{config.get('tag')}".replace("_clip_", "_clip_quickgelu_")
+        give = f": give timm:{own}" if own in timm.list_pretrained() else ""
+        log.warning("timm:%s runs GELU, but its weights were trained with QuickGELU%s", name, give)
+
+
+# ---- the size of its input ------------------------------------------------------------------------
+
+
+def with_input_size(network: nn.Module, size: int) -> nn.Module:
+    """Change a network in place for inputs of `size` × `size` pixels, if timm can, and return it.
+
+    timm resamples position embeddings, biases and windows. Other networks stay as they are. Raises InputError
+    if `size` is no multiple of the network's patches.
+    """
+    resizable, step = _resizable(network), size_step(network)
+    if resizable is None:
+        return network
+    if (
+        size % step and size != resizable.pretrained_cfg["input_size"][-1]
+    ):  # 384 for patches of 14: SigLIP's own
+        below = size // step * step
+        fitting = f"{below} or {below + step}" if below else f"{step} or {2 * step}"
+        raise InputError(
+            f"{resizable.pretrained_cfg['architecture']} does not take images of {size} pixels: its patches "
+            f"have {step}, and its input must be a multiple of that, such as {fitting}"
+        )
+    resizable.set_input_size(img_size=(size, size))
+    return network
+
+
+def size_step(network: nn.Module) -> int:
+    """Return the pixels of which a network's input size must be a multiple: of a ViT, its patch's side."""
+    embed = getattr(_resizable(network), "patch_embed", None)
+    return embed.feat_ratio() if hasattr(embed, "feat_ratio") else 1
+
+
+def _resizable(network: nn.Module) -> nn.Module | None:
+    """Return the timm network that can change its input size: the network itself, or what it wraps."""
+    modules = (part for part in network.modules() if hasattr(part, "pretrained_cfg"))
+    return next((part for part in modules if hasattr(part, "set_input_size")), None)
+
+
+# ---- its weights ----------------------------------------------------------------------------------
 
 
 def _build(architecture: str, state: dict[str, Tensor] | None, **overlay: Any) -> nn.Module:
@@ -191,6 +208,7 @@ def _missing(network: nn.Module, build: Build, state: dict[str, Tensor]) -> list
 
     places = network.state_dict()
     suspects = [name for name in places if name not in state and not name.startswith(NEW_NORM)]
+    suspects = [name for name in suspects if name not in PROJECTION_BIAS or places[name].any()]
     if not suspects:
         return []
     filled_with_nan = {

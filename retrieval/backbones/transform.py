@@ -11,6 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     from torch import Tensor
 
+GREY = 128  # around an image by "border"
 VERSION = 1  # part of the cache key: raise it when a Transform moves pixels by more than rounding
 
 
@@ -26,7 +27,8 @@ class Transform:
     """Resize an image and crop its centre to `size` × `size` pixels, as the network was trained.
 
     `crop_mode` uses timm's terms: "squash" resizes the image to a square of `resize` pixels, whatever its
-    shape; "center" resizes its shorter side to `resize` pixels.
+    shape; "center" resizes its shorter side to `resize` pixels, and "border" its longer side, which leaves
+    grey beside the image.
     """
 
     size: int
@@ -71,10 +73,14 @@ class Transform:
         if self.crop_mode == "center":
             pixels = _not_too_long(pixels)
             sides = [side * length // min(pixels.shape[2:]) for length in pixels.shape[2:]]
+        elif self.crop_mode == "border":
+            sides = [max(1, round(side * length / max(pixels.shape[2:]))) for length in pixels.shape[2:]]
         pixels = interpolate(pixels, sides, mode=self.interpolation, antialias=True)
         lacks = [max(0, self.size - side) for side in sides]
         if any(lacks):
-            pixels = pad(pixels, [n for lack in lacks[::-1] for n in (lack // 2, lack - lack // 2)])
+            around = GREY if self.crop_mode == "border" else 0
+            margins = [n for lack in lacks[::-1] for n in (lack // 2, lack - lack // 2)]
+            pixels = pad(pixels, margins, value=around)
         top, left = (round((side - self.size) / 2) for side in pixels.shape[2:])
         return pixels[:, :, top:, left:][:, :, : self.size, : self.size]
 

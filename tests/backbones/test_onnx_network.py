@@ -149,8 +149,8 @@ def test_a_face_is_aligned_before_it(home, name):
     found = embed(home / "faces", find_backbone(name, "cpu"))
     assert found.without_face == []
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    mtcnn = MTCNN(selection_method="center_weighted_size", min_face_size=24)  # 8 % of 300 pixels
     for photo, ours in zip(map(photo_of, photos), found.vectors, strict=True):
+        mtcnn = MTCNN(selection_method="center_weighted_size", min_face_size=round(0.08 * max(photo.shape)))
         _, _, points = mtcnn.detect(Image.fromarray(photo), landmarks=True)
         cosines = []
         for crop in (norm_crop(photo, points[0]), norm_crop(photo, points[0][[1, 0, 2, 4, 3]])):

@@ -58,7 +58,8 @@ def test_resnet50_sees_what_torchvisions_weights_object_says(tmp_path, word, siz
     "name",
     [
         "resnet18.a1_in1k",
-        "vit_base_patch16_siglip_224.webli",
+        "vit_so400m_patch14_siglip_378.webli_ft_in1k",
+        "deepseek_vit_412m.deepseek_v4_flash_vision_exp",  # grey beside the image
         "vit_base_patch14_dinov2.lvd142m",
         "volo_d4_448.sail_in1k",  # its square is larger than what is resized
     ],
@@ -69,6 +70,18 @@ def test_timm_words_see_what_timms_own_transform_gives(tmp_path, name, size):
     config = timm.get_pretrained_cfg(name).to_dict()
     theirs = timm.data.create_transform(**timm.data.resolve_data_config(pretrained_cfg=config))
     assert_sees_alike(f"timm:{name}", theirs, tmp_path, size)
+
+
+def test_grey_beside_the_image_is_the_same_on_a_gpu():
+    transform = find_pretrained("timm:deepseek_vit_412m.deepseek_v4_flash_vision_exp").transform
+    image = load_sample_image("china.jpg").copy()
+    (on_gpu,), _ = transform.on_gpu([torch.from_numpy(image).permute(2, 0, 1)])
+    here = torch.from_numpy(transform(image).pixels)
+    top = (392 - round(392 * 427 / 640)) // 2
+    for pixels in (on_gpu, here):
+        assert (pixels[:, :top] == 128).all()
+    difference = (on_gpu.int() - here.int()).abs()
+    assert (difference > 2).float().mean() < 1e-3  # where bicubic leaves 0 to 255, which integers cannot
 
 
 def test_simclr_sees_the_central_seven_eighths_of_0_to_1(tmp_path):

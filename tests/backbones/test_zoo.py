@@ -301,7 +301,8 @@ def test_weights_of_another_lite_are_a_sentence():
 
 
 @pytest.mark.parametrize(
-    "word", ["resnet50", "simclr", "facenet", "timm:resnet18.a1_in1k", "timm:hf-hub:a/b"]
+    "word",
+    ["resnet50", "simclr", "facenet", "clip:base", "dinov2", "timm:resnet18.a1_in1k", "timm:hf-hub:a/b"],
 )
 def test_weights_that_cannot_be_downloaded_are_never_random_ones(home, monkeypatch, word):
     def offline(*_, **__):
@@ -363,5 +364,5 @@ def test_an_unknown_word_is_a_sentence_with_the_nearest():
         find_pretrained("timm:resnt18")
     with pytest.raises(InputError, match=r"timm has no weights for resnet18\.nothing"):
         find_pretrained("timm:resnet18.nothing")
-    with pytest.raises(InputError, match="supported are square RGB images"):
+    with pytest.raises(InputError, match=r"sees 1024 × 768 pixels.*square.*such as dinov3"):
         find_pretrained("timm:vit_base_patch16_sapiens2.fb")

@@ -8,6 +8,7 @@ from conftest import begun, settings_of
 from hub import lay_in_hub
 
 from retrieval.backbones.fine_tuned import load_fine_tuned, read_fine_tuned
+from retrieval.backbones.zoo import PRETRAINED
 from retrieval.errors import InputError
 from supcon import training
 from supcon.start import load_start, size_for
@@ -123,3 +124,58 @@ def test_the_crop_and_the_detector_reach_the_checkpoint(tiny, tmp_path):
     recipe, _, _ = read_fine_tuned(file)
     assert FaceCrop(**recipe.prepare).of_size(224) == expected
     assert load_fine_tuned(file, "cpu").transform.of_size(224) == expected
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "own", "embedding"),
+    [
+        ("clip:base", 96, 512, "untuned + tuned"),
+        ("clip:base", 64, 512, "mixed weights"),
+        ("dinov2", 112, 768, "untuned + tuned"),
+        ("dinov2", 98, 768, "tuned"),
+    ],
+)
+def test_a_vit_is_tuned_at_a_smaller_size_and_embeds_again(
+    model, size, own, embedding, tiny, tmp_path, monkeypatch
+):
+    """With one block. The sizes of the first and the third are chosen for these small images."""
+    import timm
+
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: create(*a, **({"depth": 1} | k)))
+    monkeypatch.setattr(
+        training, "best_of", lambda found, *_, **__: next(c for c in found if c.embedding == embedding)
+    )
+    torch.manual_seed(0)
+    network = timm.create_model(PRETRAINED[model].network.args[0])
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    chosen = None if size in (96, 112) else size
+    settings = settings_of(
+        tiny, tmp_path, model=model, weights=tmp_path / "weights.pth", epochs=1, image_size=chosen
+    )
+    run = begun(settings)
+    assert (run.untuned.transform.size, run.tuned.transform.size) == (224, size)
+    training.fit(run)
+    training.choose(run)  # which loads the file, and compares its score
+    file = settings.save_dir / "fine_tuned_model.pth"
+    recipe, tuned, _ = read_fine_tuned(file)
+    assert (recipe.embedding, recipe.tuned_size) == (embedding, size)
+    assert not torch.equal(tuned["norm.weight"], run.untuned.network.norm.weight.cpu())
+    joined = embedding == "untuned + tuned"
+    backbone = load_fine_tuned(file, "cpu")
+    assert (backbone.dimension, backbone.transform.size) == (own * (1 + joined), 224 if joined else size)
+    further = settings_of(tiny, tmp_path / "further", model=model, weights=file, image_size=None)
+    assert begun(further).tuned.transform.size == (size if size < 112 else 112)
+
+
+def test_a_size_that_is_no_multiple_of_the_patch_is_a_sentence(tiny, tmp_path):
+    import timm
+
+    name = "vit_tiny_patch16_224.augreg_in21k"
+    torch.save(timm.create_model(name).state_dict(), tmp_path / "weights.pth")
+    weights = tmp_path / "weights.pth"
+    settings = settings_of(tiny, tmp_path, model=f"timm:{name}", weights=weights, image_size=100)
+    with pytest.raises(
+        InputError, match=r"its patches have 16, and its input must be a multiple .* 96 or 112"
+    ):
+        begun(settings)
