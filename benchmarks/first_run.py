@@ -89,7 +89,8 @@ def lite0() -> Callable:
     import timm
 
     from retrieval.backbones.filling import load_weights
-    from retrieval.backbones.zoo import PRETRAINED, lite_name_in_timm
+    from retrieval.backbones.networks import lite_name_in_timm
+    from retrieval.backbones.zoo import PRETRAINED
 
     network = timm.create_model("tf_efficientnet_lite0")
     blocks = [(stage, i) for stage, depth in enumerate(network.blocks) for i in range(len(depth))]

@@ -14,7 +14,7 @@ from hub import lay_in_hub
 
 from retrieval.datasets.layouts import INTEL
 
-RUN = ("README.md", "docs/tutorial.md", "docs/networks.md", "docs/fine_tuning.md")  # whose commands are run
+RUN = ("README.md", "docs/tutorial.md", "docs/backbones.md", "docs/fine_tuning.md")  # whose commands are run
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
 MAKEFILE = " ".join((ROOT / "Makefile").read_text().replace("\\\n", " ").split())
 

@@ -18,6 +18,10 @@ from retrieval.backbones.zoo import PRETRAINED, ModelType, Pretrained
 from retrieval.errors import RunError
 from retrieval.forms import Form
 
+MORE = """timm:NAME and timm:hf-hub:OWNER/NAME are any of timm's networks, with its own transform.
+--fetch NAME downloads weights. GMACs are the multiply-adds for an image, in 10^9, and decide the speed:
+docs/backbones.md has images per second, and says which network suits which images."""
+
 log = logging.getLogger("retrieval.backbones")
 
 
@@ -35,8 +39,8 @@ def main(form: Settings) -> None:
     if form.fetch:
         fetch(names)
     else:
-        log.info("%s", "\n".join(_described(name, find_pretrained(name)) for name in names))
-        log.info("timm:NAME and timm:hf-hub:OWNER/NAME are any of timm's, with its own transform")
+        log.info("%s", table({name: find_pretrained(name) for name in names}))
+        log.info("%s", MORE)
 
 
 def fetch(names: list[str]) -> None:
@@ -51,14 +55,26 @@ def fetch(names: list[str]) -> None:
         raise RunError("\nerror: ".join(failed))
 
 
-def _described(name: str, row: Pretrained) -> str:
-    size = row.transform.size
-    sees = f"a face of {size} px ({row.face.detector})" if row.face else f"{size} px"
-    numbers = f"{row.dimension}-d, {row.millions} million parameters" if row.dimension else "embedding"
-    numbers += f", {row.gmacs:g} GMACs" if row.gmacs else ""
+COLUMNS = ("name", "sees", "embedding", "params (M)", "GMACs", "weights", "for", "licence")
+
+
+def table(rows: dict[str, Pretrained]) -> str:
+    """Return the rows as a table of text: what a network sees, what it costs, and where its weights are."""
+    cells = [COLUMNS, *(_cells(name, row) for name, row in rows.items())]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
+    return "\n".join(lines)
+
+
+def _cells(name: str, row: Pretrained) -> tuple[str, ...]:
+    size = (row.face or row.transform).size
+    upright = row.face and (row.face.method == "align" or row.face.detector == "dlib")
+    sees = f"{'aligned face' if upright else 'face'}, " if row.face else ""
     file = row.weights.find()
-    where = f"here, {file.stat().st_size / 1e6:.0f} MB" if file else f"not here: --fetch {name}"
-    return f"{name}\n    {sees} → {numbers}; for {row.good_for}\n    weights: {where}; {row.licence}"
+    where = f"here, {file.stat().st_size / 1e6:.0f} MB" if file else "to fetch"
+    numbers = (f"{number:g}" if number else "?" for number in (row.millions, row.gmacs))
+    dimension = f"{row.dimension}-d" if row.dimension else "?"
+    return name, f"{sees}{size} px", dimension, *numbers, where, row.good_for, row.licence
 
 
 if __name__ == "__main__":

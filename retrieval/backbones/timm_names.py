@@ -96,6 +96,7 @@ def _timm_row(name: str, architecture: str, config: dict[str, Any], weights: OnH
         weights,
         None,
         None,
+        None,
         Transform(height, data["interpolation"], data["crop_mode"], int(height / data["crop_pct"])),
         tuple(data["mean"]),
         tuple(data["std"]),

@@ -10,7 +10,7 @@ from torchvision.models import resnet18
 
 from retrieval.backbones.backbone import load_backbone
 from retrieval.backbones.filling import load_weights, read_checkpoint
-from retrieval.backbones.zoo import resnet_name_in_torchvision
+from retrieval.backbones.networks import resnet_name_in_torchvision
 from retrieval.errors import InputError
 
 
