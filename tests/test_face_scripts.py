@@ -11,11 +11,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from conftest import ROOT, by_torch, run, run_here
 from hub import lay_detector, scrfds
 from huggingface_hub import constants
+from onnx_graphs import graph
 from photographs import face_photograph
 from PIL import Image
 from torchvision.transforms.v2.functional import resize
@@ -59,6 +61,32 @@ def test_people_are_found_and_nobody_loses_a_row(people):
     assert len(crops) == 7
     assert "queries/hopper/query.jpg.png" in crops
     assert Image.open(people / "crops" / "gallery_images" / "nobody" / "0.png.png").size == (150, 150)
+
+
+def test_a_network_in_an_onnx_file_from_photographs_to_the_report(people):
+    """Twice: the second run finds all vectors in the cache."""
+    onnx.save(graph(), people / "own.onnx")
+    flags = (
+        "--model_type",
+        "arcface",
+        "--weights",
+        "own.onnx",
+        *FLAGS[2:],
+        "--custom_dataset",
+        "--cache_dir",
+        "c",
+    )
+    submissions = []
+    for folder in ("first", "second"):
+        ended = run("model_not_tuned.py", *flags, "--cache_dir", "c", "--output_dir", folder, cwd=people)
+        assert ended.returncode == 0, ended.stderr
+        assert "as 64-d unit vectors (arcface by ONNX Runtime, cpu)" in ended.stderr + ended.stdout
+        found = json.loads((people / folder / "metrics.json").read_text())
+        assert (found["backbone"], found["top_1"]) == ("arcface", 1.0)
+        assert (people / folder / "report.html").is_file()
+        submissions.append((people / folder / "submission.json").read_bytes())
+    assert submissions[0] == submissions[1]
+    assert "2 of 2 queries were embedded before" in ended.stdout + ended.stderr
 
 
 def test_without_a_crop_no_face_is_looked_for(people):

@@ -14,9 +14,12 @@ from retrieval.console import run_script  # first, since it checks that the pack
 from pydantic_settings import CliPositionalArg
 
 from retrieval.backbones.backbone import find_pretrained
+from retrieval.backbones.detectors import DETECTORS
+from retrieval.backbones.weights import Download, InPackage, OnHub
 from retrieval.backbones.zoo import PRETRAINED, ModelType, Pretrained
 from retrieval.errors import RunError
 from retrieval.forms import Form
+from retrieval.settings import Detector
 
 MORE = """timm:NAME and timm:hf-hub:OWNER/NAME are any of timm's networks, with its own transform.
 --fetch NAME downloads weights. GMACs are the multiply-adds for an image, in 10^9, and decide the speed:
@@ -32,23 +35,31 @@ class Settings(Form):
     """model names to list; by default all"""
     fetch: bool = False
     """download the weights of these models"""
+    detector: Detector = "auto"
+    """face detector to download with them, such as scrfd (--crop align --detector scrfd needs it)"""
 
 
 def main(form: Settings) -> None:
     names = form.names or list(PRETRAINED)
     if form.fetch:
-        fetch(names)
+        fetch({name: find_pretrained(name).weights for name in names} | detector_file(form.detector))
     else:
         log.info("%s", table({name: find_pretrained(name) for name in names}))
         log.info("%s", MORE)
 
 
-def fetch(names: list[str]) -> None:
-    """Download the missing weights of each model. Raises RunError at the end if some failed."""
+def detector_file(detector: str) -> dict[str, OnHub]:
+    """Return the file of weights of a face detector by the detector's name; most need none."""
+    file = DETECTORS[detector].file if detector in DETECTORS else None
+    return {detector: file} if file else {}
+
+
+def fetch(weights: dict[str, InPackage | Download | OnHub]) -> None:
+    """Download the missing files. Raises RunError at the end if some failed."""
     failed = []
-    for name in names:
+    for name, source in weights.items():
         try:
-            log.info("%s: %s", name, find_pretrained(name).weights.fetch())
+            log.info("%s: %s", name, source.fetch())
         except RunError as error:
             failed.append(str(error))
     if failed:
@@ -67,14 +78,20 @@ def table(rows: dict[str, Pretrained]) -> str:
 
 
 def _cells(name: str, row: Pretrained) -> tuple[str, ...]:
-    size = (row.face or row.transform).size
-    upright = row.face and (row.face.method == "align" or row.face.detector == "dlib")
-    sees = f"{'aligned face' if upright else 'face'}, " if row.face else ""
     file = row.weights.find()
     where = f"here, {file.stat().st_size / 1e6:.0f} MB" if file else "to fetch"
     numbers = (f"{number:g}" if number else "?" for number in (row.millions, row.gmacs))
     dimension = f"{row.dimension}-d" if row.dimension else "?"
-    return name, f"{sees}{size} px", dimension, *numbers, where, row.good_for, row.licence
+    return name, _sees(row), dimension, *numbers, where, row.good_for, row.licence
+
+
+def _sees(row: Pretrained) -> str:
+    """Describe the input of a network: a part of the image, and its size."""
+    what = {"squash": "whole image", "center": "centre", "border": "whole image"}[row.transform.crop_mode]
+    if row.face:
+        upright = row.face.method == "align" or row.face.detector == "dlib"
+        what = "aligned face" if upright else "face"
+    return f"{what}, {row.transform.size} px"
 
 
 if __name__ == "__main__":

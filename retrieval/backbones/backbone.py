@@ -17,14 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import get_images
-from retrieval.backbones import filling, timm_zoo
+from retrieval.backbones import filling, onnx_file, timm_zoo
+from retrieval.backbones.detectors import DETECTORS
 from retrieval.backbones.face_crop import FaceCrop
-from retrieval.backbones.onnx_file import OnnxFile, choose_onnx_device, find_onnx
+from retrieval.backbones.onnx_file import OnnxFile, find_onnx
+from retrieval.backbones.onnx_session import choose_onnx_device
 from retrieval.backbones.timm_names import find_timm, hub_config
 from retrieval.backbones.timm_zoo import with_input_size
 from retrieval.backbones.transform import Transform
-from retrieval.backbones.zoo import ALIASES, PRETRAINED, Pretrained, known_model_name
-from retrieval.errors import InputError, RunError
+from retrieval.backbones.zoo import ALIASES, PRETRAINED, ZERO_TO_255, Pretrained, known_model_name
+from retrieval.errors import InputError, RunError, did_you_mean
 from retrieval.machine import keep_freed_memory, out_of_memory, require, version_of
 
 if TYPE_CHECKING:
@@ -125,17 +127,20 @@ def find_backbone(
     row, asked, device = find_pretrained(model_name), device, choose_device(device)
     file = Path(weights) if weights else row.weights.fetch()
     onnx = find_onnx(file, model_name, row, image_size)
+    mean, std = row.mean, row.std
     if onnx:
         device = choose_onnx_device(device, asked)
         image_size = onnx.size or image_size
+        if onnx.normalises and row.network is None:
+            mean, std = ZERO_TO_255
     transform = _choose_transform(row, crop, image_size, face_margin, min_face_size, detector)
 
     def load() -> Backbone:
         network = _onnx_network(onnx, row.bgr) if onnx else with_input_size(row.network(file), transform.size)
-        return place(Backbone(network, 0, transform, row.mean, row.std, model_name, device, bool(onnx)))
+        return place(Backbone(network, 0, transform, mean, std, model_name, device, bool(onnx)))
 
-    versions = network_version(model_name), filling.VERSION
-    others = model_name, versions, row.mean, row.std, hub_config(model_name), device
+    versions = network_version(model_name), filling.VERSION, onnx_file.VERSION if onnx else None
+    others = model_name, versions, mean, std, hub_config(model_name), device
     key = cache_key(transform, [file, *(onnx.beside if onnx else ())], *others)
     return LazyBackbone(model_name, transform, device, key, load, onnx=bool(onnx))
 
@@ -233,6 +238,12 @@ def _choose_transform(
     """Return the transform of a row, changed by the options of find_backbone; fetch its face detector."""
     size, own = size or row.transform.size, row.face
     method = crop if crop != "auto" else own.method if own else "none"
+    for name, value, known in (
+        ("crop", method, ["none", *MARGINS]),
+        ("detector", detector, ["auto", *DETECTORS]),
+    ):
+        if value not in known:
+            raise InputError(f"there is no {name} {value}{did_you_mean(value, known)}: {', '.join(known)}")
     if method == "none":
         if own:
             log.warning("this is a face network, but --crop none lets it see whole images")

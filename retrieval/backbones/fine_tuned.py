@@ -30,6 +30,7 @@ from retrieval.backbones.backbone import (
 from retrieval.backbones.batch_norm_folding import fold_batch_norms
 from retrieval.backbones.face_crop import FaceCrop
 from retrieval.backbones.filling import fill
+from retrieval.backbones.onnx_file import SUFFIX
 from retrieval.backbones.timm_zoo import network_of_hub_config, with_input_size
 from retrieval.backbones.transform import Transform
 from retrieval.backbones.weights_file import is_fine_tuned, unpickle
@@ -145,7 +146,7 @@ def read_fine_tuned(file: Path) -> tuple[Recipe, dict[str, Tensor], dict[str, Te
 
     Raises InputError for a file that fine_tuning.py did not write, or a later version of it.
     """
-    content = unpickle(file)
+    content = None if file.suffix == SUFFIX else unpickle(file)
     if not is_fine_tuned(content):
         raise InputError(
             f"{file} was not written by fine_tuning.py: for other weights run "

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from retrieval.backbones.onnx_session import open_session
 from retrieval.backbones.weights import OnHub
 from retrieval.errors import InputError
 
@@ -32,14 +33,13 @@ YUNET_SCORE, YUNET_OVERLAP = 0.9, 0.3  # FaceDetectorYN's defaults
 
 @cache
 def _session(file: OnHub) -> Any:
-    """Open a detector's file, once in each process. Raises InputError if it is no ONNX file."""
-    import onnxruntime
-
-    options, path = onnxruntime.SessionOptions(), file.find()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors
+    """Open a detector's file, once in each process. Raises InputError if it is another kind of file."""
+    path, outputs = file.find(), 12 if file is YUNET else 9
     try:
-        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = open_session(path)
+        if len(session.get_outputs()) != outputs:
+            raise ValueError(f"it has not {outputs} outputs")
+        return session
     except Exception as error:  # ONNX Runtime's errors have no common class
         reason = str(error).partition("\n")[0]
         raise InputError(

@@ -1,23 +1,23 @@
-"""A network's ONNX file in; the input that it takes, and the device that can run it, out. Needs no torch."""
+"""A network's ONNX file in; the input that it takes out. Needs no torch."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrieval.backbones.weights_file import kind_of
 from retrieval.errors import InputError
 from retrieval.machine import require
 
 if TYPE_CHECKING:
     from retrieval.backbones.zoo import Pretrained
 
+VERSION = 1  # part of the cache key: raise it when an ONNX file is run so that it gives other vectors
 SUFFIX = ".onnx"
 FACE_SIZE = 112  # pixels: the input of nearly all networks for aligned faces, and of hardly any other
-HOW_TO_USE_A_GPU = (
-    "`pip uninstall onnxruntime` and `pip install onnxruntime-gpu` make it run on an NVIDIA GPU"
-)
 
 log = logging.getLogger("retrieval.backbones")
 
@@ -30,6 +30,7 @@ class OnnxFile:
     images: int | str | None  # that it takes at once; any number, if it is the dimension's name or None
     size: int | None  # pixels; None: any
     beside: tuple[Path, ...]  # files in the same folder that hold tensors of the network
+    normalises: bool  # whether it takes pixels from 0 to 255, and normalises them by itself
 
 
 def find_onnx(file: Path, model_name: str, row: Pretrained, image_size: int | None) -> OnnxFile | None:
@@ -48,7 +49,7 @@ def find_onnx(file: Path, model_name: str, row: Pretrained, image_size: int | No
         )
     if row.network:
         log.info("%s replaces the network of %s, and gets its images as %s would", file, *2 * [model_name])
-    if onnx.size == FACE_SIZE and not row.face:
+    if onnx.size == FACE_SIZE and not (row.face and row.face.method == "align"):
         log.warning("%s takes %d pixels, as face networks do: --model_type arcface (adaface, sface) aligns "
                     "faces for it", file, FACE_SIZE)  # fmt: skip
     return onnx
@@ -63,18 +64,21 @@ def read_onnx(path: Path) -> OnnxFile:
     try:
         graph = onnx.load(path, load_external_data=False).graph
     except DecodeError:
-        raise InputError(f"{path} is not an ONNX file, or only a part of one") from None
+        what = kind_of(path) or "is not an ONNX file, or only a part of one"
+        raise InputError(f"{path} {what}") from None
     tensors = {tensor.name for tensor in graph.initializer}  # old files list them as inputs, too
     inputs = [each for each in graph.input if each.name not in tensors]
     shape = [_side(side) for side in inputs[0].type.tensor_type.shape.dim] if len(inputs) == 1 else []
     fixed = {side for side in shape[2:] if isinstance(side, int)}
-    if len(shape) != 4 or shape[1] not in (3, None) or len(fixed) > 1:
+    if len(shape) != 4 or shape[1] in {1, *range(4, 10**6)} or len(fixed) > 1:
         found = ", ".join(f"{each.name} {_shown(each)}" for each in inputs)
         raise InputError(
             f"{path} takes {found or 'nothing'}: a network for embeddings takes square colour images, "
             "(n, 3, size, size)"
         )
-    return OnnxFile(path, shape[0], next(iter(fixed), None), _files_beside(path, graph))
+    images = None if shape[0] in shape[2:] else shape[0]  # one name may stand for several dimensions
+    size = next(iter(fixed), None)
+    return OnnxFile(path, images, size, _files_beside(path, graph), _normalises(graph))
 
 
 def _side(dimension: Any) -> int | str | None:
@@ -86,38 +90,38 @@ def _shown(tensor: Any) -> str:
     return "(" + ", ".join(str(_side(each) or "?") for each in tensor.type.tensor_type.shape.dim) + ")"
 
 
+def _normalises(graph: Any) -> bool:
+    """Return whether a face network subtracts the mean and scales by itself, by InsightFace's rule.
+
+    InsightFace looks for such names among the first eight operations (model_zoo/arcface_onnx.py): networks
+    that were exported by MXNet have them.
+    """
+    names = [node.name for node in graph.node[:8]]
+    return all(
+        any(name.startswith(starts) for name in names) for starts in (("Sub", "_minus"), ("Mul", "_mul"))
+    )
+
+
 def _files_beside(path: Path, graph: Any) -> tuple[Path, ...]:
     """Return the files that hold tensors. Raises InputError for one that lies elsewhere, or is missing."""
     locations = {
-        entry.value
-        for tensor in graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
+        entry.value for tensor in _tensors(graph) for entry in tensor.external_data if entry.key == "location"
     }
     for name in sorted(locations):
-        if Path(name).name != name:
-            raise InputError(f"{path} wants to read {name}: its tensors are read only from beside it")
+        if not name or Path(name).name != name:
+            raise InputError(f"{path} wants to read {name!r}: its tensors are read only from beside it")
         if not path.with_name(name).is_file():
             raise InputError(f"{path} lacks {name}, which holds its tensors: put it beside that file")
     return tuple(path.with_name(name) for name in sorted(locations))
 
 
-def choose_onnx_device(device: str, asked: str) -> str:
-    """Return `device` if the installed ONNX Runtime can use it, else cpu.
-
-    Raises InputError if the user has `asked` for just this device.
-    """
-    if device == "cpu":
-        return device
-    import onnxruntime
-
-    if device == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        return device
-    if asked == device:
-        raise InputError(
-            f"--device {asked}: the installed ONNX Runtime cannot use it ({HOW_TO_USE_A_GPU}); "
-            "or use --device cpu"
-        )
-    log.warning("the network runs on the CPU: the installed ONNX Runtime cannot use %s (%s)",
-                device, HOW_TO_USE_A_GPU)  # fmt: skip
-    return "cpu"
+def _tensors(graph: Any) -> Iterator[Any]:
+    """Yield the tensors of a graph, and of the graphs inside it: loops and branches."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for attribute in (attribute for node in graph.node for attribute in node.attribute):
+        yield from (attribute.t, *attribute.tensors)
+        for inner in (attribute.g, *attribute.graphs):
+            if inner.node or inner.initializer:
+                yield from _tensors(inner)

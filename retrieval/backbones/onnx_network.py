@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
 from retrieval.backbones.onnx_file import OnnxFile
+from retrieval.backbones.onnx_session import open_session
 from retrieval.errors import InputError
 
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -25,7 +25,7 @@ class OnnxNetwork(nn.Module):
     def __init__(self, file: OnnxFile, bgr: bool = False) -> None:
         super().__init__()
         self.file, self.bgr = file, bgr
-        self.session: onnxruntime.InferenceSession | None = None
+        self.session: Any = None  # an onnxruntime.InferenceSession
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Map normalised RGB (images, 3, size, size) to float32 (images, dimension), on the same device."""
@@ -45,14 +45,10 @@ class OnnxNetwork(nn.Module):
         """Load the file for the device of `pixels`, and run it once. Raises InputError if that fails."""
         device, images = pixels.device.type, self.file.images
         self.at_once = images if isinstance(images, int) else AT_ONCE[device]
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors
-        options.intra_op_num_threads = options.inter_op_num_threads = 1
-        if isinstance(images, str):  # with a fixed batch size all shapes are known: up to 1.2 times as fast
-            options.add_free_dimension_override_by_name(images, self.at_once)
-        provider = "CUDAExecutionProvider" if device == "cuda" else "CPUExecutionProvider"
+        batch = (images, self.at_once) if isinstance(images, str) else None
+        gpu = (pixels.device.index or 0) if device == "cuda" else None
         try:
-            self.session = onnxruntime.InferenceSession(self.file.path, options, providers=[provider])
+            self.session = open_session(self.file.path, batch, gpu)
             self._choose_tensors(self.session)
             self._run(np.zeros((1, *pixels.shape[1:])))
         except InputError:
@@ -60,7 +56,8 @@ class OnnxNetwork(nn.Module):
         except Exception as error:  # ONNX Runtime's errors have no common class
             reason = str(error).partition("\n")[0][:200]
             raise InputError(f"{self.file.path} cannot be run by ONNX Runtime: {reason}") from None
-        if self.session.get_providers()[0] != provider:  # it takes the CPU if it cannot load CUDA's libraries
+        provider = self.session.get_providers()[0]  # the CPU's, if it cannot load CUDA's libraries
+        if device == "cuda" and provider == "CPUExecutionProvider":
             raise InputError(
                 "ONNX Runtime finds no CUDA libraries that suit it: install another version of "
                 "onnxruntime-gpu, or use --device cpu"

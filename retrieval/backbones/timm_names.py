@@ -89,7 +89,7 @@ def _timm_row(name: str, architecture: str, config: dict[str, Any], weights: OnH
         raise InputError(
             f"timm:{name} sees {channels} × {height} × {width} by {data['crop_mode']}, "
             f"{data['interpolation']}; supported are square RGB images by center, squash or border (grey), "
-            "bilinear or bicubic"
+            "bilinear or bicubic: give another network, such as dinov3"
         )
     return Pretrained(
         lambda file: timm_network(name, architecture, config, file),

@@ -128,16 +128,23 @@ def with_input_size(network: nn.Module, size: int) -> nn.Module:
     resizable, step = _resizable(network), size_step(network)
     if resizable is None:
         return network
-    if (
-        size % step and size != resizable.pretrained_cfg["input_size"][-1]
-    ):  # 384 for patches of 14: SigLIP's own
+    config = resizable.pretrained_cfg
+    own = config["input_size"][-1]
+    if size % step and size != own:  # SigLIP's own 384 pixels are no multiple of its patches of 14
         below = size // step * step
         fitting = f"{below} or {below + step}" if below else f"{step} or {2 * step}"
         raise InputError(
-            f"{resizable.pretrained_cfg['architecture']} does not take images of {size} pixels: its patches "
-            f"have {step}, and its input must be a multiple of that, such as {fitting}"
+            f"{config['architecture']} does not take images of {size} pixels: its patches have {step}, and "
+            f"its input must be a multiple of that, such as {fitting}"
         )
-    resizable.set_input_size(img_size=(size, size))
+    try:
+        resizable.set_input_size(img_size=(size, size))
+    except Exception as error:  # each family fails in a way of its own where its windows do not fit
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"{config['architecture']} does not take images of {size} pixels ({reason}); "
+            f"its own size is {own}"
+        ) from None
     return network
 
 

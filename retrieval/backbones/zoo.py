@@ -47,7 +47,7 @@ class Pretrained:
     good_for: str
     face: FaceCrop | None = None  # used instead of the transform, unless --crop none
     version: int = 1  # part of the cache key: raise it when the same weights give other vectors
-    bgr: bool = False  # the colour order that an ONNX file takes, if not RGB
+    bgr: bool = False  # whether an ONNX file takes blue before red
 
 
 # ---- the table ------------------------------------------------------------------------------------
@@ -66,6 +66,7 @@ def _same(value: float) -> Three:
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = _same(0.5), _same(0.5)  # mean and std: (pixel - 127.5) / 127.5
+ZERO_TO_255 = _same(0.0), _same(1 / 255)  # the pixels as they are
 TORCHVISION = "https://download.pytorch.org/models"
 FACENET = "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9"
 ADAFACE = "https://github.com/yakhyo/adaface-onnx/releases/download/weights"
@@ -144,8 +145,8 @@ def _whole_image_row(name: str, size: int, interpolation: str, *cost: float) -> 
     return _timm_row(name, cost, transform, HALF, "Apache-2.0", good_for)
 
 
-def _dino_row(name: str, size: int, licence: str, *cost: float) -> Pretrained:
-    transform, good_for = Transform(size, "bicubic", "center", size), f"{SCENES}; weak on {FACES}"
+def _dino_row(name: str, transform: Transform, licence: str, *cost: float) -> Pretrained:
+    good_for = f"{SCENES}; weak on {FACES}"
     return _timm_row(name, cost, transform, (IMAGENET_MEAN, IMAGENET_STD), licence, good_for)
 
 
@@ -155,6 +156,9 @@ _SIMCLR = Pretrained(
     resnet50, OnHub("lightly-ai/simclrv1-imagenet1k-resnet50-1x", ("resnet50-1x.pth",)), 2048, 23.5, 4.1,
     Transform(224, "bicubic", "center", 256), _same(0.0), _same(1.0), "Apache-2.0", "a start for fine-tuning",
 )  # fmt: skip
+# As in data/transforms.py of facebookresearch/dinov2, and in the README of facebookresearch/dinov3. At 518
+# pixels, with which the training of DINOv2 ended, an image costs six times as much.
+_DINOV2, _DINOV3 = Transform(224, "bicubic", "center", 256), Transform(256, "bilinear", "squash", 256)
 # InsightFace (Deng et al. 2019): ResNet-50 and MobileFaceNet, trained on WebFace600K with ArcFace's loss.
 _ARCFACE = OnHub("immich-app/buffalo_l", ("recognition/model.onnx",), sha256="4c06341c33c2ca1f")
 _ARCFACE_SMALL = OnHub("immich-app/buffalo_s", ("recognition/model.onnx",))
@@ -180,9 +184,8 @@ PRETRAINED = {
     "siglip2": _whole_image_row("vit_so400m_patch14_siglip_378.v2_webli", 378, "bicubic", 1152, 428.2, 335.2),
     "siglip2:base": _whole_image_row("vit_base_patch16_siglip_224.v2_webli", 224, "bicubic", 768, 92.9, 17.7),
     "pe": _whole_image_row("vit_pe_core_large_patch14_336.fb", 336, "bilinear", 1024, 317.2, 192.2),
-    # At 518 pixels, with which its training ended, an image costs six times as much.
-    "dinov2": _dino_row("vit_base_patch14_reg4_dinov2.lvd142m", 224, "Apache-2.0", 768, 85.7, 23.5),
-    "dinov3": _dino_row("vit_base_patch16_dinov3.lvd1689m", 256, "dinov3-license", 768, 85.6, 23.6),
+    "dinov2": _dino_row("vit_base_patch14_reg4_dinov2.lvd142m", _DINOV2, "Apache-2.0", 768, 85.7, 23.5),
+    "dinov3": _dino_row("vit_base_patch16_dinov3.lvd1689m", _DINOV3, "dinov3-license", 768, 85.6, 23.6),
     "facenet": _facenet_row("20180402-114759-vggface2.pt", "VGGFace2"),
     "facenet:casia-webface": _facenet_row("20180408-102900-casia-webface.pt", "CASIA-WebFace"),
     "dlib": _dlib_row(),
@@ -190,7 +193,7 @@ PRETRAINED = {
     "arcface:small": _onnx_face_row(_ARCFACE_SMALL, 512, (3.4, None), "research only"),
     "adaface": _onnx_face_row(_ADAFACE, 512, (65.2, 12.1), "MIT; WebFace's terms: research only", bgr=True),
     "lvface": _onnx_face_row(_LVFACE, 512, (113.9, None), "MIT; its card: research only"),
-    "sface": _onnx_face_row(_SFACE, 128, (9.7, None), "Apache-2.0", (_same(0.0), _same(1 / 255))),
+    "sface": _onnx_face_row(_SFACE, 128, (9.7, None), "Apache-2.0", ZERO_TO_255),
 }
 ALIASES = {"resnet50:IMAGENET1K_V2": "resnet50", "facenet:vggface2": "facenet"}
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from retrieval.backbones.backbone import Backbone, LazyBackbone
+from retrieval.backbones.onnx_session import open_session
 from retrieval.embedding.torch_runtime import embed_plainly, least_cosine
 from retrieval.errors import RunError
 from retrieval.files import write_whole
@@ -108,14 +109,7 @@ def open_exported(exported: bytes) -> Any:
 
     Raises one of ONNX Runtime's errors if the bytes are broken or of an unknown version.
     """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1  # several batches run at once instead
-    options.log_severity_level = 3  # errors
-    # With a fixed batch size all shapes are known, and padding is fused into the convolutions: ×1.2.
-    options.add_free_dimension_override_by_name("n", ONNX_BATCH)
-    return onnxruntime.InferenceSession(exported, options, providers=["CPUExecutionProvider"])
+    return open_session(exported, batch=("n", ONNX_BATCH))
 
 
 def export(backbone: Backbone) -> bytes:

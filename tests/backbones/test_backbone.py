@@ -1,5 +1,7 @@
 """A word becomes a backbone: its crop, its size, its device; and the list of the words."""
 
+import re
+
 import pytest
 import torch
 from conftest import run, run_here
@@ -150,16 +152,16 @@ def test_a_device_that_is_not_there_is_a_sentence(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_list_says_of_each_word_what_it_is_and_whether_it_is_here(tmp_path):
+def test_the_list_has_a_line_for_each_name(tmp_path):
     ended = run("-m", "retrieval.backbones", cwd=tmp_path, TORCH_HOME=str(tmp_path), HF_HOME=str(tmp_path))
     assert ended.returncode == 0, ended.stderr
-    for word in PRETRAINED:
-        assert f"{word}\n" in ended.stdout
-    assert ended.stdout.count("weights: here") == 4
-    assert "not here: --fetch simclr" in ended.stdout
-    assert "a face of 150 px (dlib) → 128-d" in ended.stdout
+    lines = {line.split()[0]: re.split(r"  +", line) for line in ended.stdout.splitlines()}
+    assert list(lines)[: 1 + len(PRETRAINED)] == ["name", *PRETRAINED]
+    seen = ["aligned face, 150 px", "128-d", "5.6", "0.27", "here, 22 MB", "faces", "public domain"]
+    assert lines["dlib"][1:] == seen
+    assert lines["arcface"][5:] == ["to fetch", "faces", "research only"]
     one = run_here("-m", "retrieval.backbones", "dlib", cwd=tmp_path)
-    assert one.stdout.startswith("dlib\n")
+    assert one.stdout.splitlines()[1].startswith("dlib ")
     assert "resnet50" not in one.stdout
 
 
@@ -169,6 +171,11 @@ def test_fetch_says_where_the_weights_lie(tmp_path):
     assert ended.returncode == 0, ended.stderr
     assert "dlib: " in ended.stdout
     assert "efficientnet-lite1-77cc7160.pth" in ended.stdout
+    detector = "--detector", "scrfd"
+    offline = {"HF_HOME": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"}
+    gone = run_here("-m", "retrieval.backbones", "--fetch", "dlib", *detector, cwd=tmp_path, **offline)
+    assert gone.returncode == 1
+    assert "buffalo_l/snapshots/main/detection/model.onnx" in gone.stderr
     wrong = run_here("-m", "retrieval.backbones", "--fetch", "simcrl", cwd=tmp_path)
     assert wrong.returncode == 2
     assert "error: the argument is 'simcrl': there is no such backbone; did you mean simclr?" in wrong.stderr

@@ -10,51 +10,18 @@ from hub import lay_in_hub
 from huggingface_hub import constants
 from odd_images import write_odd_images
 from onnx import TensorProto, helper, numpy_helper
+from onnx_graphs import graph
 from photographs import face_photograph, photo_of
 from PIL import Image
 from skimage.transform import SimilarityTransform, warp
 from torchvision.transforms.v2.functional import resize, rotate
 
 from get_images import find_images
-from retrieval.backbones import onnx_file
 from retrieval.backbones.backbone import find_backbone, find_pretrained, load_backbone
+from retrieval.backbones.fine_tuned import find_fine_tuned
+from retrieval.backbones.onnx_session import choose_onnx_device
 from retrieval.embedding.embed import embed
 from retrieval.errors import InputError
-
-
-def graph(images="n", size=112, seed=0, **others):
-    """A small network, (images, 3, size, size) → a norm (images, 1) and an embedding (images, 64)."""
-    rng = np.random.default_rng(seed)
-    weights = {
-        "w": (16, 3, 7, 7),
-        "bias": (16, 1),
-        "slope": (16, 1, 1),
-        "w2": (32, 16, 5, 5),
-        "fc": (288, 64),
-    }
-    tensors = [
-        numpy_helper.from_array(
-            rng.normal(0, 1 / np.sqrt(np.prod(shape[1:])), shape).astype(np.float32), name
-        )
-        for name, shape in weights.items()
-    ]
-    nodes = [
-        helper.make_node("Flatten", ["bias"], ["b"], axis=0),
-        helper.make_node("Squeeze", ["b"], ["b1"]),
-        helper.make_node("Conv", ["image", "w", "b1"], ["c"], strides=[4, 4]),
-        helper.make_node("PRelu", ["c", "slope"], ["r"]),
-        helper.make_node("Conv", ["r", "w2"], ["c2"], strides=[4, 4]),
-        helper.make_node("MaxPool", ["c2"], ["p"], kernel_shape=[2, 2], strides=[2, 2]),
-        helper.make_node("Flatten", ["p"], ["f"]),
-        helper.make_node("MatMul", ["f", "fc"], ["embedding"]),
-        helper.make_node("ReduceL2", ["embedding"], ["norm"], axes=[1]),
-    ]
-    image = helper.make_tensor_value_info("image", TensorProto.FLOAT, [images, 3, size, size])
-    outputs = [("norm", 1), ("embedding", 64)]
-    outputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [images, d]) for n, d in outputs]
-    inputs = [image, *others.get("inputs", [])]
-    made = helper.make_graph(nodes, "network", inputs, outputs, tensors)
-    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
 
 
 @pytest.fixture
@@ -220,6 +187,7 @@ REFUSED = {
     "takes image (n, 3, 112, 96)": of_shape("n", 3, 112, 96),
     "takes image (n, 1, 112, 112)": of_shape("n", 1, 112, 112),
     "takes image (n, 3)": of_shape("n", 3),
+    "takes image (n, 4, 112, 112)": of_shape("n", 4, 112, 112),
     "takes image (n, 3, 112, 112), size (1)": graph(
         inputs=[helper.make_tensor_value_info("size", TensorProto.FLOAT, [1])]
     ),
@@ -237,12 +205,51 @@ def test_a_file_that_does_not_fit_is_a_sentence(tmp_path, sentence):
     assert "w.onnx" in str(raised.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>", b"half"])
-def test_a_file_that_is_not_onnx_is_a_sentence(tmp_path, content):
-    whole = graph().SerializeToString()
-    (tmp_path / "w.onnx").write_bytes(whole[: len(whole) // 2] if content == b"half" else content)
-    with pytest.raises(InputError, match=r"w\.onnx (is not an ONNX file|takes nothing)"):
+NOT_ONNX = {
+    "takes nothing": b"",
+    "is a web page": b"<html>",
+    "is only a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:1",
+    "looks like an ONNX network|is not an ONNX file": graph().SerializeToString()[:99_000],
+}
+
+
+@pytest.mark.parametrize("sentence", NOT_ONNX)
+def test_a_file_that_is_not_onnx_is_a_sentence(tmp_path, sentence):
+    (tmp_path / "w.onnx").write_bytes(NOT_ONNX[sentence])
+    with pytest.raises(InputError, match=rf"w\.onnx ({sentence})"):
         load_backbone("arcface", "cpu", tmp_path / "w.onnx")
+
+
+def test_model_fine_tuned_runs_no_onnx_file(tmp_path):
+    onnx.save(graph(), tmp_path / "w.onnx")
+    with pytest.raises(InputError, match=r"w\.onnx was not written by fine_tuning\.py.*model_not_tuned\.py"):
+        find_fine_tuned(tmp_path / "w.onnx", "cpu")
+
+
+def test_dimensions_without_names_or_with_one_name(tmp_path, images):
+    """As some exporters write them: any number of channels, or a ? for each dimension."""
+    files = find_images(images)
+    expected = reference(graph(), files, REFERENCES["arcface"])
+    for shape in (("n", "channels", "h", "w"), ("?", 3, "?", "?")):
+        onnx.save(of_shape(*shape), tmp_path / "w.onnx")
+        ours = embed(files, find_backbone("arcface", "cpu", tmp_path / "w.onnx", crop="none")).vectors
+        assert (ours * expected).sum(1).min() >= 0.9999
+
+
+def test_a_network_that_normalises_by_itself_gets_pixels_from_0_to_255(tmp_path, images):
+    """InsightFace tells it by the names of the first operations, as MXNet exports them."""
+    model = graph()
+    for row, (name, kind, value) in enumerate([("_minusscalar0", "Sub", 127.5), ("_mulscalar0", "Mul", 0.5)]):
+        model.graph.initializer.append(numpy_helper.from_array(np.float32(value), name))
+        source = "raw" if row == 0 else "x0"
+        out = "x0" if row == 0 else "image"
+        model.graph.node.insert(row, helper.make_node(kind, [source, name], [out], name=name))
+    model.graph.input[0].name = "raw"
+    onnx.save(model, tmp_path / "w.onnx")
+    files = find_images(images)
+    ours = embed(files, find_backbone("arcface", "cpu", tmp_path / "w.onnx", crop="none")).vectors
+    expected = reference(graph(), files, lambda rgb: (rgb - 127.5) * 0.5)
+    assert (ours * expected).sum(1).min() >= 0.9999
 
 
 def save_in_two_files(folder, seed=0):
@@ -263,12 +270,30 @@ def test_tensors_are_read_only_from_beside_the_file(tmp_path, images):
     with pytest.raises(InputError, match=r"w\.onnx lacks w\.data.*put it beside that file"):
         find_backbone("arcface", "cpu", tmp_path / "w.onnx")
     model = onnx.load(tmp_path / "w.onnx", load_external_data=False)
-    for elsewhere in ("../w.data", "/etc/passwd", "folder/w.data"):
+    for elsewhere in ("../w.data", "/etc/passwd", "folder/w.data", ""):
         for tensor in model.graph.initializer:
             next(entry for entry in tensor.external_data if entry.key == "location").value = elsewhere
         (tmp_path / "w.onnx").write_bytes(model.SerializeToString())
-        with pytest.raises(InputError, match=rf"wants to read {elsewhere}: its tensors are read only from"):
+        with pytest.raises(InputError, match=rf"wants to read '{elsewhere}': its tensors are read only from"):
             find_backbone("arcface", "cpu", tmp_path / "w.onnx")
+
+
+def test_a_tensor_of_an_operation_may_lie_beside_it_too(tmp_path):
+    """Not all are initializers; the cache key must know each file."""
+    model = graph()
+    constant = numpy_helper.from_array(np.zeros(64, np.float32), "c")
+    onnx.external_data_helper.set_external_data(constant, "c.bin")
+    constant.ClearField("raw_data")
+    constant.data_location = TensorProto.EXTERNAL
+    model.graph.node.append(helper.make_node("Constant", [], ["c"], value=constant))
+    (tmp_path / "w.onnx").write_bytes(model.SerializeToString())
+    with pytest.raises(InputError, match=r"w\.onnx lacks c\.bin"):
+        find_backbone("arcface", "cpu", tmp_path / "w.onnx")
+    keys = []
+    for content in (bytes(256), b"1" * 256):
+        (tmp_path / "c.bin").write_bytes(content)
+        keys.append(find_backbone("arcface", "cpu", tmp_path / "w.onnx").key)
+    assert keys[0] != keys[1]
 
 
 def test_torch_cannot_run_it(tmp_path, images):
@@ -294,8 +319,9 @@ def test_the_cache_keeps_its_vectors(tmp_path, images):
 ])  # fmt: skip
 def test_the_device_is_one_that_onnx_runtime_can_use(monkeypatch, caplog, device, providers, chosen):
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: providers)
-    assert onnx_file.choose_onnx_device(device, "auto") == chosen
+    assert choose_onnx_device(device, "auto") == chosen
     assert ("the network runs on the CPU" in caplog.text) == (device != chosen)
     if device != chosen:
-        with pytest.raises(InputError, match=rf"--device {device}: .*onnxruntime-gpu.*use --device cpu"):
-            onnx_file.choose_onnx_device(device, device)
+        hint = ".*onnxruntime-gpu" if device == "cuda" else ""
+        with pytest.raises(InputError, match=rf"--device {device}: {hint}.*use --device cpu"):
+            choose_onnx_device(device, device)

@@ -28,7 +28,7 @@ def one_block(monkeypatch):
     create = timm.create_model
 
     def small(name, *args, **given):
-        depth = {} if "swin" in name or "resnet" in name else {"depth": 1}
+        depth = {} if any(each in name for each in ("swin", "resnet", "maxvit")) else {"depth": 1}
         return create(name, *args, **(depth | given))
 
     monkeypatch.setattr(timm, "create_model", small)
@@ -106,6 +106,8 @@ def test_a_repository_of_the_hub_keeps_its_projection_too(tmp_path, monkeypatch)
     [
         ("vit_tiny_patch16_224.augreg_in21k", 336),
         ("vit_small_patch14_dinov2.lvd142m", 224),
+        ("vit_small_patch14_dinov2.lvd142m", 336),
+        ("vit_small_patch14_dinov2.lvd142m", 518),
         ("eva02_tiny_patch14_224.mim_in22k", 336),
         ("vit_pe_core_tiny_patch16_384.fb", 224),
         ("vit_small_patch16_dinov3.lvd1689m", 224),
@@ -138,6 +140,7 @@ def test_another_size_is_as_timm_resamples_it(name, size, tmp_path):
         ("vit_small_patch14_dinov2.lvd142m", 7, "images of 7 pixels: .* multiple of that, such as 14 or 28$"),
         ("vit_small_patch16_dinov3.lvd1689m", 250, "such as 240 or 256$"),
         ("cait_xxs24_224.fb_dist_in1k", 192, r"does not take images of 192 .*its own size is 224$"),
+        ("maxvit_rmlp_pico_rw_256.sw_in1k", 16, r"does not take images of 16 .*its own size is 256$"),
     ],
 )
 def test_a_size_that_it_cannot_have_names_those_that_it_can(name, size, sentence, tmp_path):

@@ -1,7 +1,6 @@
 """Each word beside its library's own model, with weights where the library looks for its download."""
 
 import json
-import re
 
 import pytest
 import requests
@@ -16,7 +15,6 @@ from sklearn.datasets import load_sample_image
 from torchvision.models import ResNet50_Weights, resnet50
 from torchvision.transforms.v2.functional import resize
 
-from retrieval.backbones.__main__ import table
 from retrieval.backbones.backbone import find_pretrained, load_backbone
 from retrieval.backbones.face_crop import FaceCrop
 from retrieval.backbones.filling import load_weights
@@ -218,26 +216,6 @@ def test_a_repository_of_the_hub_by_its_config(home, caplog, tag, dimension):
     )
     with torch.inference_mode():
         assert_same_vectors(ours, theirs(pixels))
-
-
-def test_the_listing_has_a_line_for_each_name():
-    lines = table(PRETRAINED).splitlines()
-    assert lines[0].split() == [
-        "name",
-        "sees",
-        "embedding",
-        "params",
-        "(M)",
-        "GMACs",
-        "weights",
-        "for",
-        "licence",
-    ]
-    assert [line.split()[0] for line in lines[1:]] == list(PRETRAINED)
-    row = {line.split()[0]: re.split(r"  +", line) for line in lines[1:]}
-    assert row["dlib"][1:5] == ["aligned face, 150 px", "128-d", "5.6", "0.27"]
-    assert row["dlib"][5].startswith("here, 22 MB")
-    assert row["arcface"][-2:] == ["faces", "research only"]
 
 
 TEN = {"fc.weight": torch.ones(10, 96), "fc.bias": torch.ones(10)}
