@@ -95,9 +95,10 @@ def backbone():
 # Files whose tests start a script, train, open a browser or take seconds; elsewhere a slow test has the mark.
 SLOW = ("test_scripts", "test_fine_tuning_scripts", "test_face_scripts", "test_benchmarks", "test_readme",
         "test_distributed", "test_training", "test_start", "test_steps", "test_state", "test_checkpoints",
-        "test_joint_batch", "test_report_page", "test_leaderboard_page", "test_serve",
-        "test_zoo", "test_client", "test_library", "test_run_report", "test_weights", "test_face_crop",
-        "test_tracking", "test_golden", "test_server_rules", "test_dlib_network", "test_runtime")  # fmt: skip
+        "test_joint_batch", "test_report_page", "test_leaderboard_page", "test_serve", "test_zoo",
+        "test_timm_zoo", "test_client", "test_library", "test_run_report", "test_weights", "test_filling",
+        "test_face_crop", "test_tracking", "test_golden", "test_server_rules", "test_dlib_network",
+        "test_runtime")  # fmt: skip
 FAST_SECONDS = 10  # of the processor; the first test of a network also imports timm
 
 

@@ -234,7 +234,7 @@ KINDS = [
     (written(lambda file: np.savez(file, a=np.ones(2))), "is a NumPy file"),
     (written(lambda file: np.save(file, np.ones(2))), "is a NumPy file"),
     (zipped(**{"w.pth": "x"}), "is an archive, not a file of weights: unpack it"),
-    (gzip.compress(b"x"), "is an archive"),
+    (gzip.compress(b"x", mtime=0), "is an archive"),
     (tar_bytes(), "is an archive"),
     (written(torch.save, STATE)[:-100], PART),
     (PRETRAINED["efficientnet_lite0"].weights.fetch().read_bytes()[:100_000], PART),
