@@ -136,6 +136,10 @@ def find_backbone(
     transform = _choose_transform(row, crop, image_size, face_margin, min_face_size, detector)
 
     def load() -> Backbone:
+        # First, since readers import it at the same time: if this thread began with a module inside torch,
+        # each would wait for the other, and Python would go on with one that is only half imported.
+        import torch  # noqa: F401
+
         network = _onnx_network(onnx, row.bgr) if onnx else with_input_size(row.network(file), transform.size)
         return place(Backbone(network, 0, transform, mean, std, model_name, device, bool(onnx)))
 

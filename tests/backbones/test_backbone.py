@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import run, run_here
+from conftest import ROOT, run, run_here
 
 from retrieval.backbones import backbone as backbones
 from retrieval.backbones.backbone import choose_device, find_backbone, load_backbone
@@ -146,6 +146,20 @@ def test_a_device_that_is_not_there_is_a_sentence(monkeypatch):
     assert choose_device("auto") == "cpu"  # without asking torch, which takes a second
     monkeypatch.setattr(backbones, "ACCELERATORS", (__file__,))
     assert choose_device("auto") == "cuda"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet50", "facenet", "clip:base"])
+def test_a_network_loads_while_readers_import_torch(tmp_path, name):
+    """As in every first run: each thread may import torch, or a part of it, before the other has."""
+    code = (
+        "import sys, threading, time; from retrieval.backbones.backbone import find_backbone; "
+        "lazy = find_backbone(sys.argv[1], 'cpu', sys.argv[2]); assert 'torch' not in sys.modules; "
+        "threading.Thread(target=lambda: __import__('torch')).start(); time.sleep(0.05); lazy.load()"
+    )
+    torch.save({}, tmp_path / "w.pth")
+    ended = run("-c", code, name, tmp_path / "w.pth", cwd=ROOT)
+    assert "holds no weights" in ended.stderr  # read by torch, once the network was built
 
 
 # ---- the list of the words
