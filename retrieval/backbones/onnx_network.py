@@ -37,7 +37,7 @@ class OnnxNetwork(nn.Module):
         return torch.from_numpy(vectors).to(pixels.device, torch.float32)
 
     def _run(self, images: np.ndarray) -> np.ndarray:
-        """Run at most `at_once` images, filled up with black ones, so that all runs are alike."""
+        """Run at most `at_once` images, filled up with zeros, so that all runs have the same size."""
         filled = np.pad(images, [(0, self.at_once - len(images))] + [(0, 0)] * 3).astype(self.dtype)
         return self.session.run([self.output], {self.input: filled})[0]
 

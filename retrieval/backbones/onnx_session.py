@@ -41,7 +41,7 @@ def open_session(model: Path | bytes, batch: tuple[str, int] | None = None, gpu:
     """Return an onnxruntime.InferenceSession with one thread, on the CPU, or on the GPU of this number.
 
     `batch` fixes the dimension of this name: with all shapes known, padding is fused into the convolutions,
-    which makes up to 1.2 times as fast. Raises one of ONNX Runtime's errors, which have no common class.
+    which is up to 1.2 times as fast. Raises one of ONNX Runtime's errors, which have no common class.
     """
     import onnxruntime
 
