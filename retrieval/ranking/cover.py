@@ -58,8 +58,9 @@ def cover(
     that adds most. Chen and Karger (Less is More, SIGIR 2006) rank text so; Carbonell and Goldstein (SIGIR
     1998) subtract the similarity to what is chosen.
 
-    Ties keep the order of the ranking, unreadable images come last, and an unreadable query keeps its images.
-    The cosines of the result are in its order, so they no longer fall. Memory: 40 bytes · queries · shortlist.
+    Ties keep the order of the ranking, unreadable images come last, and an unreadable query keeps the gallery
+    in its order. The cosines of the result are in its order, so they no longer fall along a row. Memory:
+    40 bytes · queries · shortlist, and CHUNK_BYTES for the vectors of some shortlists at a time.
     """
     rows, cosines = ranking.rows[:, :shortlist], ranking.cosines[:, :shortlist]
     k = min(k, rows.shape[1])
@@ -69,15 +70,15 @@ def cover(
     for start, some in chunks(rows, max(1, rows_of_chunk(gallery.vectors) // max(1, rows.shape[1]))):
         part = slice(start, start + len(some))
         order[part] = _choose(gains[part], gallery.vectors[some], curve, k)
-    order[cosines[:, :1].ravel() == 0] = np.arange(k)  # an unreadable query has cosines of 0
+    order[(cosines[:, :1] == 0).all(axis=1)] = np.arange(k)  # an unreadable query has cosines of 0
     return Ranking(ranking.queries, ranking.gallery, np.take_along_axis(rows, order, 1),
                    np.take_along_axis(cosines, order, 1))  # fmt: skip
 
 
 def _choose(gains: np.ndarray, vectors: np.ndarray, curve: Curve, k: int) -> np.ndarray:
-    """Return the columns of k images of each query in the order in which they are chosen, the first one first.
+    """Return which k images of each query's shortlist are chosen, in this order (queries, k), int64.
 
-    `gains` (queries, shortlist) are log p_j, and `vectors` (queries, shortlist, dimension) the images'.
+    `gains` (queries, shortlist) are log p_j, and are overwritten. `vectors`: (queries, shortlist, dimension).
     """
     order, each = np.zeros((len(gains), k), np.int64), np.arange(len(gains))
     for place in range(1, k):
@@ -98,15 +99,14 @@ def fit_curve(labelled: Embeddings, seed: int = 0) -> Curve:
     It is a logistic regression on the standardised cosines (unscaled, its penalty would flatten the curve)
     of PAIRS pairs of one label and PAIRS of two, drawn with a seed. Each kind is weighted by its share of all
     pairs of the folder, so P is the probability for a pair drawn at random. With equal weights, P would be
-    far too high for the many look-alikes, and images from the end of the shortlist would come forward.
+    far too high where few pairs match, and images from the end of the shortlist would come forward.
 
     Raises InputError if no two readable images have one label, or if all have the same.
     """
     from sklearn.linear_model import LogisticRegression  # its import takes a second
 
     labels = np.array([label_of(name) or "" for name in labelled.names])
-    rows = np.flatnonzero(labels != "")
-    rows = np.setdiff1d(rows, zero_rows(labelled.vectors))
+    rows = np.setdiff1d(np.flatnonzero(labels != ""), zero_rows(labelled.vectors))
     rows = rows[np.argsort(labels[rows], kind="stable")]
     _require_pairs(labels[rows])
     pairs, same, share = _draw_pairs(labels[rows], np.random.default_rng(seed))
