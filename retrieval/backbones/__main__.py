@@ -17,7 +17,7 @@ from retrieval.backbones.backbone import find_pretrained
 from retrieval.backbones.detectors import DETECTORS
 from retrieval.backbones.weights import Download, InPackage, OnHub
 from retrieval.backbones.zoo import PRETRAINED, ModelType, Pretrained
-from retrieval.errors import RunError
+from retrieval.errors import InputError, RunError
 from retrieval.forms import Form
 from retrieval.settings import Detector
 
@@ -41,6 +41,8 @@ class Settings(Form):
 
 def main(form: Settings) -> None:
     names = form.names or list(PRETRAINED)
+    if form.fetch and not form.names:
+        raise InputError("--fetch needs the names to download, such as --fetch facenet clip")
     if form.fetch:
         fetch({name: find_pretrained(name).weights for name in names} | detector_file(form.detector))
     else:

@@ -306,6 +306,8 @@ def choose_device(name: str) -> str:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return next(device for device, available in there.items() if available)
+    if name not in there:
+        raise InputError(f"there is no device {name}: give auto, {', '.join(there)}")
     if not there[name]:
         raise InputError(f"--device {name}: torch finds no such device on this machine; use auto or cpu")
     return name

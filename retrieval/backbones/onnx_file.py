@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrieval.backbones.weights_file import kind_of
+from retrieval.backbones.weights_file import ONNX, kind_of
 from retrieval.errors import InputError
 from retrieval.machine import require
 
@@ -47,8 +47,9 @@ def find_onnx(file: Path, model_name: str, row: Pretrained, image_size: int | No
         raise InputError(
             f"{file} takes images of {onnx.size} pixels only: leave --image_size {image_size} out"
         )
-    if row.network:
-        log.info("%s replaces the network of %s, and gets its images as %s would", file, *2 * [model_name])
+    if file != row.weights.find():
+        log.info("%s replaces the network of %s, and gets its images as %s would: %s pixels",
+                 file, model_name, model_name, onnx.size or "any number of")  # fmt: skip
     if onnx.size == FACE_SIZE and not (row.face and row.face.method == "align"):
         log.warning("%s takes %d pixels, as face networks do: --model_type arcface (adaface, sface) aligns "
                     "faces for it", file, FACE_SIZE)  # fmt: skip
@@ -64,8 +65,9 @@ def read_onnx(path: Path) -> OnnxFile:
     try:
         graph = onnx.load(path, load_external_data=False).graph
     except DecodeError:
-        what = kind_of(path) or "is not an ONNX file, or only a part of one"
-        raise InputError(f"{path} {what}") from None
+        what = kind_of(path) or "is not an ONNX file"
+        part = "is only a part of an ONNX file: download it again"
+        raise InputError(f"{path} {part if what == ONNX else what}") from None
     tensors = {tensor.name for tensor in graph.initializer}  # old files list them as inputs, too
     inputs = [each for each in graph.input if each.name not in tensors]
     shape = [_side(side) for side in inputs[0].type.tensor_type.shape.dim] if len(inputs) == 1 else []

@@ -200,6 +200,10 @@ def read_ahead(
     """
     pool = _reader_processes(reader.transform.module) if processes and files else _reader_threads()
     if processes:
+        if reader.transform.module != "dlib":  # whose readers have no torch, and send no tensors
+            # Before a batch can arrive: the pool's own thread unpickles it, and so imports a module inside
+            # torch. If this thread imported torch meanwhile, each would wait for the other.
+            import torch  # noqa: F401
         ahead = max(ahead, cores() + 2)  # so that none is idle
         files = [ImageFile(file.name, file.path.absolute()) for file in files]  # they run elsewhere
     groups = in_groups(files, batch_size)

@@ -161,7 +161,9 @@ def test_weights_in_an_onnx_file_replace_the_network_of_any_name(tmp_path, image
     onnx.save(graph(size=112), tmp_path / "own.onnx")
     backbone = load_backbone("resnet50", "cpu", tmp_path / "own.onnx")
     assert (backbone.dimension, backbone.transform.size, backbone.transform.crop_mode) == (64, 112, "center")
-    assert "own.onnx replaces the network of resnet50" in caplog.text
+    assert (
+        "own.onnx replaces the network of resnet50, and gets its images as resnet50 would: 112" in caplog.text
+    )
     assert "--model_type arcface (adaface, sface) aligns faces" in caplog.text
     with pytest.raises(InputError, match=r"takes images of 112 pixels only: leave --image_size 224 out"):
         find_backbone("resnet50", "cpu", tmp_path / "own.onnx", image_size=224)
@@ -209,7 +211,7 @@ NOT_ONNX = {
     "takes nothing": b"",
     "is a web page": b"<html>",
     "is only a pointer of Git LFS": b"version https://git-lfs.github.com/spec/v1\noid sha256:1",
-    "looks like an ONNX network|is not an ONNX file": graph().SerializeToString()[:99_000],
+    "is only a part of an ONNX file: download it again": graph().SerializeToString()[:99_000],
 }
 
 
