@@ -190,15 +190,21 @@ METRICS = {
     "mrr": Metric(reciprocal_rank),
     "precision_at_k": Metric(precision),
 }
+# The metrics that tell more than the rank of the first right image, with their titles.
+MORE = {"map_at_k": "mAP@k", "map_at_r": "MAP@R", "mrr": "MRR", "precision_at_k": "precision@k"}
 
 
-def _metrics(hits: Hits, top_k: int) -> dict:
-    """Return the metrics of some queries, by their hits, with their intervals."""
-    metrics: dict = {"queries": len(hits.total)}
-    for name, metric in METRICS.items():
-        values = metric.values(hits, top_k)
-        metrics[name] = float(values.mean())
-        metrics[f"{name}_interval"] = _interval(values, metric)
+def _values(hits: Hits, top_k: int) -> dict[str, np.ndarray]:
+    """Return each metric's values of the queries, (queries,)."""
+    return {name: metric.values(hits, top_k) for name, metric in METRICS.items()}
+
+
+def _metrics(values: dict[str, np.ndarray], rows: np.ndarray | slice = slice(None)) -> dict:
+    """Return the metrics of some queries, the rows of the values, with their intervals."""
+    metrics: dict = {"queries": len(values["score"][rows])}
+    for name, of_queries in values.items():
+        metrics[name] = float(of_queries[rows].mean())
+        metrics[f"{name}_interval"] = _interval(of_queries[rows], METRICS[name])
     return metrics
 
 
@@ -234,14 +240,14 @@ def score(ranking: Ranking, top_k: int = 10) -> dict:
         log.warning("%d queries count as misses, since the gallery lacks their classes: %s",
                     misses, ", ".join(without[:10]))  # fmt: skip
     hits = hits_of(ranking)
-    metrics = _metrics(hits, top_k)
+    values = _values(hits, top_k)
+    metrics = _metrics(values)
     shares = [f"top-{cut} {metrics[f'top_{cut}']:.3f}" for cut in CUTS]
     if top_k not in CUTS:
         shares.append(f"top-{top_k} {metrics['top_k']:.3f}")
     log.info("%s · score %.1f of 1000 (95 %%: %.0f to %.0f, %d queries)", " · ".join(shares),
              metrics["score"], *metrics["score_interval"], len(labels))  # fmt: skip
-    per_class = {label: _metrics(Hits(*(part[labels == label] for part in hits)), top_k)
-                 for label in sorted(set(labels))}  # fmt: skip
+    per_class = {label: _metrics(values, labels == label) for label in sorted(set(labels))}
     cut = {"queries_with_r_cut": int((hits.total > hits.ranked).sum())}
     return {"queries_without_match": misses} | cut | metrics | {"per_class": per_class}
 
@@ -252,7 +258,7 @@ def metrics_of(ranking: Ranking, itself: int = 0) -> dict:
     The k of the metrics is the number of ranked images. `itself` is as for hits_of.
     """
     hits = hits_of(ranking, itself)
-    return _metrics(hits, top_k=hits.ranked) | {"points": points_of(hits.first).tolist()}
+    return _metrics(_values(hits, top_k=hits.ranked)) | {"points": points_of(hits.first).tolist()}
 
 
 def hits_of(ranking: Ranking, itself: int = 0) -> Hits:
