@@ -183,7 +183,7 @@ class RetrievalSettings(Form):
     The network then runs twice. A face is mirrored after it is cut out.
     """
     views: Views = "none"
-    """embed each image as the mean over views of it: flip, scales or flip,scales
+    """views of each image whose vectors are averaged: none, flip, scales or flip,scales
 
     `scales` resizes the network's input to 1, 1/√2 and √2 of its side, and takes 3.5 times as long. Most
     vision transformers and many ONNX files take one size only: then the run ends with a sentence.

@@ -23,7 +23,8 @@ ALPHA = 0.05
 NOTE = (
     "In brackets: the 95 % interval. Each run is compared with the best, query by query: top-1 by McNemar's "
     "exact test (5 %, corrected by Holm for the rows of a table), the score by a paired bootstrap, whose "
-    "interval is not corrected and must exclude 0."
+    "interval is not corrected and must exclude 0. MAP@R cuts R, a query's number of right images, to the "
+    "number of ranked images: k, but at least 10."
 )
 
 TEMPLATES = Path(__file__).with_name("templates")
