@@ -45,12 +45,14 @@ class Settings(RetrievalSettings, CheckpointSettings):
 
 def main(settings: Settings) -> None:
     from retrieval.backbones.fine_tuned import find_fine_tuned
+    from retrieval.backbones.views import with_views
     from retrieval.pipeline import embed_both, find, rank_both, save, send, show
     from retrieval.run import Run
 
     with Run(settings) as run:  # its clock, its files, its line in the ledger
         images = find(run)
         backbone = find_fine_tuned(settings.weights, settings.device)
+        backbone = with_views(backbone, settings.flip, settings.views)
         vectors = embed_both(run, images, backbone)
         ranking = rank_both(run, vectors, backbone)
         results = save(run, images, vectors, ranking, backbone)  # all is on the disk before anything is sent

@@ -39,6 +39,7 @@ class Settings(RetrievalSettings, BackboneSettings, FaceSettings):
 
 def main(settings: Settings) -> None:
     from retrieval.backbones.backbone import find_backbone
+    from retrieval.backbones.views import with_views
     from retrieval.pipeline import embed_both, find, rank_both, save, send, show
     from retrieval.run import Run
 
@@ -47,6 +48,7 @@ def main(settings: Settings) -> None:
         backbone = find_backbone(
             settings.model_type, settings.device, settings.weights, settings.crop,
             settings.image_size, settings.face_margin, settings.min_face_size, settings.detector)  # fmt: skip
+        backbone = with_views(backbone, settings.flip, settings.views)
         vectors = embed_both(run, images, backbone)
         ranking = rank_both(run, vectors, backbone)
         results = save(run, images, vectors, ranking, backbone)  # all is on the disk before anything is sent

@@ -1,4 +1,4 @@
-"""A ranking of labelled images in; top-k accuracies and the competition's score, with 95 % intervals, out.
+"""A ranking of labelled images in; its metrics, such as top-k and the score, with 95 % intervals, out.
 
 The label of an image is the first folder of its name, so a ranking carries its own answer key.
 """
@@ -6,6 +6,7 @@ The label of an image is the first folder of its name, so a ranking carries its 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable
 from math import sqrt
 from typing import NamedTuple
@@ -72,22 +73,52 @@ def _mean_interval(values: np.ndarray, samples: int = 10_000) -> list[float]:
     return np.percentile(drawn @ different / len(values), [2.5, 97.5]).tolist()
 
 
-def _interval(values: np.ndarray, best: float) -> list[float]:
-    """Return Wilson's interval of a share, where values are 0 or 1, and otherwise the bootstrap's.
+def _standard_interval(values: np.ndarray) -> list[float]:
+    """Return mean ± 1.96 standard errors: as the bootstrap's, at once also where many values differ."""
+    error = 1.959964 * float(values.std(ddof=1)) / sqrt(len(values))
+    mean = float(values.mean())
+    return [max(0.0, mean - error), min(1.0, mean + error)]
 
-    If all values are equal, the bootstrap's interval has no width. Wilson's for mean / best is then wide
-    enough: values from 0 to 1 with the mean p have a variance of at most p (1 − p), that of a share.
-    """
-    if len(set(values)) > 1 and not set(values) <= {0, 1}:
-        return _mean_interval(values)
-    return [best * bound for bound in wilson_interval(float(values.sum()) / best, len(values))]
+
+class Hits(NamedTuple):
+    """The ranked images that are right, and how many there are."""
+
+    right: np.ndarray  # (queries, ranked) bool, best first: whether each ranked image is right
+    total: np.ndarray  # (queries,) int: the right images in the gallery, R of the papers
+
+    @property
+    def first(self) -> np.ndarray:
+        """Return the rank of each query's first right image, from 1; 0 where no ranked image is right.
+
+        >>> Hits(np.array([[False, True, True], [False] * 3]), np.array([5, 5])).first.tolist()
+        [2, 0]
+        """
+        return np.where(self.right.any(1), self.right.argmax(1) + 1, 0)
+
+    @property
+    def ranked(self) -> int:
+        """Return how many images are ranked for each query."""
+        return self.right.shape[1]
 
 
 class Metric(NamedTuple):
-    """A mean over the queries. `values` takes the rank of each query's first right image, and top_k."""
+    """A mean over the queries of what each earns by its hits and top_k."""
 
-    values: Callable[[np.ndarray, int], np.ndarray]  # (queries,)
-    best: float = 1.0  # the value of a query whose first match is right
+    values: Callable[[Hits, int], np.ndarray]  # (queries,)
+    best: float = 1.0  # the value of a query whose ranking is perfect
+    interval: Callable[[np.ndarray], list[float]] = _standard_interval  # where values are not just 0 and 1
+
+
+def _interval(values: np.ndarray, metric: Metric) -> list[float]:
+    """Return Wilson's interval of a share, where values are 0 or 1, and otherwise the metric's own.
+
+    If all values are equal, the metric's own has no width. Wilson's for mean / best is then wide enough:
+    values from 0 to 1 with the mean p have a variance of at most p (1 − p), that of a share.
+    """
+    if len(set(values)) > 1 and not set(values) <= {0, 1}:
+        return metric.interval(values)
+    share = float(values.sum()) / metric.best
+    return [metric.best * bound for bound in wilson_interval(share, len(values))]
 
 
 def right(first: np.ndarray, cut: int) -> np.ndarray:
@@ -104,20 +135,76 @@ def points_of(first: np.ndarray) -> np.ndarray:
     return sum(value * right(first, cut) for cut, value in POINTS.items())
 
 
+def reciprocal_rank(hits: Hits, _: int) -> np.ndarray:
+    """Return 1 / the rank of each query's first right image, 0 where none is ranked: Voorhees, TREC-8, 1999.
+
+    >>> reciprocal_rank(Hits(np.array([[False, True, True], [False] * 3]), np.array([5, 5])), 10).tolist()
+    [0.5, 0.0]
+    """
+    return hits.right.any(1) / np.maximum(1, hits.first)
+
+
+def precision(hits: Hits, cut: int) -> np.ndarray:
+    """Return the share of right images among the first `cut` of each query.
+
+    >>> precision(Hits(np.array([[True, False, True, True]]), np.array([3])), 4).tolist()
+    [0.75]
+    """
+    return hits.right[:, :cut].sum(1) / cut
+
+
+def average_precision(hits: Hits, cut: int | np.ndarray) -> np.ndarray:
+    """Return AP@cut = Σ P(i) · rel(i) / min(R, cut) over the ranks i ≤ cut; `cut` may be (queries,).
+
+    P(i) is the precision among the first i, rel(i) is 1 where the image at rank i is right, and R counts the
+    right images in the gallery. As T. Weyand et al., Google Landmarks Dataset v2, CVPR 2020.
+
+    >>> hits = Hits(np.array([[True, False, True, True]]), np.array([3]))
+    >>> average_precision(hits, 4).round(4).tolist()  # (1/1 + 2/3 + 3/4) / 3
+    [0.8056]
+    """
+    ranks = np.arange(1, hits.ranked + 1)
+    counted = hits.right & (ranks <= np.reshape(cut, (-1, 1)))  # (queries, ranked)
+    precisions = hits.right.cumsum(1) / ranks
+    return (precisions * counted).sum(1) / np.maximum(1, np.minimum(hits.total, cut))
+
+
+def average_precision_at_r(hits: Hits, _: int) -> np.ndarray:
+    """Return AP@R: K. Musgrave, S. Belongie, S.-N. Lim, A Metric Learning Reality Check, ECCV 2020.
+
+    R counts the right images in the gallery, but no more than are ranked: beyond these, nothing is known.
+
+    >>> hits = Hits(np.array([[True, False, True, True]]), np.array([3]))
+    >>> average_precision_at_r(hits, 10).round(4).tolist()  # (1/1 + 2/3) / 3: rank 4 lies beyond R
+    [0.5556]
+    """
+    return average_precision(hits, np.minimum(hits.total, hits.ranked))
+
+
 METRICS = {
-    **{f"top_{cut}": Metric(lambda first, _, cut=cut: right(first, cut)) for cut in CUTS},
-    "top_k": Metric(right),
-    "score": Metric(lambda first, _: points_of(first), best=sum(POINTS.values())),
+    **{f"top_{cut}": Metric(lambda hits, _, cut=cut: right(hits.first, cut)) for cut in CUTS},
+    "top_k": Metric(lambda hits, k: right(hits.first, k)),
+    "score": Metric(lambda hits, _: points_of(hits.first), sum(POINTS.values()), _mean_interval),
+    "map_at_k": Metric(average_precision),
+    "map_at_r": Metric(average_precision_at_r),
+    "mrr": Metric(reciprocal_rank),
+    "precision_at_k": Metric(precision),
 }
+# The metrics that tell more than the rank of the first right image, with their titles.
+MORE = {"map_at_k": "mAP@k", "map_at_r": "MAP@R", "mrr": "MRR", "precision_at_k": "precision@k"}
 
 
-def _metrics(first: np.ndarray, top_k: int) -> dict:
-    """Return the metrics of some queries, by the ranks of their first right images, with their intervals."""
-    metrics: dict = {"queries": len(first)}
-    for name, metric in METRICS.items():
-        values = metric.values(first, top_k)
-        metrics[name] = float(values.mean())
-        metrics[f"{name}_interval"] = _interval(values, metric.best)
+def _values(hits: Hits, top_k: int) -> dict[str, np.ndarray]:
+    """Return each metric's values of the queries, (queries,)."""
+    return {name: metric.values(hits, top_k) for name, metric in METRICS.items()}
+
+
+def _metrics(values: dict[str, np.ndarray], rows: np.ndarray | slice = slice(None)) -> dict:
+    """Return the metrics of some queries, the rows of the values, with their intervals."""
+    metrics: dict = {"queries": len(values["score"][rows])}
+    for name, of_queries in values.items():
+        metrics[name] = float(of_queries[rows].mean())
+        metrics[f"{name}_interval"] = _interval(of_queries[rows], METRICS[name])
     return metrics
 
 
@@ -138,8 +225,9 @@ def score(ranking: Ranking, top_k: int = 10) -> dict:
     """Return the metrics of a ranking of labelled images, each with its 95 % interval, and log them.
 
     They are top_1, top_3, top_5, top_10 and top_k, the shares of queries (0 to 1) with a right image among
-    the first 1, 3, 5, 10 and `top_k`; the competition's score (0 to 1000); and the same per_class. A query
-    whose class the gallery lacks counts as a miss. Raises InputError where the images have no labels.
+    the first 1, 3, 5, 10 and `top_k`; the competition's score (0 to 1000); map_at_k and precision_at_k, with
+    `top_k` as k; map_at_r and mrr, over all ranked images; and the same per_class. A query whose class the
+    gallery lacks counts as a miss. Raises InputError where the images have no labels.
     """
     if not are_labelled(ranking.queries, ranking.gallery):
         unlabelled = [name for name in [*ranking.queries, *ranking.gallery] if label_of(name) is None]
@@ -151,28 +239,43 @@ def score(ranking: Ranking, top_k: int = 10) -> dict:
     if without:
         log.warning("%d queries count as misses, since the gallery lacks their classes: %s",
                     misses, ", ".join(without[:10]))  # fmt: skip
-    first = np.array(first_hits(ranking))
-    metrics = _metrics(first, top_k)
+    hits = hits_of(ranking)
+    values = _values(hits, top_k)
+    metrics = _metrics(values)
     shares = [f"top-{cut} {metrics[f'top_{cut}']:.3f}" for cut in CUTS]
     if top_k not in CUTS:
         shares.append(f"top-{top_k} {metrics['top_k']:.3f}")
     log.info("%s · score %.1f of 1000 (95 %%: %.0f to %.0f, %d queries)", " · ".join(shares),
-             metrics["score"], *metrics["score_interval"], len(first))  # fmt: skip
-    per_class = {label: _metrics(first[labels == label], top_k) for label in sorted(set(labels))}
-    return {"queries_without_match": misses} | metrics | {"per_class": per_class}
+             metrics["score"], *metrics["score_interval"], len(labels))  # fmt: skip
+    per_class = {label: _metrics(values, labels == label) for label in sorted(set(labels))}
+    cut = {"queries_with_r_cut": int((hits.total > hits.ranked).sum())}
+    return {"queries_without_match": misses} | cut | metrics | {"per_class": per_class}
 
 
-def metrics_of(ranking: Ranking) -> dict:
-    """Return the metrics of labelled images, and the `points` of each query, whose mean is the score."""
-    first = np.array(first_hits(ranking))
-    return _metrics(first, top_k=1) | {"points": points_of(first).tolist()}
+def metrics_of(ranking: Ranking, itself: int = 0) -> dict:
+    """Return the metrics of labelled images, and the `points` of each query, whose mean is the score.
+
+    The k of the metrics is the number of ranked images. `itself` is as for hits_of.
+    """
+    hits = hits_of(ranking, itself)
+    return _metrics(_values(hits, top_k=hits.ranked)) | {"points": points_of(hits.first).tolist()}
+
+
+def hits_of(ranking: Ranking, itself: int = 0) -> Hits:
+    """Return which ranked images have their query's label, and how many gallery images have it.
+
+    `itself` is 1 if the gallery also holds each query, which is not ranked and does not count.
+    """
+    labels = np.array([label_of(name) for name in ranking.gallery], dtype=object)
+    wanted = [label_of(query) for query in ranking.queries]
+    counts = Counter(labels.tolist())
+    total = np.array([counts[label] - itself for label in wanted])
+    return Hits(labels[ranking.rows] == np.array(wanted, dtype=object)[:, None], total)
 
 
 def first_hits(ranking: Ranking) -> list[int]:
     """Return the rank of each query's first right image, from 1; 0 where no ranked image is right."""
-    labels = [label_of(name) for name in ranking.gallery]
-    return [first_hit(label_of(query), (labels[row] for row in best))
-            for query, best in zip(ranking.queries, ranking.rows.tolist(), strict=True)]  # fmt: skip
+    return hits_of(ranking).first.tolist()
 
 
 def first_hit(label: str | None, ranked: Iterable[str | None]) -> int:

@@ -120,6 +120,7 @@ Runtime = Literal["auto", "torch", "onnx"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Crop = Literal["auto", "none", "face", "align", "loose"]
 Detector = Literal["auto", "mtcnn", "dlib", "scrfd", "scrfd:small", "yunet"]
+Views = Literal["none", "flip", "scales", "flip,scales"]
 Search = Literal["exact", "flat", "ivf", "hnsw"]
 Tracker = Literal["none", "tensorboard", "wandb"]
 
@@ -175,6 +176,17 @@ class RetrievalSettings(Form):
     ONNX Runtime runs on a CPU, and needs an exported network, which is made once and kept in the cache
     folder. If its vectors of four fixed images differ from torch's (a cosine below 0.9999), torch runs and
     a warning says so. `auto` is `onnx` if the network was exported before, or from 200 images on.
+    """
+    flip: bool = False
+    """embed each image as the mean of its vector and its mirror image's; the same as --views flip
+
+    The network then runs twice. A face is mirrored after it is cut out.
+    """
+    views: Views = "none"
+    """views of each image whose vectors are averaged: none, flip, scales or flip,scales
+
+    `scales` resizes the network's input to 1, 1/√2 and √2 of its side, and takes 3.5 times as long. Most
+    vision transformers and many ONNX files take one size only: then the run ends with a sentence.
     """
     search: Search = "exact"
     """search of the gallery: exact, or by FAISS: flat, ivf or hnsw

@@ -93,7 +93,7 @@ def metrics_of_vectors(validation: Validation, images: Tensor, views: Tensor | N
         ranking = rank(queries, gallery, KEEP)
     n = len(gallery.names)
     mean = float((gallery.vectors.sum(axis=0, dtype="float64") ** 2).sum())
-    return metrics_of(ranking) | {"mean_cosine": (mean - n) / max(1, n * (n - 1))}
+    return metrics_of(ranking, itself=int(views is None)) | {"mean_cosine": (mean - n) / max(1, n * (n - 1))}
 
 
 def without_self(ranking: Ranking) -> Ranking:

@@ -9,13 +9,14 @@ from retrieval.metrics import (
     Metric,
     are_labelled,
     competition_score,
+    hits_of,
     measure,
     metrics_of,
     require_labels,
     score,
     wilson_interval,
 )
-from retrieval.records import Embeddings
+from retrieval.records import Embeddings, Ranking
 
 
 def embeddings(*names):
@@ -151,8 +152,80 @@ def test_a_ranking_without_labels_is_not_scored():
 
 
 def test_a_metric_is_a_row_of_the_table(monkeypatch):
-    reciprocal = Metric(lambda first, _: np.where(first, 1 / np.maximum(first, 1), 0))
-    monkeypatch.setitem(METRICS, "mrr", reciprocal)
+    root = Metric(lambda hits, _: np.where(hits.first, 1 / np.sqrt(np.maximum(hits.first, 1)), 0))
+    monkeypatch.setitem(METRICS, "root", root)
     metrics = score(ranking_with_first_hits(1, 4, 0, 0)[0])
-    assert metrics["mrr"] == (1 + 1 / 4) / 4
-    assert metrics["mrr_interval"] == [0, 0.75]  # a bootstrap
+    assert metrics["root"] == (1 + 1 / 2) / 4
+    error = 1.959964 * np.std([1, 0.5, 0, 0], ddof=1) / 2
+    assert metrics["root_interval"] == pytest.approx([0, 0.375 + error])
+
+
+# ---- metrics that ask for more than the first right image: beside naive loops
+
+
+def naive(ranking, query, k):
+    """AP@k, AP@R, 1 / rank and precision@k of one query, as their papers write them."""
+    best = [ranking.gallery[row] for row in ranking.rows[query]]
+    rel = [name[0] == ranking.queries[query][0] for name in best]
+    total = sum(name[0] == ranking.queries[query][0] for name in ranking.gallery)
+
+    def averaged(ranks, n):
+        return sum(sum(rel[:i]) / i for i in ranks if rel[i - 1]) / n if n else 0
+
+    r = min(total, len(rel))
+    return {
+        "map_at_k": averaged(range(1, min(k, len(rel)) + 1), min(total, k)),
+        "map_at_r": averaged(range(1, r + 1), r),
+        "mrr": next((1 / i for i, right in enumerate(rel, 1) if right), 0),
+        "precision_at_k": sum(rel[:k]) / k,
+    }
+
+
+def random_ranking(random, queries=30, gallery=25, ranked=10):
+    """Classes a to d of unlike sizes; the gallery lacks class d, and class a has more images than ranked."""
+    names = [f"{'abc'[min(2, number // 12)]}/{number}.jpg" for number in range(gallery)]
+    rows = np.array([random.permutation(gallery)[:ranked] for _ in range(queries)])
+    asked = [f"{random.choice(list('abcd'))}/q{number}.jpg" for number in range(queries)]
+    return Ranking(asked, names, rows, np.zeros(rows.shape))
+
+
+@pytest.mark.parametrize("k", [1, 3, 10, 20])
+def test_the_other_metrics_beside_naive_loops(k):
+    ranking = random_ranking(np.random.default_rng(k))
+    metrics = score(ranking, top_k=k)
+    by_hand = [naive(ranking, query, k) for query in range(30)]
+    for name in by_hand[0]:
+        values = np.array([values[name] for values in by_hand])
+        assert metrics[name] == pytest.approx(values.mean())
+        of_a = values[[query[0] == "a" for query in ranking.queries]]
+        assert metrics["per_class"]["a"][name] == pytest.approx(of_a.mean())
+        low, high = metrics[f"{name}_interval"]
+        assert 0 <= low < metrics[name] < high <= 1
+    assert metrics["queries_with_r_cut"] == sum(query[0] in "ab" for query in ranking.queries)
+
+
+def test_a_perfect_ranking_earns_one_and_a_hopeless_one_nothing():
+    perfect = ranking_of({"a/1": ["a/x", "a/y", "b/x"], "b/1": ["b/x", "a/x", "a/y"]})
+    hopeless = ranking_of({"a/1": ["b/x", "b/y"], "b/1": ["a/x", "a/y"]})
+    for ranking, value in ((perfect, 1.0), (hopeless, 0.0)):
+        metrics = score(ranking)
+        assert [metrics[name] for name in ("map_at_k", "map_at_r", "mrr")] == [value] * 3
+    assert score(perfect)["precision_at_k"] == pytest.approx((2 / 10 + 1 / 10) / 2)
+
+
+def test_the_interval_of_a_mean_is_that_of_a_plain_bootstrap():
+    ranking = random_ranking(np.random.default_rng(0), queries=400)
+    values = np.array([naive(ranking, query, 10)["map_at_k"] for query in range(400)])
+    random = np.random.default_rng(5)
+    means = [random.choice(values, size=400).mean() for _ in range(4000)]
+    assert score(ranking)["map_at_k_interval"] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.003)
+
+
+def test_a_query_that_the_gallery_also_holds_is_not_counted():
+    """Each image is a query among the others: of three images of a class, two are right."""
+    ranking = ranking_of(
+        {"a/1": ["a/2", "a/3"], "a/2": ["a/1", "a/3"], "a/3": ["a/1", "b/1"], "b/1": ["a/1", "a/2"]},
+        ["a/1", "a/2", "a/3", "b/1"],
+    )
+    assert hits_of(ranking, itself=1).total.tolist() == [2, 2, 2, 0]
+    assert metrics_of(ranking, itself=1)["map_at_r"] == (1 + 1 + 1 / 2 + 0) / 4

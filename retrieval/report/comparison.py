@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from scipy.stats import binomtest
 
 from retrieval.files import write_whole
 from retrieval.html import render
-from retrieval.metrics import CUTS, compare, points_of
+from retrieval.metrics import CUTS, MORE, compare, points_of
 from retrieval.report.ledgers import RunLine, read_ledgers
 
 PAGE, TABLE = "comparison.html", "comparison.md"
@@ -22,7 +23,8 @@ ALPHA = 0.05
 NOTE = (
     "In brackets: the 95 % interval. Each run is compared with the best, query by query: top-1 by McNemar's "
     "exact test (5 %, corrected by Holm for the rows of a table), the score by a paired bootstrap, whose "
-    "interval is not corrected and must exclude 0."
+    "interval is not corrected and must exclude 0. MAP@R cuts R, a query's number of right images, to the "
+    "number of ranked images: k, but at least 10."
 )
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -56,10 +58,10 @@ def compare_ledgers(folders: list[Path]) -> Path:
     Reads every runs.jsonl in and below the folders; a ledger can stand for its folder. Raises InputError if
     there is no ledger, or no run in any.
     """
-    groups = [{"title": _title(rows), "rows": rows, "cells": _cells(rows)}
+    groups = [{"title": _title(rows), "rows": rows, "tables": [_cells(rows), *_more_cells(rows)]}
               for rows in map(_beside_the_best, _grouped(read_ledgers(folders)))]  # fmt: skip
-    tables = [f"**{_escaped(group['title'])}**\n\n{_markdown(group['cells'])}" for group in groups]
-    text = "\n\n".join([*tables, NOTE])
+    tables = [[f"**{_escaped(group['title'])}**", *map(_markdown, group["tables"])] for group in groups]
+    text = "\n\n".join([*chain(*tables), NOTE])
     log.info("%s", text)
     out = folders[0].parent if folders[0].is_file() else folders[0]
     write_whole(out / TABLE, f"{text}\n".encode("utf-8", "replace"))
@@ -158,10 +160,18 @@ def _cells(rows: list[Row]) -> list[list[str]]:
     return [heads, *(_cells_of(row, "server" in heads) for row in rows)]
 
 
+def _more_cells(rows: list[Row]) -> list[list[list[str]]]:
+    """Return the cells of a second table, of the metrics of MORE; no table where no run has them."""
+    if not any("mrr" in row.run.estimates for row in rows):
+        return []
+    lines = [[row.name, str(row.run.k), *(_share(row.run, name) for name in MORE)] for row in rows]
+    return [[["network", "k", *MORE.values()], *lines]]
+
+
 def _cells_of(row: Row, with_server: bool) -> list[str]:
     run = row.run
     again = f" ({run.count} runs)" if run.count > 1 else ""
-    shares = [_estimate(run, f"top_{cut}", lambda share: f"{share:.3f}".removeprefix("0")) for cut in CUTS]
+    shares = [_share(run, f"top_{cut}") for cut in CUTS]
     difference = "–"
     if row.difference:
         by, (low, high) = row.difference
@@ -171,6 +181,11 @@ def _cells_of(row: Row, with_server: bool) -> list[str]:
             _estimate(run, "score", lambda score: f"{score:.0f}"),
             *(["–" if server is None else f"{server:g}"] if with_server else []), difference, row.significant,
             f"{run.seconds:.0f}"]  # fmt: skip
+
+
+def _share(run: RunLine, metric: str) -> str:
+    """Show a share, such as .912 [.890, .930]."""
+    return _estimate(run, metric, lambda share: f"{share:.3f}".removeprefix("0"))
 
 
 def _estimate(run: RunLine, metric: str, as_text: Callable[[float], str]) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import AfterValidator, AliasPath, BaseModel, Field, field_validator
 
 from retrieval.errors import InputError
-from retrieval.metrics import CUTS
+from retrieval.metrics import CUTS, MORE
 from retrieval.run import EARLIER, LEDGER
 
 log = logging.getLogger("retrieval.comparison")
@@ -48,6 +48,7 @@ class RunLine(BaseModel):
     query_dir: str = _within("settings", "query_dir")
     queries: int = _within("metrics", "queries")
     gallery_images: int = _within("metrics", "gallery_images")
+    k: int = _within("metrics", "k")  # of the metrics at k
     backbone: str = _within("metrics", "backbone")  # the model name
     tuned: bool = _within("metrics", "tuned")
     names: str = _within("metrics", "names")  # the digest in names-DIGEST.json: the same for the same images
@@ -61,10 +62,11 @@ class RunLine(BaseModel):
     @field_validator("estimates", mode="before")
     @classmethod
     def _with_intervals(cls, metrics: Any) -> dict[str, Any]:
-        """Return the score and the top-k accuracies with their intervals."""
+        """Return the score, the top-k accuracies and the metrics of MORE with their intervals."""
         if not isinstance(metrics, dict):
             raise ValueError("metrics is not an object")
-        shown = [name for name in ("score", *(f"top_{cut}" for cut in CUTS)) if name in metrics]
+        names = ("score", *(f"top_{cut}" for cut in CUTS), *MORE)
+        shown = [name for name in names if name in metrics]
         return {name: (metrics[name], metrics.get(f"{name}_interval")) for name in shown}
 
     @property

@@ -15,7 +15,7 @@ from retrieval.backbones.backbone import package_versions
 from retrieval.files import write_whole
 from retrieval.html import render
 from retrieval.machine import version_of
-from retrieval.metrics import CUTS
+from retrieval.metrics import CUTS, MORE
 from retrieval.report import charts
 from retrieval.report.charts import Chart
 from retrieval.report.embedding_map import draw_map
@@ -45,6 +45,7 @@ def write_report(run: Run, results: Results, outcome: Outcome) -> Path:
         title=f"{results.metrics['backbone']}: {queries} queries in {images} images",
         outcome=outcome,
         tiles=_tiles(results.metrics | outcome.metrics),
+        more=_more(results.metrics, results.ranking.rows.shape[1]),
         labelled=results.labelled,
         charts=drawn,
         data=data,
@@ -98,6 +99,21 @@ def _tiles(metrics: dict[str, Any]) -> list[dict[str, str]]:
         value = f"{100 * metrics[f'top_{cut}']:.1f} %"
         tiles.append({"name": f"top-{cut}", "value": value, "note": f"{low:.1f} to {high:.1f} %"})
     return tiles
+
+
+def _more(metrics: dict[str, Any], ranked: int) -> str:
+    """Return a line of the metrics that tell more than the rank of the first right image, "" without labels.
+
+    R is cut to the number of ranked images, so the line says that number.
+    """
+    titles = MORE | {"map_at_r": f"MAP@R (R ≤ {ranked})"}
+    shown = []
+    for name, title in titles.items():
+        if name in metrics:
+            value, (low, high) = metrics[name], metrics[f"{name}_interval"]
+            title = title.replace("@k", f"@{metrics['k']}")
+            shown.append(f"{title} {value:.3f} [{low:.3f}, {high:.3f}]")
+    return " · ".join(shown)
 
 
 def _tables(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -43,13 +43,15 @@ def put(folder, word, first, names=NAMES, accuracy=None, labelled=True, query_di
     line.conclude(metrics, Outcome("scored" if accuracy else "saved", "so", accuracy), **hits)
 
 
-def table(page):
-    """The rows of comparison.md beside a page: a list of cells each."""
-    lines = page.with_name("comparison.md").read_text().splitlines()
-    cells = [
-        [cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("| ")
-    ]
-    return [line for line in cells if line[0].strip("-")]
+def table(page, more=False):
+    """The rows of comparison.md beside a page, a list of cells each; `more`: of the second tables."""
+    rows = []
+    for block in page.with_name("comparison.md").read_text().split("\n\n"):
+        lines = [line for line in block.splitlines() if line.startswith("| ")]
+        cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+        if cells and (cells[0][1] == "k") == more:
+            rows += cells
+    return [line for line in rows if line[0].strip("-")]
 
 
 GOOD, FAIR, POOR = (1,) * 10, (1,) * 5 + (3, 0, 0, 0, 0), (2,) * 10
@@ -71,6 +73,31 @@ def test_runs_on_the_same_images_stand_in_one_table_the_best_first(tmp_path, cap
     assert [row[8] for row in rows] == ["–", "score", "score and top-1"]
     assert "good tuned" in caplog.text
     assert page == tmp_path / "comparison.html"
+
+
+def test_a_second_table_shows_more_metrics(tmp_path):
+    put(tmp_path, "good", GOOD)
+    put(tmp_path, "poor", POOR)
+    page = compare_ledgers([tmp_path])
+    heads, *rows = table(page, more=True)
+    assert heads == ["network", "k", "mAP@k", "MAP@R", "MRR", "precision@k"]
+    # The gallery holds one right image: at rank 2, AP@10 and the reciprocal rank are 1/2, and AP@1 is 0.
+    of_row = {row[0]: [row[1], *(cell.split()[0] for cell in row[2:])] for row in rows}
+    assert of_row == {
+        "good": ["10", "1.000", "1.000", "1.000", ".100"],
+        "poor": ["10", ".500", ".000", ".500", ".100"],
+    }
+    assert "the same runs: more than the first right image" in page.read_text()
+
+
+def test_a_ledger_without_these_metrics_gets_no_second_table(tmp_path):
+    put(tmp_path, "word", FAIR)
+    line = json.loads((tmp_path / "runs.jsonl").read_text())
+    line["metrics"] = {name: value for name, value in line["metrics"].items() if not name.startswith("m")}
+    (tmp_path / "runs.jsonl").write_text(json.dumps(line))
+    page = compare_ledgers([tmp_path])
+    assert table(page, more=True) == []
+    assert len(table(page)) == 2
 
 
 def test_mcnemar_by_hand_and_that_it_does_not_care_which_is_first():
@@ -103,7 +130,7 @@ def test_other_images_are_another_table_and_a_ledger_counts_once(tmp_path):
     put(tmp_path, "word", GOOD, names=[f"a/other{number}.jpg" for number in range(10)], query_dir="two")
     page = compare_ledgers([tmp_path, tmp_path])
     text = page.with_name("comparison.md").read_text()
-    assert text.count("| network ") == 2
+    assert text.count("| network ") == 2 * 2  # tables of each
     assert "**one: 10 queries × 10 images**" in text
     assert "**two: 10 queries × 10 images**" in text
     assert "runs)" not in text
@@ -188,7 +215,7 @@ def test_real_runs_from_the_command_line(few, exported, tmp_path):
     ended = run_here("-m", "retrieval.report", "results", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert f"{few / 'query'}: 8 queries × 24 images" in ended.stdout
-    assert ended.stdout.count("efficientnet_lite0") == 2
+    assert ended.stdout.count("efficientnet_lite0") == 2 * 2  # tables
     assert "wrote results/comparison.html" in ended.stdout
     ended = run_here("-m", "retrieval.report", few, cwd=tmp_path)
     assert ended.returncode == 2

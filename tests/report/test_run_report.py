@@ -216,3 +216,12 @@ def test_a_copy_inside_another_repository_tells_no_commit_of_that(tmp_path):
     (tmp_path / "copy").mkdir()
     assert run_report._commit(tmp_path / "copy") == {}
     assert run_report._commit(tmp_path) == {}  # nor does a broken one
+
+
+def test_more_metrics_are_a_line_below_the_tiles(digits, digits_page):
+    text = digits_page.read_text()
+    found = re.search(r'<p class="note">(mAP@3 [^<]*)</p>', text)[1]
+    low, high = digits.metrics["map_at_r_interval"]
+    assert f" · MAP@R (R ≤ 10) {digits.metrics['map_at_r']:.3f} [{low:.3f}, {high:.3f}] · MRR " in found
+    assert found.count(" · ") == 3
+    assert " · precision@3 " in found

@@ -2,13 +2,12 @@
 
 import json
 
-import numpy as np
 import pytest
 from conftest import ranking_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from retrieval.metrics import METRICS, first_hits
+from retrieval.metrics import METRICS, hits_of
 from retrieval.server.answer_key import AnswerKey
 from retrieval.server.scoring import RefusedError, Submission, judge, parse, score
 
@@ -212,7 +211,7 @@ def test_any_permutation_scores_as_the_metrics_say(images, random):
     labelled = {query: [name if GALLERY[name] else f"nobody/{name}" for name in names]
                 for query, names in images.items()}  # fmt: skip
     padded = {query: [*names, *["nobody/none"] * (10 - len(names))] for query, names in labelled.items()}
-    first = np.array(first_hits(ranking_of(padded)))
-    told = {name: metric.values(first, 10).mean() for name, metric in METRICS.items()}
+    hits = hits_of(ranking_of(padded))
+    told = {name: metric.values(hits, 10).mean() for name, metric in METRICS.items()}
     assert accuracy == pytest.approx(told["score"], abs=1e-9)
     assert found["results"] == [told["top_1"], told["top_5"], told["top_10"]]
