@@ -72,10 +72,12 @@ def main(settings: Settings) -> None:
     with Run(settings) as run:
         runs = read_runs(settings.runs)
         check(settings, runs)
+        labelled = read_runs(settings.labelled)
+        check_labelled(labelled, runs)
         names = [name for part in runs[0].vectors for name in part.names]
         run.open_output_dir(NEEDED + 11 * len(json.dumps(names)))
         run.done("read", f"read the embeddings of {len(runs)} runs")
-        weights, evidence = weights_of(settings, runs)
+        weights, evidence = weights_of(settings, runs, labelled)
         run.done("weigh")
         vectors = [saved.vectors for saved in runs]
         ranking = fuse(vectors, weights, NAMES_PER_QUERY, settings.normalisation)
@@ -100,16 +102,15 @@ def read_runs(folders: list[Path]) -> list[SavedRun]:
         metrics = json.loads(path.read_bytes()) if path.is_file() else {}
         vectors = RunVectors(*read_embeddings(folder))
         if runs:
-            places = runs[0].folder, folder
-            vectors = RunVectors(_aligned(runs[0].vectors.queries, vectors.queries, "queries", *places),
-                                 _aligned(runs[0].vectors.gallery, vectors.gallery, "gallery images", *places))  # fmt: skip
+            pairs = zip(runs[0].vectors, vectors, ("queries", "gallery images"), strict=True)
+            vectors = RunVectors(*(_aligned(*pair, runs[0].folder, folder) for pair in pairs))
         backbone = metrics.get("backbone", folder.name)
         runs.append(SavedRun(folder, backbone, metrics.get("tuned", False), vectors))
     return runs
 
 
 def _aligned(first: Embeddings, other: Embeddings, kind: str, place: Path, other_place: Path) -> Embeddings:
-    """Return the other embeddings in the order of the first. Raises InputError, with names, if some differ."""
+    """Return the other embeddings in the order of the first. Raises InputError if any name differs."""
     row_of = {name: row for row, name in enumerate(other.names)}
     missing = [name for name in first.names if name not in row_of]
     extra = sorted(row_of.keys() - set(first.names))
@@ -117,8 +118,8 @@ def _aligned(first: Embeddings, other: Embeddings, kind: str, place: Path, other
               for names, folder in ((missing, place), (extra, other_place)) if names]  # fmt: skip
     if differ:
         raise InputError(
-            f"the {kind} of {place} and {other_place} differ: {' and '.join(differ)}: run both networks on the "
-            "same folders"
+            f"the {kind} of {place} and {other_place} differ: {' and '.join(differ)}: run both "
+            "networks on the same folders"
         )
     return Embeddings(first.names, other.vectors[[row_of[name] for name in first.names]])
 
@@ -143,23 +144,25 @@ def check(settings: Settings, runs: list[SavedRun]) -> None:
 # ---- weights ----------------------------------------------------------------------------------------
 
 
-def weights_of(settings: Settings, runs: list[SavedRun]) -> tuple[list[float], dict[str, Any]]:
+def weights_of(
+    settings: Settings, runs: list[SavedRun], labelled: list[SavedRun]
+) -> tuple[list[float], dict[str, Any]]:
     """Return the weights of the runs, which add up to 1, and the evidence for them."""
-    if settings.labelled:
-        labelled = read_runs(settings.labelled)
-        _check_labelled(labelled, runs)
+    if labelled:
         names = [str(saved) for saved in runs]
         mix = choose_mix([saved.vectors for saved in labelled], names, settings.normalisation, settings.seed)
         return mix.weights, {"tried": mix.tried, "labelled": mix.labelled}
     if not settings.mix:
-        log.warning("all runs get the same weight, and nobody has checked it: a weak network may cost more than "
-                    "it gives. --labelled chooses the weights on labelled images")  # fmt: skip
+        log.warning("all runs get the same weight, and nobody has checked it: a weak network may cost more "
+                    "than it gives. --labelled chooses the weights on labelled images")  # fmt: skip
     mix = settings.mix or [1.0] * len(runs)
     return [weight / sum(mix) for weight in mix], {}
 
 
-def _check_labelled(labelled: list[SavedRun], runs: list[SavedRun]) -> None:
-    """Raise InputError unless the runs are labelled, of the same networks, and on other images."""
+def check_labelled(labelled: list[SavedRun], runs: list[SavedRun]) -> None:
+    """Raise InputError unless the labelled runs, if any, are of the same networks and on other images."""
+    if not labelled:
+        return
     first = labelled[0]
     if not are_labelled(*(part.names for part in first.vectors)):
         raise InputError(
@@ -205,21 +208,27 @@ def counts_of(runs: list[SavedRun], weights: list[float], ranking: Ranking) -> d
 
 
 def metrics_of(settings: Settings, runs: list[SavedRun], ranking: Ranking) -> dict[str, Any]:
-    """Return the metrics of a labelled ranking, beside those of each run alone and of equal weights."""
+    """Return the metrics of a labelled ranking, and its gains over the best run alone and over equal weights.
+
+    The best run is the one that scores highest on these very queries, so the gain over it is not overstated.
+    """
     if not are_labelled(ranking.queries, ranking.gallery):
         return {}
     metrics, fused = score(ranking), points_of(np.array(first_hits(ranking)))
     mixes = [*np.eye(len(runs)).tolist(), [1 / len(runs)] * len(runs)]
-    others = points_of(first_right([saved.vectors for saved in runs], mixes, settings.normalisation))
-    alone = {str(saved.folder): float(points.mean()) for saved, points in zip(runs, others, strict=False)}
-    best = int(others[:-1].mean(1).argmax())
-    for name, points in (("best_run", others[best]), ("equal_weights", others[-1])):
+    vectors = [saved.vectors for saved in runs]
+    *alone, equally = points_of(first_right(vectors, mixes, settings.normalisation))  # each (queries,)
+    best = int(np.argmax([points.mean() for points in alone]))
+    scores = {str(saved.folder): float(points.mean()) for saved, points in zip(runs, alone, strict=True)}
+    beside = {
+        "best_run": (f"the best run, {runs[best]}", alone[best]),
+        "equal_weights": ("equal weights", equally),
+    }
+    for name, (words, points) in beside.items():
         gain, interval = compare(fused, points)
         metrics |= {f"gain_over_{name}": gain, f"gain_over_{name}_interval": interval}
-        what = f"{runs[best]}, the best run" if name == "best_run" else "equal weights"
-        log.info("the fusion scores %+.1f [%+.1f, %+.1f] of 1000 beside %s (%.1f)",
-                 gain, *interval, what, points.mean())  # fmt: skip
-    return metrics | {"alone": alone}
+        log.info("beside %s (%.1f): %+.1f [%+.1f, %+.1f] of 1000", words, points.mean(), gain, *interval)
+    return metrics | {"score_alone": scores}
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from get_images import label_of
 from retrieval.records import UNREADABLE, Embeddings, Ranking, chunks, rows_of_chunk, zero_rows
 
 BLOCK = 2**23  # similarities of all runs in memory at a time: 64 MiB, and as much again while they are made
-DIGITS = 12  # of a cosine: equal images have equal cosines then, in whatever order the products were added
+DIGITS = 12  # of similarities: equal ones stay equal, in whatever order a library adds their terms
 
 Normalisation = Literal["min-max", "z-score", "rank"]
 
@@ -46,8 +46,8 @@ def min_max(cosines: np.ndarray) -> np.ndarray:
 def z_score(cosines: np.ndarray) -> np.ndarray:
     """Map each query's cosines to mean 0 and standard deviation 1: (c − mean) / deviation.
 
-    >>> z_score(np.array([[0.2, 0.4, 0.3]])).round(3)
-    array([[-1.225,  1.225,  0.   ]])
+    >>> z_score(np.array([[0.5, 1.0, 0.0]])).round(3)
+    array([[ 0.   ,  1.225, -1.225]])
     """
     deviation = cosines.std(1, keepdims=True)
     return (cosines - cosines.mean(1, keepdims=True)) / np.where(deviation > 0, deviation, 1)
@@ -115,7 +115,8 @@ def weighted_mean(similarities: list[np.ndarray], weights: list[float]) -> np.nd
         known = ~np.isnan(normalised)
         np.add(total, weight * normalised, out=total, where=known)
         weight_of += weight * known
-    return np.divide(total, weight_of, out=np.full(total.shape, np.nan), where=weight_of > 0)
+    mean = np.divide(total, weight_of, out=np.full(total.shape, np.nan), where=weight_of > 0)
+    return mean.round(DIGITS)  # so that equal sums of other terms are ties
 
 
 def blocks(runs: list[RunVectors], normalisation: Normalisation) -> Iterator[tuple[slice, list[np.ndarray]]]:
