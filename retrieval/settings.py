@@ -37,7 +37,7 @@ def _path(value: Any) -> Path:
             'write r"…" around the path, or forward slashes'
         )
     try:
-        return Path(str(value)).expanduser()  # in a list, pydantic-settings reads a name such as 64 as a number
+        return Path(str(value)).expanduser()  # in a list, 64 arrives as a number
     except RuntimeError:
         raise ValueError("there is no such user; write the folder out") from None
 
