@@ -1,7 +1,9 @@
 import os
+import re
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from retrieval.embedding.embeddings_file import read_embeddings, write_embeddings
 from retrieval.errors import InputError
@@ -20,6 +22,16 @@ def test_what_is_written_is_read_also_without_pickle(tmp_path):
     with np.load(tmp_path / "embeddings.npz", allow_pickle=False) as arrays:
         assert sorted(arrays) == ["gallery", "gallery_names", "queries", "query_names"]
     assert os.listdir(tmp_path) == ["embeddings.npz"]
+
+
+def test_the_example_of_the_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "results" / "lite0").mkdir(parents=True)
+    write_embeddings(tmp_path / "results" / "lite0" / "embeddings.npz", QUERIES, GALLERY)
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "fusion.md").read_text(), re.S)
+    names = {}
+    exec(example, names)
+    assert names["cosines"].tolist() == [[0], [0]]
 
 
 def test_it_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
