@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import SMALL, assert_same, run_here
+from conftest import SMALL, assert_same, begun, run_here, settings_of
 from torch import nn
 
 from retrieval.backbones.backbone import find_pretrained
@@ -151,3 +151,24 @@ def test_wrong_commands_are_sentences(write, tmp_path):
         ended = run_here("-m", "supcon.soup", *flags, cwd=tmp_path)
         assert ended.returncode == 2
         assert f"error: {sentence}" in ended.stderr
+
+
+@pytest.mark.slow
+def test_two_seeds_of_a_training_become_a_network_that_model_fine_tuned_runs(few, tiny, tmp_path):
+    from supcon.training import fit
+
+    files = []
+    for seed in (0, 1):
+        training = begun(settings_of(tiny, tmp_path, seed=seed, epochs=1, save_dir=tmp_path / str(seed)))
+        with training.tracking:
+            fit(training)
+        files.append(tmp_path / str(seed) / "fine_tuned_model.pth")
+    first, second = (read_fine_tuned(file)[1] for file in files)
+    assert any(not first[name].equal(second[name]) for name in first)
+    ended = run_here("-m", "supcon.soup", *files, "--out", "soup.pth", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    ended = run_here("model_fine_tuned.py", "--weights", "soup.pth", "--query_dir", few / "query",
+                     "--gallery_dir", few / "gallery", "--custom_dataset", cwd=tmp_path)  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert "fine-tuned with ce, a soup of 2" in (tmp_path / "results" / "report.html").read_text()
+    assert not (tmp_path / "results" / "loss.png").exists()  # no epochs were measured
