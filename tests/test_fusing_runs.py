@@ -15,7 +15,7 @@ PEOPLE = 40
 
 def network(folder, noise, seed, backbone, names=("q", "g")):
     """Save the run of a made-up network, which sees each person as a direction, with this much noise."""
-    random, centres = np.random.default_rng(seed), np.random.default_rng(hash(backbone) % 99)
+    random, centres = np.random.default_rng(seed), np.random.default_rng(len(backbone))
     directions = centres.normal(size=(PEOPLE, 8))
     queries, gallery = ({f"{person:02}/{name}{n}.jpg": directions[person] + noise * random.normal(size=8)
                          for person in range(PEOPLE) for n in range(3)} for name in names)  # fmt: skip
