@@ -47,10 +47,18 @@ def as_json(value: Any, indent: int | None = None) -> bytes:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file whole: at any moment it is the old or the new one, and on the disk when this returns."""
+    with open_whole(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def open_whole(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a file to write, which replaces `path` at the end of the `with` block, unless that raises."""
     unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
     try:
         with open(unfinished, "wb") as file:
-            write_through(file, data)
+            yield file
+            write_through(file, b"")
         os.replace(unfinished, path)
         _sync_folder(path.parent)
     finally:

@@ -21,6 +21,8 @@ from retrieval.records import Embeddings, Ranking
 CUTS = (1, 3, 5, 10)
 POINTS = {1: 600, 5: 300, 10: 100}  # for a right image among the first 1, 5, 10: rank 1 earns all three
 
+FEW_IDENTITIES = 20  # fewer labels are classes, and resampling so few would tell nothing
+
 log = logging.getLogger("retrieval.metrics")
 
 
@@ -295,6 +297,29 @@ def compare(points: ArrayLike, with_points: ArrayLike) -> tuple[float, list[floa
     """
     difference = np.array(points) - np.array(with_points)
     return float(difference.mean()), _mean_interval(difference)
+
+
+def compare_identities(
+    points: np.ndarray, with_points: np.ndarray, labels: list[str], tests: int = 1, samples: int = 10_000
+) -> tuple[float, list[float]]:
+    """Do as compare, but draw identities, since the queries of one identity are right or wrong together.
+
+    The interval is at 95 %, or higher if this is one of several `tests` (Bonferroni). With fewer than
+    FEW_IDENTITIES labels, as with classes of scenes, queries are drawn.
+
+    >>> compare_identities(np.array([1000, 1000, 0, 0]), np.zeros(4), ["a", "a", "b", "b"])[0]
+    500.0
+    """
+    difference = np.array(points, dtype=float) - np.array(with_points, dtype=float)
+    identities, owners = np.unique(labels, return_inverse=True)
+    if len(identities) < FEW_IDENTITIES:
+        owners = np.arange(len(labels))
+    sums = np.stack([np.bincount(owners, difference), np.bincount(owners)], axis=1)  # (identities, 2)
+    different, counts = np.unique(sums, axis=0, return_counts=True)
+    drawn = np.random.default_rng(0).multinomial(counts.sum(), counts / counts.sum(), size=samples)
+    totals, queries = (drawn @ different).T
+    tail = 2.5 / tests
+    return float(difference.mean()), np.percentile(totals / queries, [tail, 100 - tail]).tolist()
 
 
 def competition_score(right_1: int, right_5: int, right_10: int, queries: int) -> float:

@@ -19,14 +19,16 @@ from get_images import ImageFile, find_query_and_gallery
 from retrieval.backbones.backbone import LazyBackbone
 from retrieval.distributed import claim_devices, gather, rank_zero_only, set_up, several
 from retrieval.embedding.cache import Cache
+from retrieval.embedding.embeddings_file import write_embeddings
 from retrieval.embedding.runtime import choose_runtime
 from retrieval.embedding.shards import embed_shard, gather_shards
+from retrieval.errors import InputError
 from retrieval.machine import cores
 from retrieval.metrics import measure, require_labels
 from retrieval.ranking.approximate import check_search, merge_shards, rank_by
 from retrieval.records import Embeddings, Ranking, ShardedEmbeddings
 from retrieval.report.results import Results, Sample, sample_rows
-from retrieval.run import SUBMISSION, Outcome, Run, stop_if_failed
+from retrieval.run import EMBEDDINGS, SUBMISSION, Outcome, Run, stop_if_failed
 from retrieval.server.answer_key import key_of_folders
 from retrieval.server.serve import local_server
 from retrieval.settings import LOCAL
@@ -59,6 +61,9 @@ def find(run: Run) -> Images:
     set_up()
     check_tracker(settings.tracker)
     check_search(settings.search)
+    if settings.save_embeddings and several():
+        raise InputError("--save_embeddings needs all vectors in one process: first run without it, and then "
+                         "without torchrun, which takes the vectors from the cache")  # fmt: skip
     images = Images(*find_query_and_gallery(settings.query_dir, settings.gallery_dir))
     if settings.custom_dataset or settings.server_url == LOCAL:
         require_labels(*images)
@@ -134,6 +139,8 @@ def save(
     path = write_submission(ranking, run.settings.group_name, run.folder)
     run.write_metrics(metrics)
     run.write_without_face(queries, gallery)
+    if run.settings.save_embeddings:
+        write_embeddings(run.folder / EMBEDDINGS, queries, gallery.own)
     run.done("save", f"saved {path}, and metrics.json beside it,")
     return Results(*images, queries, gallery, ranking, metrics, backbone.trained, sample)
 

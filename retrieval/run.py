@@ -23,9 +23,10 @@ from retrieval.records import Embeddings
 from retrieval.settings import Form
 
 # The files that the next run replaces.
-SUBMISSION = "submission.json"
+SUBMISSION, EMBEDDINGS = "submission.json", "embeddings.npz"
 PER_RUN = (SUBMISSION, "metrics.json", "reply.txt", "without_face.json", "report.html", "similar_images.png",
-           "tsne.png", "per_class.png", "confusion.png", "similarities.png", "loss.png")  # fmt: skip
+           "tsne.png", "per_class.png", "confusion.png", "similarities.png", "loss.png",
+           EMBEDDINGS)  # fmt: skip
 LEDGER = "runs.jsonl"
 EARLIER = "earlier"  # the folder that the next run moves them to
 
@@ -82,7 +83,8 @@ class Run:
         a folder is a file, if another run writes into it, or if the next run would find this run's pictures
         among the images; raises RunError if it cannot be written.
         """
-        written = {"output_dir": self.folder, "save_crops": self.settings.save_crops}
+        crops = self.settings.save_crops
+        written = {"output_dir": self.folder, "save_crops": crops}
         for images in (self.settings.query_dir, self.settings.gallery_dir):
             for flag, folder in written.items():
                 if folder and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(images)):
@@ -93,9 +95,13 @@ class Run:
         needed = sum(len(json.dumps(image.name)) + 10 * (longest + 2) + 4 for image in queries)
         needed += sum(len(json.dumps(image.name)) + 3 for image in [*queries, *gallery])
         needed += 2**22  # metrics.json, the ledger's line
-        for flag, folder in written.items():
-            if folder:
-                _try_to_write(folder, needed, flag)
+        if crops:
+            _try_to_write(crops, needed, "save_crops")
+        self.open_output_dir(needed)
+
+    def open_output_dir(self, needed: int) -> None:
+        """Create and lock the output folder, and write `needed` bytes into it; raise as check_output_dir."""
+        _try_to_write(self.folder, needed, "output_dir")
         self.held.enter_context(lock(self.folder, "output_dir"))
 
     def done(self, step: str, what: str = "") -> None:

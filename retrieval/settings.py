@@ -37,7 +37,7 @@ def _path(value: Any) -> Path:
             'write r"…" around the path, or forward slashes'
         )
     try:
-        return Path(value).expanduser()
+        return Path(str(value)).expanduser()  # in a list, 64 arrives as a number
     except RuntimeError:
         raise ValueError("there is no such user; write the folder out") from None
 
@@ -211,6 +211,11 @@ class RetrievalSettings(Form):
     """read every image, even if its size and time have not changed"""
     save_crops: NewFolder | None = None
     """folder to save the network input of each image in, as PNG"""
+    save_embeddings: bool = False
+    """save the names and unit vectors of all images in embeddings.npz, for fusion and for your own ideas
+
+    [fusion.md](fusion.md) shows how to read and to fuse them.
+    """
     no_report: bool = False
     """draw no report.html and no pictures
 

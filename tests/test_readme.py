@@ -14,7 +14,8 @@ from hub import lay_in_hub
 
 from retrieval.datasets.layouts import INTEL
 
-RUN = ("README.md", "docs/tutorial.md", "docs/backbones.md", "docs/fine_tuning.md")  # whose commands are run
+# The pages whose commands are run.
+RUN = ("README.md", "docs/tutorial.md", "docs/backbones.md", "docs/fine_tuning.md", "docs/fusion.md")
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
 MAKEFILE = " ".join((ROOT / "Makefile").read_text().replace("\\\n", " ").split())
 

@@ -14,7 +14,7 @@ from conftest import ROOT, Server, answer, run, run_here
 from PIL import Image
 
 AFTER_A_FIRST_RUN = pytest.mark.usefixtures("exported")  # which takes seconds: the README's commands are ones
-ROOMS = ("submission", "backbones", "report", "embedding")  # that are scripts too
+ROOMS = ("submission", "backbones", "report", "embedding", "fusion")  # that are scripts too
 FOLDERS = ("--query_dir", "query", "--gallery_dir", "gallery")
 
 
@@ -28,7 +28,7 @@ def ledger(folder):
 
 def test_the_forms_are_read_before_the_slow_imports():
     scripts = ("get_images", "model_not_tuned", "fine_tuning", "model_fine_tuned",
-               *(f"retrieval.{room}" for room in ROOMS))  # fmt: skip
+               "supcon.soup", *(f"retrieval.{room}" for room in ROOMS))  # fmt: skip
     slow = {"torch", "timm", "sklearn", "matplotlib", "jinja2", "accelerate"}
     program = f"import sys, importlib\nfor name in {scripts}:\n    importlib.import_module(name)\n    "
     program += f"assert not {slow} & set(sys.modules), name"
@@ -36,7 +36,7 @@ def test_the_forms_are_read_before_the_slow_imports():
 
 
 COMMANDS = [["model_not_tuned.py"], ["fine_tuning.py"], ["model_fine_tuned.py"],
-            ["-m", "retrieval.datasets"], ["-m", "retrieval.datasets", "sample"],
+            ["-m", "supcon.soup"], ["-m", "retrieval.datasets"], ["-m", "retrieval.datasets", "sample"],
             *(["-m", f"retrieval.{room}"] for room in ROOMS)]  # fmt: skip
 
 

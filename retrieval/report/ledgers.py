@@ -45,7 +45,7 @@ class RunLine(BaseModel):
 
     time: Annotated[datetime, AfterValidator(datetime.astimezone)]
     settings: Settings
-    query_dir: str = _within("settings", "query_dir")
+    query_dir: str = Field("saved runs", validation_alias=AliasPath("settings", "query_dir"))  # of a fusion
     queries: int = _within("metrics", "queries")
     gallery_images: int = _within("metrics", "gallery_images")
     k: int = _within("metrics", "k")  # of the metrics at k

@@ -51,7 +51,7 @@ def send_submission(
     """
     if not url:
         what = f"{path} is not sent: set SERVER_URL or --server_url, or send it with"
-        return Outcome("saved", f"{what}\n    {_resend(path, 'http://HOST:3001/retrieval/')}")
+        return Outcome("saved", f"{what}\n    {command_to_send(path)}")
     body = path.read_bytes()
     submission = json.loads(body)
     _warn_of_folders(submission, url)
@@ -73,7 +73,7 @@ def send_submission(
         fate = MAYBE_COUNTED if posting else fate
         outcome = Outcome("interrupted", "stopped by Ctrl-C")
     if outcome.failed:
-        resend = f"{path} is saved; to send it again:\n    {_resend(path, url)}"
+        resend = f"{path} is saved; to send it again:\n    {command_to_send(path, url)}"
         outcome = replace(outcome, sentence=f"{outcome.sentence}: {fate}.\n{resend}")
     return outcome
 
@@ -94,7 +94,8 @@ def _is_loopback(host: str | None) -> bool:
         return host == "localhost"
 
 
-def _resend(path: Path, url: str) -> str:
+def command_to_send(path: Path, url: str = "http://HOST:3001/retrieval/") -> str:
+    """Return the command that sends a saved submission."""
     return f"python -m retrieval.submission {shlex.quote(str(path))} --server_url {shlex.quote(url)}"
 
 

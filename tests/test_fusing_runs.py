@@ -1,0 +1,160 @@
+"""retrieval/fusion.py: saved runs in, a fused submission out."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import run, run_here, vectors_of
+
+from retrieval.embedding.embeddings_file import read_embeddings, write_embeddings
+from retrieval.records import Embeddings
+
+PEOPLE = 40
+
+
+def network(folder, noise, seed, backbone, names=("q", "g")):
+    """Save the run of a made-up network, which sees each person as a direction, with this much noise."""
+    random, centres = np.random.default_rng(seed), np.random.default_rng(len(backbone))
+    directions = centres.normal(size=(PEOPLE, 8))
+    queries, gallery = ({f"{person:02}/{name}{n}.jpg": directions[person] + noise * random.normal(size=8)
+                         for person in range(PEOPLE) for n in range(3)} for name in names)  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    write_embeddings(folder / "embeddings.npz", vectors_of(queries), vectors_of(gallery))
+    (folder / "metrics.json").write_text(json.dumps({"backbone": backbone, "tuned": False}))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path):
+    return network(tmp_path / "a", 0.5, 0, "good"), network(tmp_path / "b", 30, 1, "noise")
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    return (network(tmp_path / "la", 0.5, 2, "good", ("v", "w")),
+            network(tmp_path / "lb", 30, 3, "noise", ("v", "w")))  # fmt: skip
+
+
+def fuse(*arguments, cwd):
+    return run_here("-m", "retrieval.fusion", *arguments, cwd=cwd)
+
+
+def results(cwd, folder="results/fused"):
+    return (json.loads((cwd / folder / name).read_text()) for name in ("metrics.json", "submission.json"))
+
+
+def test_weights_by_hand(runs, tmp_path):
+    ended = fuse(*runs, "--mix", "3,1", "--group_name", "Team AAA", cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "warning" not in ended.stderr
+    metrics, submission = results(tmp_path)
+    assert metrics["backbone"] == "0.75 good + 0.25 noise"
+    assert list(metrics["weights"].values()) == [0.75, 0.25]
+    assert submission["groupname"] == "Team AAA"
+    assert all(len(set(names)) == 10 for names in submission["images"].values())
+    low, high = metrics["score_interval"]
+    assert low < metrics["score"] < high
+    assert metrics["gain_over_best_run"] == pytest.approx(
+        metrics["score"] - max(metrics["score_alone"].values())
+    )
+    assert "python -m retrieval.submission results/fused/submission.json --server_url" in ended.stdout
+    (line,) = (tmp_path / "results/fused/runs.jsonl").read_text().splitlines()
+    assert len(json.loads(line)["first"]) == 3 * PEOPLE
+
+
+def test_without_weights_all_are_equal_and_a_warning_says_that_nobody_checked(runs, tmp_path):
+    ended = fuse(*runs, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    assert "warning: all runs get the same weight, and nobody has checked it" in ended.stderr
+    metrics, _ = results(tmp_path)
+    assert list(metrics["weights"].values()) == [0.5, 0.5]
+    assert metrics["gain_over_best_run_interval"][1] < 0
+    assert metrics["gain_over_equal_weights"] == 0
+
+
+def test_a_network_of_noise_gets_weight_0_by_labels(runs, labelled, tmp_path):
+    ended = fuse(*runs, "--labelled", *labelled, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    metrics, _ = results(tmp_path)
+    assert list(metrics["weights"].values()) == [1, 0]
+    assert metrics["gain_over_best_run"] == 0
+    assert metrics["gain_over_equal_weights_interval"][0] > 0
+    assert [(tried["run"], tried["share"]) for tried in metrics["tried"]] == [(f"noise ({runs[1]})", 0)]
+    assert metrics["labelled"]["equal_weights_difference"] < 0
+
+
+def test_the_order_of_names_may_differ_but_a_missing_image_is_named(runs, tmp_path):
+    before = fuse(*runs, "--mix", "1,1", cwd=tmp_path)
+    _, submission = results(tmp_path)
+    queries, gallery = read_embeddings(runs[1])
+    turned = [Embeddings(part.names[::-1], part.vectors[::-1]) for part in (queries, gallery)]
+    write_embeddings(runs[1] / "embeddings.npz", *turned)
+    after = fuse(*runs, "--mix", "1,1", "--output_dir", "again", cwd=tmp_path)
+    assert before.returncode == after.returncode == 0
+    assert next(iter(list(results(tmp_path, "again"))[1:])) == submission
+
+    other = Embeddings(["x/new.jpg", *gallery.names[3:]], gallery.vectors[2:])
+    write_embeddings(runs[1] / "embeddings.npz", queries, other)
+    ended = fuse(*runs, cwd=tmp_path)
+    assert ended.returncode == 2
+    assert ended.stderr == (
+        f"error: the gallery images of {runs[0]} and {runs[1]} differ: 3 are only in {runs[0]} (00/g0.jpg, "
+        f"00/g1.jpg, 00/g2.jpg) and 1 are only in {runs[1]} (x/new.jpg): run both networks on the same "
+        "folders\n"
+    )
+
+
+def test_wrong_commands_are_sentences(runs, labelled, tmp_path):
+    for flags, sentence in (
+        ((runs[0],), "give the folders of two runs or more"),
+        ((*runs, "--mix", "1"), r"--mix has 1 entries for 2 runs"),
+        ((*runs, "--mix", "0,0"), "all weights of --mix are 0"),
+        ((*runs, "--mix", "1,-1"), "greater than or equal to 0"),
+        ((*runs, "--labelled", labelled[0]), "--labelled has 1 entries for 2 runs"),
+        ((*runs, "--mix", "1,1", "--labelled", *labelled), "give one of them"),
+        ((*runs, "--labelled", *labelled[::-1]), "give runs of the same networks, in the same order"),
+        ((*runs, "--labelled", *runs), "weights chosen on them would flatter their score"),
+        ((*runs, "--output_dir", runs[0]), "is the folder of a run"),
+        ((runs[0], tmp_path), r"holds no embeddings\.npz: run its command again"),
+    ):
+        ended = fuse(*flags, cwd=tmp_path)
+        assert ended.returncode == 2, flags
+        assert re.search(f"^error: .*{sentence}", ended.stderr, re.M), ended.stderr
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("exported")
+def test_two_real_runs_from_images_to_the_fused_submission(flat, few):
+    folders = ("--query_dir", "query", "--gallery_dir", "gallery", "--no_report")
+    for size in ("64", "96"):
+        ended = run("model_not_tuned.py", *folders, "--engine", "torch", "--image_size", size,
+                    "--save_embeddings", "--output_dir", size, cwd=flat)  # fmt: skip
+        assert ended.returncode == 0, ended.stderr
+        queries, gallery = read_embeddings(flat / size)
+        assert (len(queries.names), len(gallery.names)) == (8, 24)
+        assert np.allclose(np.linalg.norm(gallery.vectors, axis=1), 1, atol=1e-5)
+    ended = run("-m", "retrieval.fusion", "64", "96", "--mix", "1,0", "--output_dir", "fused", cwd=flat)
+    assert ended.returncode == 0, ended.stderr
+    metrics, fused = results(flat, "fused")
+    assert "score" not in metrics  # flat folders have no labels
+    assert fused == json.loads((flat / "64" / "submission.json").read_text())
+    ended = run("-m", "retrieval.report", ".", cwd=flat)
+    assert "1 efficientnet_lite0" in ended.stdout, ended.stderr
+    assert "skipped" not in ended.stderr
+
+    ended = run("model_not_tuned.py", *folders, "--output_dir", "plain", cwd=flat)
+    assert not (flat / "plain" / "embeddings.npz").exists()
+
+
+def test_several_processes_are_refused(few, monkeypatch):
+    import model_not_tuned
+    from retrieval.errors import InputError
+    from retrieval.pipeline import find
+    from retrieval.run import Run
+
+    monkeypatch.setattr("retrieval.pipeline.several", lambda: True)
+    settings = model_not_tuned.Settings(query_dir=few, gallery_dir=few, save_embeddings=True)
+    with pytest.raises(InputError, match="--save_embeddings needs all vectors in one process"):
+        find(Run(settings))
