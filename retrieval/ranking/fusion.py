@@ -17,9 +17,7 @@ import numpy as np
 from get_images import label_of
 from retrieval.records import UNREADABLE, Embeddings, Ranking, chunks, rows_of_chunk, zero_rows
 
-BLOCK = (
-    2**23
-)  # similarities of all runs in memory at a time: 64 MiB, or 300 MiB with all that is made on the way
+BLOCK = 2**23  # similarities of all runs in memory at a time: 64 MiB, or 300 with what is made of them
 DIGITS = 12  # of similarities: equal ones stay equal, in whatever order a library adds their terms
 
 Normalisation = Literal["min-max", "z-score", "rank"]
