@@ -49,17 +49,27 @@ def centre(gallery: Embeddings) -> Projection:
 
 
 def whiten(gallery: Embeddings) -> Projection:
-    """Return PCA whitening with shrinkage: x ↦ (x − μ) U diag(l + l̄)^(−1/2).
+    """Return PCA whitening with shrinkage, x ↦ (x − μ) W: W of the gallery's covariance, μ its mean.
 
-    μ is the mean of the gallery's readable images, U and l are the eigenvectors and eigenvalues of their
-    covariance, and l̄ is the mean of l: without it, directions in which the gallery hardly varies, mostly
-    noise, would count as much as all others. Jégou and Chum, Negative evidences and co-occurrences in image
-    retrieval: the benefit of PCA and whitening, ECCV 2012.
+    Jégou and Chum, Negative evidences and co-occurrences in image retrieval: the benefit of PCA and
+    whitening, ECCV 2012.
     """
     mean, covariance = _moments(gallery)
-    values, axes = np.linalg.eigh(covariance)
-    axes /= np.sqrt(values + values.mean())
+    axes = whitening(covariance)
     return lambda x: (x - mean) @ axes
+
+
+def whitening(covariance: np.ndarray) -> np.ndarray:
+    """Return W = U diag(l + l̄)^(−1/2), with the covariance's eigenvectors U and its eigenvalues l.
+
+    The mean eigenvalue l̄ is shrinkage: without it, directions in which the images hardly vary, mostly noise,
+    would count as much as all others.
+
+    >>> abs(whitening(np.diag([2.0, 6.0]))).round(3).tolist()
+    [[0.408, 0.0], [0.0, 0.316]]
+    """
+    values, axes = np.linalg.eigh(covariance)
+    return axes / np.sqrt(values + values.mean())
 
 
 def _moments(embeddings: Embeddings) -> tuple[np.ndarray, np.ndarray]:
@@ -79,50 +89,58 @@ def _moments(embeddings: Embeddings) -> tuple[np.ndarray, np.ndarray]:
 
 
 def within_class(train: Embeddings) -> Projection:
-    """Return whitening by the within-class covariance: x ↦ (x − μ) S_w^(−1/2).
+    """Return whitening by the within-class covariance, x ↦ (x − μ) W: W of S_w, μ the mean of all.
 
-    Directions in which images of one class differ count less. S_w is shrunk as Ledoit and Wolf (A
-    well-conditioned estimator for large-dimensional covariance matrices, 2004) say. Raises InputError if no
-    class has two images. Hatch, Kajarekar and Stolcke, Within-class covariance normalization for SVM-based
-    speaker recognition, Interspeech 2006.
+        S_w = Σ (x − μ_c)(x − μ_c)ᵀ / n      over the n images x and the means μ_c of their classes c
+
+    So directions in which images of one class differ count less. Raises as check_classes. Hatch, Kajarekar
+    and Stolcke, Within-class covariance normalization for SVM-based speaker recognition, Interspeech 2006.
     """
-    vectors, labels = _labelled(train)
-    mean, axes = vectors.mean(axis=0), _within_class_whitening(vectors, labels)
+    vectors, _, means = _of_classes(train)
+    mean, residuals = vectors.mean(axis=0), vectors - means
+    axes = whitening(residuals.T @ residuals / len(residuals))
     return lambda x: (x - mean) @ axes
 
 
 def lda(train: Embeddings) -> Projection:
-    """Return the unit vector beside its linear discriminants: x ↦ (x, z / ‖z‖), z = (x − μ) S_w^(−1/2) B.
+    """Return the vector beside its linear discriminants, x ↦ (x, z / ‖z‖): z = (x − μ) W B.
 
-    B are the directions, one fewer than classes, in which the class means differ after the within-class
-    whitening: Fisher, The use of multiple measurements in taxonomic problems, 1936. The two parts count
-    equally: z sees what tells the training's classes apart, and x all else. Raises as within_class.
+    W and μ are those of within_class. B (dimension, classes − 1) are the directions in which the class means
+    differ most after W: Fisher, The use of multiple measurements in taxonomic problems, 1936. Both parts
+    count equally: z sees what tells the training's classes apart, and x also all else. Raises as
+    check_classes.
     """
-    vectors, labels = _labelled(train)
-    mean, axes = vectors.mean(axis=0), _within_class_whitening(vectors, labels)
-    classes, counts = np.unique(labels, return_counts=True)
-    means = np.stack([vectors[labels == label].mean(axis=0) for label in classes]) - mean
-    _, _, directions = np.linalg.svd(np.sqrt(counts)[:, None] * means @ axes, full_matrices=False)
-    axes = axes @ directions[: len(classes) - 1].T
+    vectors, classes, means = _of_classes(train)
+    mean, residuals = vectors.mean(axis=0), vectors - means
+    axes = whitening(residuals.T @ residuals / len(residuals))
+    _, directions = np.linalg.eigh(axes.T @ (means - mean).T @ (means - mean) @ axes)  # by rising eigenvalue
+    axes = axes @ directions[:, 1 - classes :]
     return lambda x: np.concatenate([x, unit((x - mean) @ axes)], axis=1)
 
 
-def _labelled(train: Embeddings) -> tuple[np.ndarray, np.ndarray]:
-    """Return the vectors (images, dimension) of the readable images, float64, and their labels."""
-    rows = np.delete(np.arange(len(train.names)), zero_rows(train.vectors))
-    return train.vectors[rows].astype(np.float64), np.array([label_of(train.names[row]) for row in rows])
+def check_classes(names: list[str]) -> None:
+    """Raise InputError unless these training images are labelled, with two classes, and two images of one."""
+    labels = [label_of(name) for name in names]
+    if None in labels:
+        raise InputError(
+            f"--projection needs class folders, but {names[labels.index(None)]} of --train_dir lies in none: "
+            "lay the images out as TRAIN_DIR/<class>/x.jpg"
+        )
+    if not 1 < len(set(labels)) < len(labels):
+        raise InputError(
+            "--projection needs two classes or more, and two images of a class, but --train_dir holds "
+            f"{len(labels)} images of {len(set(labels))} classes: give another folder"
+        )
 
 
-def _within_class_whitening(vectors: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return S_w^(−1/2) (dimension, dimension). Raises InputError if no class has two images."""
-    from sklearn.covariance import ledoit_wolf
-
-    _, of_class, counts = np.unique(labels, return_inverse=True, return_counts=True)
-    several = counts[of_class] > 1
-    if len(counts) < 2 or not several.any():
-        raise InputError("--projection needs a --train_dir with two classes or more, and two images in one")
-    residuals = np.concatenate([own - own.mean(axis=0) for label in np.flatnonzero(counts > 1)
-                                for own in [vectors[of_class == label]]])  # fmt: skip
-    covariance, _ = ledoit_wolf(residuals, assume_centered=True)
-    values, axes = np.linalg.eigh(covariance)
-    return axes / np.sqrt(values)
+def _of_classes(train: Embeddings) -> tuple[np.ndarray, int, np.ndarray]:
+    """Return the readable vectors (images, dimension), the number of classes, and each image's class mean."""
+    train = train.some(np.delete(np.arange(len(train.names)), zero_rows(train.vectors)))
+    check_classes(train.names)
+    vectors = train.vectors.astype(np.float64)
+    classes, of_image, counts = np.unique(
+        [label_of(name) for name in train.names], return_inverse=True, return_counts=True
+    )
+    means = np.zeros((len(classes), vectors.shape[1]))
+    np.add.at(means, of_image, vectors)
+    return vectors, len(classes), (means / counts[:, None])[of_image]
