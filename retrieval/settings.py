@@ -162,7 +162,7 @@ Detector = Literal["auto", "mtcnn", "dlib", "scrfd", "scrfd:small", "yunet"]
 Search = Literal["exact", "flat", "ivf", "hnsw"]
 Projected = Literal["lda", "within_class"]
 Expansion = Annotated[str, _checked_by(expansion_of), Metavar("N:ALPHA")]
-Rerank = Annotated[str, _checked_by(reciprocal_of), Metavar("k-reciprocal[:K1,K2,LAMBDA]")]
+Rerank = Annotated[str, _checked_by(reciprocal_of), Metavar("METHOD")]
 Tracker = Literal["none", "tensorboard", "wandb"]
 
 
@@ -268,7 +268,7 @@ class BackboneSettings(Form):
 
 
 class MeansSettings(Form):
-    """Means that refine the ranking (docs/means.md), all off by default."""
+    """Means that refine the ranking, all off by default; see docs/means.md."""
 
     train_dir: NewFolder | None = None
     """folder of the training images, with a folder per class
@@ -294,7 +294,7 @@ class MeansSettings(Form):
     Gallery images that are near to many queries count less.
     """
     rerank: Rerank | None = None
-    """order by shared neighbours: k-reciprocal, by default with 20,6,0.3
+    """order by shared neighbours: k-reciprocal, or k-reciprocal:K1,K2,LAMBDA, by default 20,6,0.3
 
     It excludes `--hubs`.
     """

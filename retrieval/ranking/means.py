@@ -13,7 +13,7 @@ from retrieval.errors import InputError
 from retrieval.ranking.exact import rank
 from retrieval.ranking.hubs import rank_without_hubs
 from retrieval.ranking.neighbours import augment_gallery, expand_queries
-from retrieval.ranking.projections import centre, lda, project, whiten, within_class
+from retrieval.ranking.projections import Projection, centre, lda, project, whiten, within_class
 from retrieval.ranking.reciprocal import rank_by_reciprocals
 from retrieval.records import Embeddings, Ranking
 from retrieval.settings import MeansSettings, Search, expansion_of, reciprocal_of
@@ -77,11 +77,11 @@ def rank_with(
     are ranked, and `scores` is what --hubs or --rerank orders by. Raises as `rank`, and as check_classes.
     """
     if means.projection:
-        projection = PROJECTIONS[means.projection](train)
-        queries, gallery = project(queries, projection), project(gallery, projection)
-    for fit in [centre] * means.centre + [whiten] * means.whiten:
-        projection = fit(gallery)
-        queries, gallery = project(queries, projection), project(gallery, projection)
+        queries, gallery = _both(PROJECTIONS[means.projection](train), queries, gallery)
+    if means.centre:
+        queries, gallery = _both(centre(gallery), queries, gallery)
+    if means.whiten:
+        queries, gallery = _both(whiten(gallery), queries, gallery)
     if means.gallery_augmentation:
         gallery = augment_gallery(gallery, *expansion_of(means.gallery_augmentation), device)
     if means.query_expansion:
@@ -91,3 +91,7 @@ def rank_with(
     if means.rerank:
         return rank_by_reciprocals(queries, gallery, k, *reciprocal_of(means.rerank), device)
     return rank(queries, gallery, k, device)
+
+
+def _both(projection: Projection, queries: Embeddings, gallery: Embeddings) -> tuple[Embeddings, Embeddings]:
+    return project(queries, projection), project(gallery, projection)

@@ -60,16 +60,16 @@ def whiten(gallery: Embeddings) -> Projection:
 
 
 def whitening(covariance: np.ndarray) -> np.ndarray:
-    """Return W = U diag(l + l̄)^(−1/2), with the covariance's eigenvectors U and its eigenvalues l.
+    """Return W with W Wᵀ = (C + l̄ I)⁻¹, C the covariance and l̄ the mean of its eigenvalues.
 
-    The mean eigenvalue l̄ is shrinkage: without it, directions in which the images hardly vary, mostly noise,
-    would count as much as all others.
+    So vectors x W and y W have the inner product of Mahalanobis, xᵀ (C + l̄ I)⁻¹ y. The shrinkage l̄ is needed:
+    without it, directions in which the images hardly vary, mostly noise, would count as much as all others.
 
-    >>> abs(whitening(np.diag([2.0, 6.0]))).round(3).tolist()
+    >>> whitening(np.diag([2.0, 6.0])).round(3).tolist()
     [[0.408, 0.0], [0.0, 0.316]]
     """
-    values, axes = np.linalg.eigh(covariance)
-    return axes / np.sqrt(values + values.mean())
+    shrunk = covariance + np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+    return np.linalg.inv(np.linalg.cholesky(shrunk)).T
 
 
 def _moments(embeddings: Embeddings) -> tuple[np.ndarray, np.ndarray]:
@@ -96,8 +96,8 @@ def within_class(train: Embeddings) -> Projection:
     So directions in which images of one class differ count less. Raises as check_classes. Hatch, Kajarekar
     and Stolcke, Within-class covariance normalization for SVM-based speaker recognition, Interspeech 2006.
     """
-    vectors, _, means = _of_classes(train)
-    mean, residuals = vectors.mean(axis=0), vectors - means
+    vectors, classes, means = _of_classes(train)
+    mean, residuals = vectors.mean(axis=0), vectors - means[classes]
     axes = whitening(residuals.T @ residuals / len(residuals))
     return lambda x: (x - mean) @ axes
 
@@ -111,10 +111,13 @@ def lda(train: Embeddings) -> Projection:
     check_classes.
     """
     vectors, classes, means = _of_classes(train)
-    mean, residuals = vectors.mean(axis=0), vectors - means
+    mean, residuals = vectors.mean(axis=0), vectors - means[classes]
     axes = whitening(residuals.T @ residuals / len(residuals))
-    _, directions = np.linalg.eigh(axes.T @ (means - mean).T @ (means - mean) @ axes)  # by rising eigenvalue
-    axes = axes @ directions[:, 1 - classes :]
+    between = (
+        np.sqrt(np.bincount(classes))[:, None] * (means - mean) @ axes
+    )  # a class counts as its images do
+    _, _, directions = np.linalg.svd(between, full_matrices=False)  # by falling singular value
+    axes = axes @ directions[: len(means) - 1].T
     return lambda x: np.concatenate([x, unit((x - mean) @ axes)], axis=1)
 
 
@@ -133,14 +136,12 @@ def check_classes(names: list[str]) -> None:
         )
 
 
-def _of_classes(train: Embeddings) -> tuple[np.ndarray, int, np.ndarray]:
-    """Return the readable vectors (images, dimension), the number of classes, and each image's class mean."""
+def _of_classes(train: Embeddings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the readable vectors (images, dimension), their classes as numbers, and the classes' means."""
     train = train.some(np.delete(np.arange(len(train.names)), zero_rows(train.vectors)))
     check_classes(train.names)
     vectors = train.vectors.astype(np.float64)
-    classes, of_image, counts = np.unique(
-        [label_of(name) for name in train.names], return_inverse=True, return_counts=True
-    )
-    means = np.zeros((len(classes), vectors.shape[1]))
-    np.add.at(means, of_image, vectors)
-    return vectors, len(classes), (means / counts[:, None])[of_image]
+    _, classes = np.unique([label_of(name) for name in train.names], return_inverse=True)
+    means = np.zeros((classes.max() + 1, vectors.shape[1]))
+    np.add.at(means, classes, vectors)
+    return vectors, classes, means / np.bincount(classes)[:, None]
