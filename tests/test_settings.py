@@ -307,7 +307,7 @@ def test_help_is_a_row_a_flag(monkeypatch, capsys, script):
     for ugly in ("--no-no", "SecretStr", "(default )", "Path", "{", "False", "None", "\n  --no-"):
         assert ugly not in told
     for name in form.model_fields:
-        assert re.search(rf"^  --{name}( [A-Z:]+)? {{2,}}\w", told, re.M), name
+        assert re.search(rf"^  --{name}( [A-Z:]+)?\s{{2,}}\w", told, re.M), name
     assert len(told.splitlines()) < len(form.model_fields) + 25
 
 
