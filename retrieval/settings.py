@@ -283,7 +283,7 @@ class MeansSettings(Form):
     centre: bool = False
     """subtract the gallery's mean from all vectors"""
     whiten: bool = False
-    """whiten all vectors by the gallery's covariance, with shrinkage; also centres them"""
+    """whiten all vectors by the gallery's covariance; also centres them"""
     gallery_augmentation: Expansion | None = None
     """move each gallery image towards its N nearest others, weighted by cosine^ALPHA"""
     query_expansion: Expansion | None = None
@@ -294,9 +294,9 @@ class MeansSettings(Form):
     Gallery images that are near to many queries count less.
     """
     rerank: Rerank | None = None
-    """order by shared neighbours: k-reciprocal, or k-reciprocal:K1,K2,LAMBDA, by default 20,6,0.3
+    """order by shared neighbours: k-reciprocal, or k-reciprocal:K1,K2,LAMBDA
 
-    It excludes `--hubs`.
+    By default K1, K2 and LAMBDA are 20,6,0.3. It excludes `--hubs`.
     """
 
 
