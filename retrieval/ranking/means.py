@@ -86,6 +86,10 @@ def rank_with(
         gallery = augment_gallery(gallery, *expansion_of(means.gallery_augmentation), device)
     if means.query_expansion:
         queries = expand_queries(queries, gallery, *expansion_of(means.query_expansion), device)
+    return _rank(means, queries, gallery, k, device)
+
+
+def _rank(means: Means, queries: Embeddings, gallery: Embeddings, k: int, device: Any) -> Ranking:
     if means.hubs:
         return rank_without_hubs(queries, gallery, k, means.hubs, device)
     if means.rerank:
