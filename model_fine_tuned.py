@@ -18,6 +18,7 @@ from retrieval.settings import (
     File,
     Folder,
     GroupName,
+    MeansSettings,
     NewFolder,
     PositiveInt,
     RetrievalSettings,
@@ -25,7 +26,7 @@ from retrieval.settings import (
 )
 
 
-class Settings(RetrievalSettings, CheckpointSettings):
+class Settings(RetrievalSettings, CheckpointSettings, MeansSettings):
     """Rank a gallery for each query with a network of fine_tuning.py, and submit the ranking."""
 
     weights: File = Path("checkpoints/fine_tuned_model.pth")  # it knows its network and its transform

@@ -17,6 +17,7 @@ from retrieval.settings import (
     FaceSettings,
     Folder,
     GroupName,
+    MeansSettings,
     NewFolder,
     PositiveInt,
     RetrievalSettings,
@@ -24,7 +25,7 @@ from retrieval.settings import (
 )
 
 
-class Settings(RetrievalSettings, BackboneSettings, FaceSettings):
+class Settings(RetrievalSettings, BackboneSettings, FaceSettings, MeansSettings):
     """Rank a gallery for each query with a pretrained network, and submit the ranking."""
 
     model_type: ModelType = "efficientnet_lite0"  # for faces "dlib"; python -m retrieval.backbones lists all

@@ -48,7 +48,10 @@ ENVIRONMENT = """\
 # environment, the environment over .env, and .env over the defaults at the top of a script.
 # Whatever is not listed here, such as --device, is a flag only.
 """
-EXAMPLES = {"server_url": "http://HOST:3001/retrieval/", "group_name": '"my-team"', "custom_dataset": "false"}
+EXAMPLES = {
+    "server_url": "http://HOST:3001/retrieval/", "group_name": '"my-team"', "custom_dataset": "false",
+    "train_dir": "data/train",
+}  # fmt: skip
 NOTES = {
     "batch_size": "; in fine_tuning.py, images in a training step",
     "group_name": "; quotes keep blanks and # as they are",

@@ -11,11 +11,11 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from get_images import ImageFile, find_query_and_gallery
+from get_images import ImageFile, find_images, find_query_and_gallery
 from retrieval.backbones.backbone import LazyBackbone
 from retrieval.distributed import claim_devices, gather, rank_zero_only, set_up, several
 from retrieval.embedding.cache import Cache
@@ -26,6 +26,8 @@ from retrieval.errors import InputError
 from retrieval.machine import cores
 from retrieval.metrics import measure, require_labels
 from retrieval.ranking.approximate import check_search, merge_shards, rank_by
+from retrieval.ranking.means import check_means, means_of, rank_with
+from retrieval.ranking.projections import check_classes
 from retrieval.records import Embeddings, Ranking, ShardedEmbeddings
 from retrieval.report.results import Results, Sample, sample_rows
 from retrieval.run import EMBEDDINGS, SUBMISSION, Outcome, Run, stop_if_failed
@@ -41,17 +43,19 @@ log = logging.getLogger("retrieval.pipeline")
 
 
 class Images(NamedTuple):
-    """The images of both folders."""
+    """The images of all folders."""
 
     queries: list[ImageFile]
     gallery: list[ImageFile]
+    train: list[ImageFile]  # labelled, for a means that is fitted; empty without one
 
 
 class Vectors(NamedTuple):
-    """The embeddings of both folders."""
+    """The embeddings of all folders."""
 
     queries: Embeddings  # all of them, in every process
     gallery: ShardedEmbeddings  # a shard in each process
+    train: Embeddings | None  # None if no means is fitted
     sample: Sample | None  # on rank 0, for the report's map
 
 
@@ -64,10 +68,16 @@ def find(run: Run) -> Images:
     if settings.save_embeddings and several():
         raise InputError("--save_embeddings needs all vectors in one process: first run without it, and then "
                          "without torchrun, which takes the vectors from the cache")  # fmt: skip
-    images = Images(*find_query_and_gallery(settings.query_dir, settings.gallery_dir))
+    means = means_of(settings)
+    check_means(means, settings.search, settings.train_dir is not None)
+    queries, gallery = find_query_and_gallery(settings.query_dir, settings.gallery_dir)
+    train = find_images(settings.train_dir) if means.projection else []
+    if train:
+        check_classes([image.name for image in train])
     if settings.custom_dataset or settings.server_url == LOCAL:
-        require_labels(*images)
-    run.check_output_dir(*images)
+        require_labels(queries, gallery)
+    run.check_output_dir(queries, gallery)
+    images = Images(queries, gallery, train)
     run.done("find", f"found {len(images.queries)} query and {len(images.gallery)} gallery images")
     return images
 
@@ -79,7 +89,7 @@ def embed_both(run: Run, images: Images, backbone: LazyBackbone) -> Vectors:
     """
     settings = run.settings
     run.done("backbone")
-    count = len(images.queries) + len(images.gallery)
+    count = sum(map(len, images))
     cache = None if settings.no_cache else Cache(settings.cache_dir, settings.verify_cache)
     claim_devices()
     runtime = choose_runtime(backbone, settings.engine, count, settings.batch_size, settings.cache_dir)
@@ -88,6 +98,9 @@ def embed_both(run: Run, images: Images, backbone: LazyBackbone) -> Vectors:
     # The larger part first: face detectors run in their own processes while the network loads.
     gallery = embed_shard(images.gallery, runtime, "gallery images", settings.save_crops, cache)
     queries = gather_shards(embed_shard(images.queries, runtime, "queries", settings.save_crops, cache))
+    train = None
+    if images.train:
+        train = embed_shard(images.train, runtime, "training images", settings.save_crops, cache).own
     sample = None if settings.no_report else _sample(queries, gallery)
     dimension = queries.vectors.shape[1]
     run.done(
@@ -97,7 +110,7 @@ def embed_both(run: Run, images: Images, backbone: LazyBackbone) -> Vectors:
     spent = ", ".join(f"{part} {seconds:.1f}" for part, seconds in runtime.seconds.items())
     log.info("seconds inside embedding: %s; the readers took %.1f on %d cores",
              spent, runtime.readers_seconds, cores())  # fmt: skip
-    return Vectors(queries, gallery, sample)
+    return Vectors(queries, gallery, train, sample)
 
 
 def _sample(queries: Embeddings, gallery: ShardedEmbeddings) -> Sample | None:
@@ -110,16 +123,23 @@ def _sample(queries: Embeddings, gallery: ShardedEmbeddings) -> Sample | None:
     return shards and Sample(rows, np.concatenate([queries.vectors[of_queries], *shards]))
 
 
-def rank_both(run: Run, vectors: Vectors, backbone: LazyBackbone) -> tuple[Ranking, dict[str, float]] | None:
+def rank_both(run: Run, vectors: Vectors, backbone: LazyBackbone) -> tuple[Ranking, dict[str, Any]] | None:
     """Rank the gallery for each query, on the backbone's device; return the ranking and the search's metrics.
 
-    Other ranks than 0 get None.
+    With means the metrics say which. Other ranks than 0 get None.
     """
     k = max(run.settings.top_k, NAMES_PER_QUERY)
-    queries, gallery, _ = vectors
-    own = rank_by(run.settings.search, queries, gallery.own, k, backbone.device)
-    merged = merge_shards(*own, gallery, k)
-    run.done("rank", f"ranked {len(gallery.names)} gallery images for each of {len(queries.names)} queries")
+    queries, gallery, train, _ = vectors
+    means = means_of(run.settings)
+    if applied := means.applied():  # one process has the whole gallery: see check_means
+        merged = rank_with(means, queries, gallery.own, train, k, backbone.device), {"means": applied}
+    else:
+        own = rank_by(run.settings.search, queries, gallery.own, k, backbone.device)
+        merged = merge_shards(*own, gallery, k)
+    by = f" with {', '.join(applied)}" if applied else ""
+    run.done(
+        "rank", f"ranked {len(gallery.names)} gallery images for each of {len(queries.names)} queries{by}"
+    )
     return merged
 
 
@@ -128,11 +148,11 @@ def save(
     run: Run,
     images: Images,
     vectors: Vectors,
-    ranked: tuple[Ranking, dict[str, float]],
+    ranked: tuple[Ranking, dict[str, Any]],
     backbone: LazyBackbone,
 ) -> Results:
     """Write submission.json and everything that can be known before it is sent; return the results."""
-    (ranking, search), (queries, gallery, sample) = ranked, vectors
+    (ranking, search), (queries, gallery, _, sample) = ranked, vectors
     metrics = {"backbone": backbone.model_name, "tuned": backbone.trained is not None}
     metrics |= {"names": run.write_names(queries.names, gallery.names)}
     metrics |= measure(ranking, queries, gallery, run.settings.top_k) | search
@@ -142,7 +162,9 @@ def save(
     if run.settings.save_embeddings:
         write_embeddings(run.folder / EMBEDDINGS, queries, gallery.own)
     run.done("save", f"saved {path}, and metrics.json beside it,")
-    return Results(*images, queries, gallery, ranking, metrics, backbone.trained, sample)
+    return Results(
+        images.queries, images.gallery, queries, gallery, ranking, metrics, backbone.trained, sample
+    )
 
 
 @rank_zero_only

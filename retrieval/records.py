@@ -29,6 +29,10 @@ class Embeddings:
         """The names of the images whose rows are zeros."""
         return [self.names[row] for row in zero_rows(self.vectors)]
 
+    def some(self, rows: np.ndarray) -> Embeddings:
+        """Return the embeddings of some images, given by their rows."""
+        return Embeddings([self.names[row] for row in rows], self.vectors[rows])
+
 
 @dataclass(frozen=True)
 class ShardedEmbeddings:
@@ -51,12 +55,16 @@ class Ranking:
     `rows` (queries, k), int64, are rows of the gallery; `cosines` (queries, k), float64, fall along each row.
     Equal cosines keep the gallery's order. Unreadable gallery images come last, with the cosine UNREADABLE.
     An unreadable query has the gallery in its order, with cosines of 0.
+
+    `scores` (queries, k), float64, fall along each row in place of the cosines, if the images are ordered by
+    something else than their cosine (retrieval/ranking/means.py).
     """
 
     queries: list[str]
     gallery: list[str]
     rows: np.ndarray
     cosines: np.ndarray
+    scores: np.ndarray | None = None
 
     def names(self) -> dict[str, list[str]]:
         """Return the names of the ranked gallery images, best first, by the name of their query."""

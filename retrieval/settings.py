@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +21,7 @@ from retrieval.command_line import Metavar
 from retrieval.forms import CONTROL, Form
 
 CACHE_DIR = Path("~/.cache/image-retrieval")
+NUMBER = r"\d+(?:\.\d+)?"
 LOCAL = "local"  # the URL of the evaluation server that a run starts by itself
 
 log = logging.getLogger("retrieval.settings")
@@ -100,6 +102,43 @@ def _with_zone(moment: datetime) -> datetime:
     return moment if moment.tzinfo else moment.astimezone()
 
 
+def expansion_of(text: str) -> tuple[int, float]:
+    """Read N:ALPHA, neighbours and the exponent of their weights. Raises ValueError for anything else.
+
+    >>> expansion_of("5:3")
+    (5, 3.0)
+    """
+    found = re.fullmatch(rf"([1-9]\d*):({NUMBER})", text)
+    if not found:
+        raise ValueError("write N:ALPHA, such as 5:3: neighbours, and the exponent of their cosines")
+    return int(found[1]), float(found[2])
+
+
+def reciprocal_of(text: str) -> tuple[int, int, float]:
+    """Read k-reciprocal:K1,K2,LAMBDA; K1, K2 and LAMBDA have defaults. Raises ValueError for anything else.
+
+    >>> reciprocal_of("k-reciprocal")
+    (20, 6, 0.3)
+    """
+    found = re.fullmatch(rf"k-reciprocal(?::([1-9]\d*),([1-9]\d*),({NUMBER}))?", text)
+    if not found or float(found[3] or 0) > 1:
+        raise ValueError(
+            "write k-reciprocal, or k-reciprocal:20,6,0.3 with other numbers: neighbours, neighbours of the "
+            "local expansion, and the weight of the cosine's distance, 0 to 1"
+        )
+    return (int(found[1]), int(found[2]), float(found[3])) if found[1] else (20, 6, 0.3)
+
+
+def _checked_by(read: Callable[[str], Any]) -> AfterValidator:
+    """Return a check that `read` can read a text; the text stays as it is."""
+
+    def _check(text: str) -> str:
+        read(text)
+        return text
+
+    return AfterValidator(_check)
+
+
 NewFolder = Annotated[Path, BeforeValidator(_path), Metavar("FOLDER")]
 Folder = Annotated[NewFolder, AfterValidator(_existing_folder)]
 NewFile = Annotated[Path, BeforeValidator(_path), AfterValidator(_no_folder), Metavar("FILE")]
@@ -122,6 +161,9 @@ Crop = Literal["auto", "none", "face", "align", "loose"]
 Detector = Literal["auto", "mtcnn", "dlib", "scrfd", "scrfd:small", "yunet"]
 Views = Literal["none", "flip", "scales", "flip,scales"]
 Search = Literal["exact", "flat", "ivf", "hnsw"]
+Projected = Literal["lda", "within_class"]
+Expansion = Annotated[str, _checked_by(expansion_of), Metavar("N:ALPHA")]
+Rerank = Annotated[str, _checked_by(reciprocal_of), Metavar("METHOD")]
 Tracker = Literal["none", "tensorboard", "wandb"]
 
 
@@ -240,6 +282,39 @@ class BackboneSettings(Form):
     """
     image_size: Side | None = None
     """side of the network's square input in pixels (default: the network's own)"""
+
+
+class MeansSettings(Form):
+    """Means that refine the ranking, all off by default; see docs/means.md."""
+
+    train_dir: NewFolder | None = None
+    """folder of the training images, with a folder per class
+
+    The retrieval scripts read it only for `--projection`.
+    """
+    projection: Projected | None = None
+    """projection fitted on the images of --train_dir: lda or within_class
+
+    `lda` adds linear discriminants to each vector; `within_class` whitens by the within-class covariance.
+    """
+    centre: bool = False
+    """subtract the gallery's mean from all vectors"""
+    whiten: bool = False
+    """whiten all vectors by the gallery's covariance; also centres them"""
+    gallery_augmentation: Expansion | None = None
+    """move each gallery image towards its N nearest others, weighted by cosine^ALPHA"""
+    query_expansion: Expansion | None = None
+    """move each query towards its N nearest gallery images, weighted by cosine^ALPHA"""
+    hubs: PositiveInt | None = None
+    """hub correction (CSLS) by this many neighbours, such as 10
+
+    Gallery images that are near to many queries count less.
+    """
+    rerank: Rerank | None = None
+    """order by shared neighbours: k-reciprocal, or k-reciprocal:K1,K2,LAMBDA
+
+    By default K1, K2 and LAMBDA are 20,6,0.3. It excludes `--hubs`.
+    """
 
 
 class CheckpointSettings(Form):

@@ -351,6 +351,11 @@ def browser():
     browser.driver.quit()
 
 
+def embeddings_of(vectors, prefix):
+    """Embeddings with these rows, made unit, and names such as q0, q1 …"""
+    return vectors_of({f"{prefix}{row}": vector for row, vector in enumerate(vectors)})
+
+
 # ---- the server
 
 

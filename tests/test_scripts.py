@@ -241,6 +241,24 @@ def test_a_second_run_embeds_nothing_and_ranks_the_same(few, exported_once, tmp_
 
 
 @AFTER_A_FIRST_RUN
+def test_means_are_applied_and_recorded(few, tmp_path):
+    flags = (*FOLDERS, "--custom_dataset", "--train_dir", few / "gallery")
+    means = ("--projection", "lda", "--whiten", "--query_expansion", "2:3", "--hubs", "5")
+    for name, more in (("plain", ()), ("refined", means)):
+        ended = run_here("model_not_tuned.py", *flags, *more, "--output_dir", tmp_path / name, cwd=few)
+        assert ended.returncode == 0, ended.stderr
+    assert "queries with projection, whiten, query_expansion, hubs in" in ended.stdout
+    plain, refined = (
+        json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("plain", "refined")
+    )
+    assert "means" not in plain
+    assert refined["means"] == {"projection": "lda", "whiten": True, "query_expansion": "2:3", "hubs": 5}
+    submissions = [(tmp_path / name / "submission.json").read_bytes() for name in ("plain", "refined")]
+    assert submissions[0] != submissions[1]
+    assert (tmp_path / "refined" / "report.html").exists()
+
+
+@AFTER_A_FIRST_RUN
 def test_no_report_draws_nothing(flat):
     ended = run_here("model_not_tuned.py", *FOLDERS, "--no_report", cwd=flat)
     assert ended.returncode == 0, ended.stderr
@@ -275,6 +293,10 @@ def test_a_page_that_cannot_be_drawn_costs_only_itself(few, monkeypatch, tmp_pat
         ((*FOLDERS, "--model_type", "efficientnet_lit0"), 2, "did you mean efficientnet_lite0?"),
         ((*FOLDERS, "--output_dir", "texts/a.txt"), 2, "is not a folder but a file"),
         ((*FOLDERS, "--output_dir", "/proc/results"), 1, "give another --output_dir"),
+        ((*FOLDERS, "--projection", "lda"), 2, "give their folder by --train_dir"),
+        ((*FOLDERS, "--projection", "lda", "--train_dir", "none"), 2, "none is not a folder"),
+        ((*FOLDERS, "--projection", "lda", "--train_dir", "gallery"), 2, "lies in none: lay the images out"),
+        ((*FOLDERS, "--hubs", "5", "--rerank", "k-reciprocal"), 2, "give one of them"),
         ((*FOLDERS, "--top", "3"), 2, "there is no flag --top"),
         ((*FOLDERS, "--image_size", "5"), 2, "--image_size is '5': it should be greater than or equal to 16"),
     ],

@@ -74,7 +74,7 @@ def rank_by(
              for _, some in chunks(queries.vectors, rows_of_chunk(queries.vectors))]  # fmt: skip
     searched = time.perf_counter()
     ranking, short = _exact_order(queries, gallery, np.concatenate(found))
-    exact = rank(_some(queries, short), gallery, k, device)
+    exact = rank(queries.some(short), gallery, k, device)
     ranking.rows[short], ranking.cosines[short] = exact.rows, exact.cosines
     metrics = {"search_recall": _recall(queries, gallery, ranking, device)}
     metrics |= {"index_seconds": round(built - start, 3), "search_seconds": round(searched - built, 3)}
@@ -163,13 +163,9 @@ def cells_for(images: int) -> int:
 # ---- the recall -----------------------------------------------------------------------------------
 
 
-def _some(embeddings: Embeddings, rows: np.ndarray) -> Embeddings:
-    return Embeddings([embeddings.names[row] for row in rows], embeddings.vectors[rows])
-
-
 def _recall(queries: Embeddings, gallery: Embeddings, ranking: Ranking, device: Any) -> float:
     """Return the share of found images that are at least as similar as the k-th of the exact ranking."""
     count = len(queries.names)
     sample = np.random.default_rng(SEED).choice(count, min(SAMPLE, count), replace=False)
-    exact = rank(_some(queries, sample), gallery, ranking.rows.shape[1], device)
+    exact = rank(queries.some(sample), gallery, ranking.rows.shape[1], device)
     return round(float(np.mean(ranking.cosines[sample] >= exact.cosines[:, -1:])), 4)

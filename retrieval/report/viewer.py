@@ -24,16 +24,21 @@ class Matches:
         # (queries, shown): rows of the gallery, and their cosines
         self.rows = results.ranking.rows[:, :SHOWN]
         cosines = results.ranking.cosines[:, :SHOWN]
-        self.cosines = np.where(cosines == UNREADABLE, 0, cosines)
+        unreadable = cosines == UNREADABLE
+        self.cosines = np.where(unreadable, 0, cosines)
+        scores = self.cosines  # what the matches are ordered by
+        if results.ranking.scores is not None:
+            scores = results.ranking.scores[:, :SHOWN]
+            scores = np.where(unreadable, scores[~unreadable].min(), scores)
         # (queries,): the rank of the first right match, 0 if unknown
         self.first = np.array(results.first)
-        # (queries,): by how much the first match's cosine exceeds that of the best match of another class
+        # (queries,): by how much the first match's score exceeds that of the best match of another class
         others = np.ones_like(self.rows, bool)
         if results.labelled:
             labels = np.array([label_of(name) or "" for name in results.gallery_vectors.names], dtype=object)
             others = labels[self.rows] != labels[self.rows[:, :1]]
         others[:, 0], others[:, -1] = False, True
-        self.margin = self.cosines[:, 0] - np.where(others, self.cosines, -np.inf).max(axis=1)
+        self.margin = scores[:, 0] - np.where(others, scores, -np.inf).max(axis=1)
         self.embedded = results.query_vectors.vectors.any(axis=1)
 
 

@@ -9,6 +9,7 @@ from conftest import vectors_of
 from pages import STRANGE, drawn, found_of
 
 from retrieval.ranking.exact import rank
+from retrieval.records import Ranking
 from retrieval.report import charts, embedding_map, results, run_report, viewer
 from retrieval.report.charts import RIGHT, WRONG, confusion, per_class
 from retrieval.report.results import Results
@@ -42,6 +43,15 @@ def test_a_gallery_of_one_class_and_one_of_a_single_image_have_a_lead_too():
     assert Matches(found).margin == pytest.approx([0.4, 0.8])
     gallery = vectors_of({"a/2": [1, 0]})
     assert Matches(Results([], [], queries, gallery, rank(queries, gallery), {})).margin.tolist() == [0, 0]
+
+
+def test_the_lead_is_that_of_the_scores_where_these_decide():
+    queries, gallery = vectors_of({"q": [1, 0]}), vectors_of({"x": [0, 0], "y": [0.6, 0.8], "z": [0.8, 0.6]})
+    cosines, scores = np.array([[0.6, 0.8, -2.0]]), np.array([[0.3, 0.1, -np.inf]])
+    ranking = Ranking(["q"], ["x", "y", "z"], np.array([[1, 2, 0]]), cosines, scores)
+    matches = Matches(Results([], [], queries, gallery, ranking, {}))
+    assert matches.cosines.tolist() == [[0.6, 0.8, 0]]
+    assert matches.margin == pytest.approx([0.2])  # without labels: ahead of the last of those shown
 
 
 def test_an_unreadable_match_is_shown_without_similarity():

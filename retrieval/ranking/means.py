@@ -1,0 +1,101 @@
+"""Embeddings and a choice of means in; the ranking that they refine out. docs/means.md describes the means.
+
+Their order: projection, centre, whiten → gallery_augmentation → query_expansion → hubs or rerank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from retrieval.distributed import several
+from retrieval.errors import InputError
+from retrieval.ranking.exact import rank
+from retrieval.ranking.hubs import rank_without_hubs
+from retrieval.ranking.neighbours import augment_gallery, expand_queries
+from retrieval.ranking.projections import Projection, centre, lda, project, whiten, within_class
+from retrieval.ranking.reciprocal import rank_by_reciprocals
+from retrieval.records import Embeddings, Ranking
+from retrieval.settings import MeansSettings, Search, expansion_of, reciprocal_of
+
+PROJECTIONS = {"lda": lda, "within_class": within_class}
+
+
+@dataclass(frozen=True)
+class Means:
+    """The means that refine a ranking, with the values of their flags. All are off by default."""
+
+    projection: str | None = None  # lda or within_class: fitted on labelled images
+    centre: bool = False
+    whiten: bool = False
+    gallery_augmentation: str | None = None  # N:ALPHA
+    query_expansion: str | None = None  # N:ALPHA
+    hubs: int | None = None  # neighbours
+    rerank: str | None = None  # k-reciprocal, or k-reciprocal:K1,K2,LAMBDA
+
+    def applied(self) -> dict[str, Any]:
+        """Return the means that are on, for metrics.json.
+
+        >>> Means(hubs=10).applied()
+        {'hubs': 10}
+        """
+        return {field.name: value for field in fields(self) if (value := getattr(self, field.name))}
+
+
+def means_of(settings: MeansSettings) -> Means:
+    """Return the means that the settings choose."""
+    return Means(**{field.name: getattr(settings, field.name) for field in fields(Means)})
+
+
+def check_means(means: Means, search: Search, labelled: bool) -> None:
+    """Raise InputError if these means exclude one another, or cannot be applied in this run.
+
+    `labelled` says whether there are labelled images to fit a projection on.
+    """
+    flags = ", ".join(f"--{name}" for name in means.applied())
+    if means.hubs and means.rerank:
+        raise InputError("--hubs and --rerank both replace the ranking by the cosine: give one of them")
+    if means.projection and not labelled:
+        raise InputError("--projection is fitted on labelled images: give their folder by --train_dir")
+    if flags and search != "exact":
+        raise InputError(f"{flags} needs the exact search: leave out --search {search}")
+    if flags and several():
+        raise InputError(f"{flags} needs all vectors in one process: start the script without torchrun")
+
+
+def rank_with(
+    means: Means,
+    queries: Embeddings,
+    gallery: Embeddings,
+    train: Embeddings | None = None,
+    k: int = 10,
+    device: Any = "cpu",
+) -> Ranking:
+    """Apply the means in their order, and rank the k best gallery images of each query.
+
+    `train` are the labelled embeddings of the projection. The ranking's cosines are those of the vectors that
+    are ranked, and `scores` is what --hubs or --rerank orders by. Raises as `rank`, and as check_classes.
+    """
+    if means.projection:
+        queries, gallery = _both(PROJECTIONS[means.projection](train), queries, gallery)
+    if means.centre:
+        queries, gallery = _both(centre(gallery), queries, gallery)
+    if means.whiten:
+        queries, gallery = _both(whiten(gallery), queries, gallery)
+    if means.gallery_augmentation:
+        gallery = augment_gallery(gallery, *expansion_of(means.gallery_augmentation), device)
+    if means.query_expansion:
+        queries = expand_queries(queries, gallery, *expansion_of(means.query_expansion), device)
+    return _rank(means, queries, gallery, k, device)
+
+
+def _rank(means: Means, queries: Embeddings, gallery: Embeddings, k: int, device: Any) -> Ranking:
+    if means.hubs:
+        return rank_without_hubs(queries, gallery, k, means.hubs, device)
+    if means.rerank:
+        return rank_by_reciprocals(queries, gallery, k, *reciprocal_of(means.rerank), device)
+    return rank(queries, gallery, k, device)
+
+
+def _both(projection: Projection, queries: Embeddings, gallery: Embeddings) -> tuple[Embeddings, Embeddings]:
+    return project(queries, projection), project(gallery, projection)
