@@ -71,7 +71,7 @@ def find(run: Run) -> Images:
     means = means_of(settings)
     check_means(means, settings.search, settings.train_dir is not None)
     queries, gallery = find_query_and_gallery(settings.query_dir, settings.gallery_dir)
-    train = find_images(settings.train_dir) if means.projection else []
+    train = find_images(settings.train_dir) if means.learns else []
     if train:
         check_classes([image.name for image in train])
     if settings.custom_dataset or settings.server_url == LOCAL:

@@ -57,7 +57,7 @@ class Ranking:
     An unreadable query has the gallery in its order, with cosines of 0.
 
     `scores` (queries, k), float64, fall along each row in place of the cosines, if the images are ordered by
-    something else than their cosine (retrieval/ranking/means.py).
+    something else than their cosine (retrieval/ranking/means.py). With `cover` neither falls.
     """
 
     queries: list[str]

@@ -290,7 +290,7 @@ class MeansSettings(Form):
     train_dir: NewFolder | None = None
     """folder of the training images, with a folder per class
 
-    The retrieval scripts read it only for `--projection`.
+    The retrieval scripts read it only for `--projection` and `--cover`.
     """
     projection: Projected | None = None
     """projection fitted on the images of --train_dir: lda or within_class
@@ -314,6 +314,11 @@ class MeansSettings(Form):
     """order by shared neighbours: k-reciprocal, or k-reciprocal:K1,K2,LAMBDA
 
     By default K1, K2 and LAMBDA are 20,6,0.3. It excludes `--hubs`.
+    """
+    cover: bool = False
+    """fill ranks 2 to 10 with other identities than rank 1, by a curve fitted on --train_dir
+
+    The score asks whether any of them is right. It excludes `--hubs` and `--rerank`.
     """
 
 

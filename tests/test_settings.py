@@ -308,7 +308,10 @@ def test_help_is_a_row_a_flag(monkeypatch, capsys, script):
         assert ugly not in told
     for name in form.model_fields:
         assert re.search(rf"^  --{name}( [A-Z:]+)?\s{{2,}}\w", told, re.M), name
-    assert len(told.splitlines()) < len(form.model_fields) + 28
+    folded = len(
+        re.findall(r"^  --\S.{24,}$(?=\n {20})", told, re.M)
+    )  # flags so long that their help follows below
+    assert len(told.splitlines()) < len(form.model_fields) + folded + 27
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

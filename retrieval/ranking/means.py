@@ -1,6 +1,6 @@
 """Embeddings and a choice of means in; the ranking that they refine out. docs/means.md describes the means.
 
-Their order: projection, centre, whiten → gallery_augmentation → query_expansion → hubs or rerank.
+Their order: projection, centre, whiten → gallery_augmentation → query_expansion → hubs, rerank or cover.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from typing import Any
 
 from retrieval.distributed import several
 from retrieval.errors import InputError
+from retrieval.ranking.cover import SHORTLIST, cover, fit_curve
 from retrieval.ranking.exact import rank
 from retrieval.ranking.hubs import rank_without_hubs
 from retrieval.ranking.neighbours import augment_gallery, expand_queries
-from retrieval.ranking.projections import Projection, centre, lda, project, whiten, within_class
+from retrieval.ranking.projections import centre, lda, project, whiten, within_class
 from retrieval.ranking.reciprocal import rank_by_reciprocals
 from retrieval.records import Embeddings, Ranking
 from retrieval.settings import MeansSettings, Search, expansion_of, reciprocal_of
@@ -32,6 +33,12 @@ class Means:
     query_expansion: str | None = None  # N:ALPHA
     hubs: int | None = None  # neighbours
     rerank: str | None = None  # k-reciprocal, or k-reciprocal:K1,K2,LAMBDA
+    cover: bool = False
+
+    @property
+    def learns(self) -> bool:
+        """Return whether a means is fitted on labelled images."""
+        return bool(self.projection or self.cover)
 
     def applied(self) -> dict[str, Any]:
         """Return the means that are on, for metrics.json.
@@ -50,13 +57,15 @@ def means_of(settings: MeansSettings) -> Means:
 def check_means(means: Means, search: Search, labelled: bool) -> None:
     """Raise InputError if these means exclude one another, or cannot be applied in this run.
 
-    `labelled` says whether there are labelled images to fit a projection on.
+    `labelled` says whether there are labelled images to fit a projection or the curve of `cover` on.
     """
     flags = ", ".join(f"--{name}" for name in means.applied())
-    if means.hubs and means.rerank:
-        raise InputError("--hubs and --rerank both replace the ranking by the cosine: give one of them")
-    if means.projection and not labelled:
-        raise InputError("--projection is fitted on labelled images: give their folder by --train_dir")
+    order = [f"--{name}" for name in ("hubs", "rerank", "cover") if getattr(means, name)]
+    if len(order) > 1:
+        raise InputError(f"{' and '.join(order)} each replace the ranking by the cosine: give one of them")
+    if means.learns and not labelled:
+        flag = "--projection" if means.projection else "--cover"
+        raise InputError(f"{flag} is fitted on labelled images: give their folder by --train_dir")
     if flags and search != "exact":
         raise InputError(f"{flags} needs the exact search: leave out --search {search}")
     if flags and several():
@@ -73,19 +82,23 @@ def rank_with(
 ) -> Ranking:
     """Apply the means in their order, and rank the k best gallery images of each query.
 
-    `train` are the labelled embeddings of the projection. The ranking's cosines are those of the vectors that
-    are ranked, and `scores` is what --hubs or --rerank orders by. Raises as `rank`, and as check_classes.
+    `train` are the labelled embeddings on which --projection and --cover are fitted. The ranking's cosines
+    are those of the vectors that are ranked, and `scores` is what --hubs or --rerank orders by. Raises as
+    `rank`, check_classes and fit_curve.
     """
-    if means.projection:
-        queries, gallery = _both(PROJECTIONS[means.projection](train), queries, gallery)
-    if means.centre:
-        queries, gallery = _both(centre(gallery), queries, gallery)
-    if means.whiten:
-        queries, gallery = _both(whiten(gallery), queries, gallery)
+    projections = [lambda: PROJECTIONS[means.projection](train)] if means.projection else []
+    projections += [lambda: centre(gallery)] if means.centre else []
+    projections += [lambda: whiten(gallery)] if means.whiten else []
+    for fit in projections:  # each on vectors that are projected by those before it
+        projection = fit()
+        queries, gallery = project(queries, projection), project(gallery, projection)
+        train = project(train, projection) if means.cover else train
     if means.gallery_augmentation:
         gallery = augment_gallery(gallery, *expansion_of(means.gallery_augmentation), device)
     if means.query_expansion:
         queries = expand_queries(queries, gallery, *expansion_of(means.query_expansion), device)
+    if means.cover:
+        return cover(rank(queries, gallery, max(k, SHORTLIST), device), gallery, fit_curve(train), k)
     return _rank(means, queries, gallery, k, device)
 
 
@@ -95,7 +108,3 @@ def _rank(means: Means, queries: Embeddings, gallery: Embeddings, k: int, device
     if means.rerank:
         return rank_by_reciprocals(queries, gallery, k, *reciprocal_of(means.rerank), device)
     return rank(queries, gallery, k, device)
-
-
-def _both(projection: Projection, queries: Embeddings, gallery: Embeddings) -> tuple[Embeddings, Embeddings]:
-    return project(queries, projection), project(gallery, projection)

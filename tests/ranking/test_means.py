@@ -6,6 +6,7 @@ from conftest import vectors_of
 
 import model_not_tuned
 from retrieval.errors import InputError
+from retrieval.ranking.cover import SHORTLIST, cover, fit_curve
 from retrieval.ranking.exact import rank
 from retrieval.ranking.hubs import rank_without_hubs
 from retrieval.ranking.means import Means, check_means, means_of, rank_with
@@ -16,7 +17,7 @@ from retrieval.settings import MeansSettings
 
 EACH = [Means(projection="lda"), Means(projection="within_class"), Means(centre=True), Means(whiten=True),
         Means(gallery_augmentation="3:2"), Means(query_expansion="3:2"), Means(hubs=3),
-        Means(rerank="k-reciprocal:5,3,0.3")]  # fmt: skip
+        Means(rerank="k-reciprocal:5,3,0.3"), Means(cover=True)]  # fmt: skip
 
 
 @pytest.fixture
@@ -49,13 +50,22 @@ def test_without_means_the_ranking_is_the_plain_one(sides):
     assert ranking.scores is None
 
 
+def test_cover_comes_last_by_a_curve_of_the_projected_training_images(sides):
+    queries, gallery, train = sides
+    by = whiten(gallery)
+    queries_, gallery_, train_ = (project(each, by) for each in sides)
+    expected = cover(rank(queries_, gallery_, k=SHORTLIST), gallery_, fit_curve(train_), k=6)
+    ranking = rank_with(Means(whiten=True, cover=True), queries, gallery, train, k=6)
+    assert (ranking.rows == expected.rows).all()
+
+
 @pytest.mark.parametrize("means", EACH, ids=lambda means: next(iter(means.applied())))
 def test_each_means_changes_the_ranking_and_sees_no_label(sides, means):
     queries, gallery, train = sides
     ranking = rank_with(means, queries, gallery, train)
     assert (ranking.rows != rank(queries, gallery).rows).any()
     falls = ranking.cosines if ranking.scores is None else ranking.scores
-    assert (np.diff(falls, axis=1) <= 0).all()
+    assert (np.diff(falls, axis=1) <= 0).all() or means.cover
 
     def relabelled(side):  # the names of queries and gallery images hold their labels
         return Embeddings([f"x/{name.replace('/', '')}" for name in side.names], side.vectors)
@@ -93,7 +103,9 @@ def test_unreadable_images_keep_their_places(sides, means):
 
 
 @pytest.mark.parametrize(("means", "search", "processes", "sentence"), [
-    (Means(hubs=3, rerank="k-reciprocal"), "exact", 1, "--hubs and --rerank both replace the ranking"),
+    (Means(hubs=3, rerank="k-reciprocal"), "exact", 1, "--hubs and --rerank each replace the ranking"),
+    (Means(hubs=3, cover=True), "exact", 1, "--hubs and --cover each replace the ranking"),
+    (Means(cover=True), "exact", 1, "--cover is fitted on labelled images: give their folder by --train_dir"),
     (Means(projection="lda"), "exact", 1, "--projection is fitted on labelled images: give their folder"),
     (Means(whiten=True, hubs=3), "ivf", 1, "--whiten, --hubs needs the exact search: leave out --search ivf"),
     (Means(centre=True), "exact", 2, "--centre needs all vectors in one process: start the script"),
