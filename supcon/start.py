@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 
 from get_images import ImageFile
-from retrieval.backbones.backbone import Backbone, find_pretrained, load_backbone, place
+from retrieval.backbones.backbone import Backbone, load_backbone, place
 from retrieval.backbones.batch_norm_folding import fold_batch_norms
 from retrieval.backbones.fine_tuned import Mapped, Recipe, load_tuned_alone
 from retrieval.backbones.onnx_file import SUFFIX
 from retrieval.backbones.timm_zoo import size_step, with_input_size
 from retrieval.backbones.weights_file import is_fine_tuned, unpickle
+from retrieval.backbones.zoo import PRETRAINED
 from retrieval.distributed import claim_devices
 from retrieval.errors import InputError
 from retrieval.settings import Form
@@ -75,7 +76,10 @@ def load_start(settings: Form, files: list[ImageFile]) -> Start:
 def _refuse_onnx(settings: Form) -> None:
     """Raise InputError for a network in an ONNX file: ONNX Runtime computes no gradients."""
     in_onnx = settings.weights and settings.weights.suffix == SUFFIX
-    if in_onnx or find_pretrained(settings.model).network is None:
+    row = PRETRAINED.get(
+        settings.model
+    )  # only rows of this table are ONNX files: a name of timm needs the hub
+    if in_onnx or (row and row.network is None):
         raise InputError(
             f"{settings.weights or settings.model} is a network in an ONNX file, which cannot be fine-tuned: "
             "run it with model_not_tuned.py, or tune dlib, facenet or a network of timm"

@@ -74,6 +74,10 @@ def test_a_network_of_the_hub_is_rebuilt_without_the_hub(tiny, tmp_path, monkeyp
     shutil.rmtree(tmp_path / "hub")
     backbone = load_fine_tuned(settings.save_dir / "fine_tuned_model.pth", "cpu")
     assert backbone.dimension == network.num_features
+    further = settings_of(
+        tiny, tmp_path, model=settings.model, weights=settings.save_dir / "fine_tuned_model.pth"
+    )
+    assert load_start(further, []).tuned.dimension == network.num_features
 
 
 def test_a_fine_tuned_checkpoint_is_a_start(tiny, tmp_path):
