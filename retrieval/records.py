@@ -84,6 +84,11 @@ def rows_of_chunk(vectors: np.ndarray) -> int:
     return max(1, CHUNK_BYTES // (4 * vectors.shape[1]))
 
 
+def readable_rows(vectors: np.ndarray) -> np.ndarray:
+    """Return the rows that are not zeros, ascending, int64."""
+    return np.delete(np.arange(len(vectors)), zero_rows(vectors))
+
+
 def zero_rows(vectors: np.ndarray) -> np.ndarray:
     """Return the rows of zeros, ascending, int64; one chunk is in memory at a time."""
     return np.concatenate(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from retrieval.backbones.onnx_file import OnnxFile
-from retrieval.backbones.onnx_session import open_session
+from retrieval.backbones.onnx_session import filled_up, open_session
 from retrieval.errors import InputError
 
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -38,7 +38,7 @@ class OnnxNetwork(nn.Module):
 
     def _run(self, images: np.ndarray) -> np.ndarray:
         """Run at most `at_once` images, filled up with zeros, so that all runs have the same size."""
-        filled = np.pad(images, [(0, self.at_once - len(images))] + [(0, 0)] * 3).astype(self.dtype)
+        filled = filled_up(images, self.at_once).astype(self.dtype)
         return self.session.run([self.output], {self.input: filled})[0]
 
     def _load(self, pixels: Tensor) -> None:

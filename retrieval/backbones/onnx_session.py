@@ -6,6 +6,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from retrieval.errors import InputError
 from retrieval.machine import require
 
@@ -53,3 +55,8 @@ def open_session(model: Path | bytes, batch: tuple[str, int] | None = None, gpu:
     cuda = ("CUDAExecutionProvider", {"device_id": str(gpu), "use_tf32": "0"})
     provider = "CPUExecutionProvider" if gpu is None else cuda
     return onnxruntime.InferenceSession(model, options, providers=[provider])
+
+
+def filled_up(images: np.ndarray, batch: int) -> np.ndarray:
+    """Append zeros to images (images, 3, size, size) until there are `batch`."""
+    return np.pad(images, [(0, batch - len(images))] + [(0, 0)] * 3)

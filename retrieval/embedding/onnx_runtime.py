@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from retrieval.backbones.backbone import Backbone, LazyBackbone
-from retrieval.backbones.onnx_session import open_session
+from retrieval.backbones.onnx_session import filled_up, open_session
 from retrieval.embedding.torch_runtime import embed_plainly, least_cosine
 from retrieval.errors import RunError
 from retrieval.files import write_whole
@@ -78,13 +78,8 @@ def run_onnx(session: Any, images: np.ndarray) -> np.ndarray:
     """Map uint8 (images, 3, size, size) to (images, dimension), ONNX_BATCH images at once."""
     parts = [images[start : start + ONNX_BATCH] for start in range(0, len(images), ONNX_BATCH)]
     return np.concatenate([
-        session.run(None, {"images": _filled_up(part, ONNX_BATCH)})[0][: len(part)] for part in parts
+        session.run(None, {"images": filled_up(part, ONNX_BATCH)})[0][: len(part)] for part in parts
     ])  # fmt: skip
-
-
-def _filled_up(images: np.ndarray, batch: int) -> np.ndarray:
-    """Append black images to uint8 (images, 3, size, size) until there are `batch`."""
-    return np.pad(images, [(0, max(0, batch - len(images)))] + [(0, 0)] * 3)
 
 
 def is_refused(lazy: LazyBackbone, files: NetworkFiles) -> bool:

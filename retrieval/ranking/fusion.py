@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from get_images import label_of
-from retrieval.records import UNREADABLE, Embeddings, Ranking, chunks, rows_of_chunk, zero_rows
+from retrieval.records import UNREADABLE, Embeddings, Ranking, chunks, readable_rows, rows_of_chunk, zero_rows
 
 BLOCK = 2**23  # similarities of all runs in memory at a time: 64 MiB, or 300 with what is made of them
 DIGITS = 12  # of similarities: equal ones stay equal, in whatever order a library adds their terms
@@ -138,7 +138,7 @@ def _normalised(run: RunVectors, part: slice, normalise: Callable[[np.ndarray], 
     for start, some in chunks(gallery, rows_of_chunk(gallery)):
         cosines[:, start : start + len(some)] = queries @ some.astype(np.float64).T
     np.round(cosines, DIGITS, out=cosines)
-    readable = np.setdiff1d(np.arange(len(gallery)), zero_rows(gallery))  # these alone set minimum and mean
+    readable = readable_rows(gallery)  # these alone set minimum and mean
     normalised = np.full(cosines.shape, np.nan)
     normalised[:, readable] = normalise(cosines[:, readable])
     normalised[zero_rows(queries)] = np.nan

@@ -14,8 +14,8 @@ from retrieval.records import (
     Embeddings,
     Ranking,
     chunks,
+    readable_rows,
     rows_of_chunk,
-    zero_rows,
     zero_rows_of,
 )
 
@@ -39,14 +39,14 @@ def rank_without_hubs(
     gallery images come last, with a score of −∞; an unreadable query gets the gallery in its order.
     """
     plain = rank(queries, gallery, max(k, neighbours), device)
-    images = len(gallery.names) - len(zero_rows(gallery.vectors))
+    images = len(readable_rows(gallery.vectors))
     r_queries = plain.cosines[:, : min(neighbours, images)].mean(axis=1)
     r_gallery = np.zeros(len(gallery.names))
     for rows, near in nearest(gallery, queries, neighbours, device):
         r_gallery[rows] = near.cosines.mean(axis=1)
     rows, cosines, scores = (array[:, :k].copy() for array in (plain.rows, plain.cosines, plain.cosines))
     lifted_queries, lifted_gallery, scale = _lift(queries, gallery, r_gallery)
-    asked, length = np.delete(np.arange(len(queries.names)), zero_rows(queries.vectors)), LONGER * k
+    asked, length = readable_rows(queries.vectors), LONGER * k
     while len(asked):
         near = rank(lifted_queries.some(asked), lifted_gallery, length, device)
         found = _scored(near, queries.vectors[asked], gallery.vectors, r_queries[asked], r_gallery)

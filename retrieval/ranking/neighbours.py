@@ -9,7 +9,8 @@ import numpy as np
 
 from retrieval.machine import zeros
 from retrieval.ranking.exact import rank
-from retrieval.records import Embeddings, Ranking, chunks, rows_of_chunk, zero_rows, zero_rows_of
+from retrieval.ranking.projections import unit
+from retrieval.records import Embeddings, Ranking, chunks, readable_rows, rows_of_chunk
 
 
 def expand_queries(
@@ -24,7 +25,7 @@ def expand_queries(
     """
     expanded = zeros(queries.vectors.shape, np.float32, "expanded queries")
     for rows, near in nearest(queries, gallery, neighbours, device):
-        expanded[rows] = _unit(queries.vectors[rows] + _weighted_sum(near, gallery.vectors, alpha))
+        expanded[rows] = unit(queries.vectors[rows] + _weighted_sum(near, gallery.vectors, alpha))
     return Embeddings(queries.names, expanded, queries.without_face)
 
 
@@ -39,7 +40,7 @@ def augment_gallery(gallery: Embeddings, neighbours: int, alpha: float, device: 
     augmented = zeros(gallery.vectors.shape, np.float32, "augmented gallery images")
     for rows, near in nearest(gallery, gallery, neighbours + 1, device):
         # The image itself is among its neighbours with a cosine of 1: it is the first term of the sum.
-        augmented[rows] = _unit(_weighted_sum(near, gallery.vectors, alpha))
+        augmented[rows] = unit(_weighted_sum(near, gallery.vectors, alpha))
     return Embeddings(gallery.names, augmented, gallery.without_face)
 
 
@@ -47,9 +48,9 @@ def nearest(
     images: Embeddings, others: Embeddings, neighbours: int, device: Any = "cpu"
 ) -> Iterator[tuple[np.ndarray, Ranking]]:
     """Yield the rows of the readable images, and the ranking of their nearest readable others, in chunks."""
-    neighbours = min(neighbours, len(others.names) - len(zero_rows(others.vectors)))
+    neighbours = min(neighbours, len(readable_rows(others.vectors)))
     for start, chunk in chunks(images.vectors, rows_of_chunk(images.vectors)):
-        readable = np.delete(np.arange(len(chunk)), zero_rows_of(chunk))
+        readable = readable_rows(chunk)
         some = Embeddings([images.names[start + row] for row in readable], chunk[readable])
         yield start + readable, rank(some, others, neighbours, device)
 
@@ -60,7 +61,3 @@ def _weighted_sum(near: Ranking, vectors: np.ndarray, alpha: float) -> np.ndarra
     for rows, cosines in zip(near.rows.T, near.cosines.T, strict=True):  # a neighbour of each image
         total += cosines.clip(0)[:, None] ** alpha * vectors[rows]
     return total
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

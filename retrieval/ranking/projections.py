@@ -12,7 +12,7 @@ import numpy as np
 from get_images import label_of
 from retrieval.errors import InputError
 from retrieval.machine import zeros
-from retrieval.records import Embeddings, chunks, rows_of_chunk, zero_rows, zero_rows_of
+from retrieval.records import Embeddings, chunks, readable_rows, rows_of_chunk, zero_rows_of
 
 Projection = Callable[[np.ndarray], np.ndarray]  # (images, dimension), float64 → (images, another dimension)
 
@@ -75,7 +75,7 @@ def whitening(covariance: np.ndarray) -> np.ndarray:
 def _moments(embeddings: Embeddings) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean and the covariance of the readable images."""
     vectors = embeddings.vectors
-    images = len(vectors) - len(zero_rows(vectors))
+    images = len(readable_rows(vectors))
     total, products = np.zeros(vectors.shape[1]), np.zeros((vectors.shape[1],) * 2)
     for _, chunk in chunks(vectors, rows_of_chunk(vectors)):
         chunk = chunk.astype(np.float64)
@@ -96,9 +96,7 @@ def within_class(train: Embeddings) -> Projection:
     So directions in which images of one class differ count less. Raises as check_classes. Hatch, Kajarekar
     and Stolcke, Within-class covariance normalization for SVM-based speaker recognition, Interspeech 2006.
     """
-    vectors, classes, means = _of_classes(train)
-    mean, residuals = vectors.mean(axis=0), vectors - means[classes]
-    axes = whitening(residuals.T @ residuals / len(residuals))
+    mean, axes, _, _ = _within_classes(train)
     return lambda x: (x - mean) @ axes
 
 
@@ -110,12 +108,8 @@ def lda(train: Embeddings) -> Projection:
     count equally: z sees what tells the training's classes apart, and x also all else. Raises as
     check_classes.
     """
-    vectors, classes, means = _of_classes(train)
-    mean, residuals = vectors.mean(axis=0), vectors - means[classes]
-    axes = whitening(residuals.T @ residuals / len(residuals))
-    between = (
-        np.sqrt(np.bincount(classes))[:, None] * (means - mean) @ axes
-    )  # a class counts as its images do
+    mean, axes, means, sizes = _within_classes(train)
+    between = np.sqrt(sizes)[:, None] * (means - mean) @ axes  # a class counts as often as it has images
     _, _, directions = np.linalg.svd(between, full_matrices=False)  # by falling singular value
     axes = axes @ directions[: len(means) - 1].T
     return lambda x: np.concatenate([x, unit((x - mean) @ axes)], axis=1)
@@ -126,22 +120,25 @@ def check_classes(names: list[str]) -> None:
     labels = [label_of(name) for name in names]
     if None in labels:
         raise InputError(
-            f"--projection needs class folders, but {names[labels.index(None)]} of --train_dir lies in none: "
+            f"a fit needs class folders, but {names[labels.index(None)]} of --train_dir lies in none: "
             "lay the images out as TRAIN_DIR/<class>/x.jpg"
         )
     if not 1 < len(set(labels)) < len(labels):
         raise InputError(
-            "--projection needs two classes or more, and two images of a class, but --train_dir holds "
+            "a fit needs two classes or more, and two images of a class, but --train_dir holds "
             f"{len(labels)} images of {len(set(labels))} classes: give another folder"
         )
 
 
-def _of_classes(train: Embeddings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the readable vectors (images, dimension), their classes as numbers, and the classes' means."""
-    train = train.some(np.delete(np.arange(len(train.names)), zero_rows(train.vectors)))
+def _within_classes(train: Embeddings) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return μ and W of within_class, and the mean and the number of images of each class."""
+    train = train.some(readable_rows(train.vectors))
     check_classes(train.names)
     vectors = train.vectors.astype(np.float64)
     _, classes = np.unique([label_of(name) for name in train.names], return_inverse=True)
     means = np.zeros((classes.max() + 1, vectors.shape[1]))
     np.add.at(means, classes, vectors)
-    return vectors, classes, means / np.bincount(classes)[:, None]
+    sizes = np.bincount(classes)
+    means /= sizes[:, None]
+    residuals = vectors - means[classes]
+    return vectors.mean(axis=0), whitening(residuals.T @ residuals / len(residuals)), means, sizes

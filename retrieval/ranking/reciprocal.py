@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from retrieval.ranking.exact import cosines_of, rank
-from retrieval.records import Embeddings, Ranking, zero_rows
+from retrieval.records import Embeddings, Ranking, readable_rows
 
 if TYPE_CHECKING:
     from scipy.sparse import csr_array
@@ -36,8 +36,8 @@ def rank_by_reciprocals(
     with k-reciprocal encoding, CVPR 2017, arXiv 1701.08398.
     """
     plain = rank(queries, gallery, k, device)  # it also places what is unreadable
-    asked = np.delete(np.arange(len(queries.names)), zero_rows(queries.vectors))
-    images = np.delete(np.arange(len(gallery.names)), zero_rows(gallery.vectors))
+    asked = readable_rows(queries.vectors)
+    images = readable_rows(gallery.vectors)
     some = queries.some(asked), gallery.some(images)
     vectors = np.concatenate([part.vectors for part in some])
     weights = encode(Embeddings(some[0].names + some[1].names, vectors), k1, k2, device)
