@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,7 +27,9 @@ import numpy as np
 
 from get_images import ImageFile
 from retrieval.backbones.transform import ModelInput
+from retrieval.embedding.loader import in_groups
 from retrieval.errors import InputError
+from retrieval.machine import cores
 
 VERSION = 2  # of the tables: each version has its own file
 FILE = f"embeddings-{VERSION}.sqlite"
@@ -42,6 +45,7 @@ USED = """
 INSERT INTO makers VALUES (?, ?, ?) ON CONFLICT (maker) DO UPDATE SET used = excluded.used
 """
 PENDING = 8  # batches that wait to be written
+HASHED_AT_ONCE = 64  # files: handing a thread one at a time takes longer than to hash it
 VALUES_AT_ONCE = 500  # in a statement: every SQLite allows 999
 JUST_WRITTEN = 2.0  # seconds: until then a file may change again within one tick of the file system's clock
 
@@ -153,8 +157,8 @@ class Cache:
         looks = {file.name: seen for file in files if (seen := look(file.path))}
         same = {} if self.verify else self._unchanged(looks)
         others = [file for file in files if file.name in looks and file.name not in same]
-        with ThreadPoolExecutor() as pool:
-            digests = list(pool.map(digest_of_file, others))
+        with ThreadPoolExecutor(cores()) as pool:
+            digests = list(chain.from_iterable(pool.map(digests_of_files, in_groups(others, HASHED_AT_ONCE))))
         read = {file.name: digest for file, digest in zip(others, digests, strict=True) if digest}
         now = time.time()
         settled = [name for name in read if now - looks[name][2] / 1e9 > JUST_WRITTEN]
@@ -261,11 +265,14 @@ def look(path: Path) -> tuple[bytes, int, int] | None:
     return os.fsencode(os.path.realpath(path)), found.st_size, found.st_mtime_ns
 
 
+def digests_of_files(files: list[ImageFile]) -> list[bytes | None]:
+    """Return the SHA-256 of each file's bytes; None for one that cannot be read."""
+    return [digest_of_file(file) for file in files]
+
+
 def digest_of_file(file: ImageFile) -> bytes | None:
-    """Return the SHA-256 of a file's bytes; None if it cannot be read."""
     try:
-        with open(file.path, "rb") as opened:
-            return hashlib.file_digest(opened, "sha256").digest()
+        return hashlib.sha256(file.path.read_bytes()).digest()
     except OSError:
         return None
 

@@ -199,14 +199,18 @@ def test_every_photograph_gives_a_crop(shape):
         assert seen.face is False
 
 
+ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
 @pytest.mark.parametrize("method", ["face", "align", "loose"])
-def test_many_photographs_on_a_gpu_give_the_crops_of_each_alone(method):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_A_GPU)])
+def test_many_photographs_on_a_gpu_give_the_crops_of_each_alone(method, device):
     crop = FaceCrop("mtcnn", 112, 0.2, 0.08, method, "bicubic")
     photos = [hopper(), resize(face_photograph("collins"), [300], antialias=True), hopper().flip(2)]
     photos += [hopper()[:, 40:], torch.zeros(3, 80, 60, dtype=torch.uint8)]
-    pixels, found = crop.on_gpu(photos)
+    pixels, found = crop.on_gpu([photo.to(device) for photo in photos])
     assert found == [True] * 4 + [False]
-    for photo, one in zip(photos, pixels, strict=True):
+    for photo, one in zip(photos, pixels.cpu(), strict=True):
         assert (one.int() - seen_of(crop, photo).pixels.int()).abs().max() <= 2
 
 

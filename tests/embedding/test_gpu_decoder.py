@@ -260,11 +260,17 @@ def test_decoding_ahead_touches_nothing_that_the_network_still_reads(tmp_path):
 
 
 @ON_A_GPU
-def test_a_gpu_finds_the_faces_of_the_cpu():
-    photos = [face_photograph("hopper"), face_photograph("collins")]
+@pytest.mark.parametrize(
+    ("longest", "bound"),
+    # A longer side than 500 pixels is shortened on the device, where a GPU rounds some ties the other way;
+    # one pixel in a hundred a grey level brighter moves a box by as much on the CPU.
+    [(500, 0.01), (700, 0.05)],
+)
+def test_a_gpu_finds_the_faces_of_the_cpu(longest, bound):
+    photos = [face_photograph(name)[:, :longest, :longest] for name in ("hopper", "collins")]
     here, there = find_faces(photos, 0.08), find_faces([photo.cuda() for photo in photos], 0.08)
     for boxes, others in zip(here, there, strict=True):
-        assert np.abs(boxes - others).max() < 0.01
+        assert np.abs(boxes - others).max() < bound
     first = np.array([faces[0, :4] for faces in here])
     cuts = [cut_faces([photo.to(device) for photo in photos], first, 160, 0.1) for device in ("cpu", "cuda")]
     assert (cuts[0].int() - cuts[1].cpu().int()).abs().max() <= 1
