@@ -8,7 +8,7 @@ and peers/dataloader_loop.py. Rows:
 
 `job`        ResNet-50, 7200 queries and 12 000 gallery images
 `two_cores`  the same on two cores of the machine
-`vit`        ViT-L/14 at 224 pixels: in one process 12 000 images/s; as whole processes 2400 and 4000 of the images
+`vit`        ViT-L/14 at 224 pixels: images/s of 12 000 in one process; 2400 and 4000 as whole processes
 `faces`      FaceNet with MTCNN, 1000 and 2000 portraits of 250 x 250 pixels, ours alone
 `reading`    in one process: images/s of the readers and the decoder, and with ResNet-50
 `rank`       in one process: 7200 x 12 000 x 2048 vectors, also with ten copies of each, and 4096-d
