@@ -86,6 +86,16 @@ def rank_with(
     are those of the vectors that are ranked, and `scores` is what --hubs or --rerank orders by. Raises as
     `rank`, check_classes and fit_curve.
     """
+    queries, gallery, train = refined(means, queries, gallery, train, device)
+    if means.cover:
+        return cover(rank(queries, gallery, max(k, SHORTLIST), device), gallery, fit_curve(train), k)
+    return _rank(means, queries, gallery, k, device)
+
+
+def refined(
+    means: Means, queries: Embeddings, gallery: Embeddings, train: Embeddings | None, device: Any = "cpu"
+) -> tuple[Embeddings, Embeddings, Embeddings | None]:
+    """Apply the means that move vectors; return those of queries, gallery and, for --cover, train."""
     projections = [lambda: PROJECTIONS[means.projection](train)] if means.projection else []
     projections += [lambda: centre(gallery)] if means.centre else []
     projections += [lambda: whiten(gallery)] if means.whiten else []
@@ -97,9 +107,7 @@ def rank_with(
         gallery = augment_gallery(gallery, *expansion_of(means.gallery_augmentation), device)
     if means.query_expansion:
         queries = expand_queries(queries, gallery, *expansion_of(means.query_expansion), device)
-    if means.cover:
-        return cover(rank(queries, gallery, max(k, SHORTLIST), device), gallery, fit_curve(train), k)
-    return _rank(means, queries, gallery, k, device)
+    return queries, gallery, train
 
 
 def _rank(means: Means, queries: Embeddings, gallery: Embeddings, k: int, device: Any) -> Ranking:

@@ -41,14 +41,12 @@ def choose_mix(
     identity = np.eye(len(runs)).tolist()
     alone = points_of(first_right(runs, identity, normalisation))  # (runs, queries)
     order = np.argsort(-alone.mean(1), kind="stable")
-    halves = [_half(labels, seed + split) for split in range(SPLITS)]
     weights, tried = np.array(identity[order[0]]), []
     log.info("%s scores %.1f alone on the labelled queries", names[order[0]], alone[order[0]].mean())
     for run in order[1:]:
         mixes = [((1 - share) * weights + share * np.array(identity[run])).tolist() for share in SHARES]
         points = points_of(first_right(runs, mixes, normalisation))  # (shares, queries)
-        held_out = np.mean([_held_out(points, half) for half in halves], axis=0)
-        gain, interval = compare_identities(held_out, points[0], labels, tests=len(runs) - 1)
+        gain, interval = held_out_gain(points, labels, tests=len(runs) - 1, seed=seed)
         share = float(SHARES[points.mean(1).argmax()]) if interval[0] > 0 else 0.0
         weights = (1 - share) * weights + share * np.array(identity[run])
         tried.append({"run": names[run], "alone": float(alone[run].mean()), "share": share, "gain": gain,
@@ -56,6 +54,19 @@ def choose_mix(
         log.info("%s scores %.1f alone; beside the others it gains %+.1f [%+.1f, %+.1f] on held-out halves: "
                  "share %g", names[run], alone[run].mean(), gain, *interval, share)  # fmt: skip
     return Mix(weights.round(6).tolist(), tried, _on_labelled(runs, weights, normalisation, labels))
+
+
+def held_out_gain(
+    points: np.ndarray, labels: list[str], tests: int = 1, seed: int = 0
+) -> tuple[float, list[float]]:
+    """Return the gain of choosing among the rows of `points` (choices, queries) over the first row.
+
+    A choice is made on a half of the identities and scored on the other half, and the reverse, in SPLITS
+    random splits: so the gain is that of the best choice, but no query has a say in its own choice. The
+    interval is that of compare_identities, corrected for the number of `tests`.
+    """
+    held_out = np.mean([_held_out(points, _half(labels, seed + split)) for split in range(SPLITS)], axis=0)
+    return compare_identities(held_out, points[0], labels, tests)
 
 
 def _half(labels: list[str], seed: int) -> np.ndarray:
