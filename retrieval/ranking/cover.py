@@ -13,7 +13,6 @@ import numpy as np
 
 from get_images import label_of
 from retrieval.errors import InputError
-from retrieval.ranking.exact import cosines_of
 from retrieval.records import UNREADABLE, Embeddings, Ranking, chunks, rows_of_chunk, zero_rows
 
 SHORTLIST = 100  # images of a ranking from which cover chooses
@@ -110,7 +109,7 @@ def fit_curve(labelled: Embeddings, seed: int = 0) -> Curve:
     rows = rows[np.argsort(labels[rows], kind="stable")]
     _require_pairs(labels[rows])
     pairs, same, share = _draw_pairs(labels[rows], np.random.default_rng(seed))
-    cosines = cosines_of(labelled.vectors, rows[pairs[0]], labelled.vectors, rows[pairs[1]])
+    cosines = _cosines(labelled.vectors, *rows[pairs])
     mean, std = float(cosines.mean()), float(cosines.std())
     weights = 2 * np.where(same, share, 1 - share)
     regression = LogisticRegression().fit((cosines[:, None] - mean) / std, same, weights)
@@ -120,6 +119,15 @@ def fit_curve(labelled: Embeddings, seed: int = 0) -> Curve:
     if slope <= 0:
         log.warning("images of one class are no more similar than others, so cover changes no ranking")
     return Curve(mean, std, max(0.0, slope), intercept)
+
+
+def _cosines(vectors: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return the cosines of pairs of unit vectors, given by their rows."""
+    cosines, step = np.empty(len(first)), max(1, 2**17 // vectors.shape[1])
+    for start in range(0, len(first), step):
+        some = slice(start, start + step)
+        cosines[some] = np.einsum("ij,ij->i", vectors[first[some]], vectors[second[some]])
+    return cosines
 
 
 def _require_pairs(labels: np.ndarray) -> None:

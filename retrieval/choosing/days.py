@@ -1,0 +1,122 @@
+"""A labelled folder in; queries and galleries that look like those of the day, drawn several times, out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from get_images import ImageFile, label_of
+from retrieval.errors import InputError
+from retrieval.records import Embeddings, readable_rows
+
+ENOUGH_IDENTITIES = 20  # with two images: then a day shows other people than those that a fit has seen
+MOST = 2000  # images of a day
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of all folders."""
+
+    queries: list[ImageFile]
+    gallery: list[ImageFile]
+    train: list[ImageFile]  # labelled
+
+    def __len__(self) -> int:
+        return len(self.queries) + len(self.gallery) + len(self.train)
+
+
+class Day(NamedTuple):
+    """Rows of the labelled images: of the queries and the gallery of a day, and of those left for a fit."""
+
+    queries: np.ndarray
+    gallery: np.ndarray
+    fit: np.ndarray
+
+
+def by_identity(names: list[str]) -> bool:
+    """Return whether the folder shows many identities, as of people, and not a few classes, as of scenes."""
+    _, counts = np.unique([label_of(name) for name in names], return_counts=True)
+    return int((counts > 1).sum()) >= ENOUGH_IDENTITIES
+
+
+def draw_days(names: list[str], matches: int, share: float, count: int, seed: int = 0) -> list[Day]:
+    """Draw `count` days from labelled images.
+
+    by identity    half of the identities with two images or more: one image each is the query, and up to
+                   `matches` others are in the gallery. So are all identities with a single image, whom nobody
+                   looks for. The other half is left for a fit.
+    by class       if fewer than ENOUGH_IDENTITIES have two images: half of the images of each class, of which
+                   `share` are queries and the others the gallery. The other half is left for a fit.
+
+    Raises InputError if no class has two images, or there is just one class.
+    """
+    labels = np.array([label_of(name) for name in names])
+    rows_of = {label: np.flatnonzero(labels == label) for label in np.unique(labels)}
+    if len(rows_of) < 2 or max(map(len, rows_of.values())) < 2:
+        raise InputError(
+            f"--train_dir holds {len(names)} images of {len(rows_of)} classes: to choose by them takes two "
+            "classes or more, with two images or more in some of them"
+        )
+    randoms = [np.random.default_rng((seed, number)) for number in range(count)]
+    if by_identity(names):
+        return [_day_by_identity(rows_of, matches, random) for random in randoms]
+    return [_day_by_class(rows_of, share, random) for random in randoms]
+
+
+def _day_by_identity(rows_of: dict[str, np.ndarray], matches: int, random: np.random.Generator) -> Day:
+    several = [label for label, rows in rows_of.items() if len(rows) > 1]
+    several = [several[row] for row in random.permutation(len(several))]
+    seen, others = several[: (len(several) + 1) // 2], several[(len(several) + 1) // 2 :]
+    shuffled = [random.permutation(rows_of[label]) for label in seen][: MOST // (1 + matches)]
+    alone = [rows for rows in rows_of.values() if len(rows) == 1]
+    return Day(
+        np.array([rows[0] for rows in shuffled]),
+        np.concatenate([*(rows[1 : 1 + matches] for rows in shuffled), *alone]),
+        np.concatenate([rows_of[label] for label in others]),
+    )
+
+
+def _day_by_class(rows_of: dict[str, np.ndarray], share: float, random: np.random.Generator) -> Day:
+    queries, gallery, fit = [], [], []
+    for rows in map(random.permutation, rows_of.values()):
+        of_day = min(max(2, len(rows) // 2), max(2, MOST // len(rows_of)))
+        of_queries = min(max(1, round(share * of_day)), of_day - 1)
+        queries.append(rows[:of_queries])
+        gallery.append(rows[of_queries:of_day])
+        fit.append(rows[max(2, len(rows) // 2) :])
+    return Day(*map(np.concatenate, (queries, gallery, fit)))
+
+
+def rows_to_learn_from(names: list[str], share: float = 0.7, seed: int = 0) -> np.ndarray:
+    """Return the rows of a share of the labelled images, ascending; days can be drawn from the others.
+
+    With many identities these are a share of those with two images or more, and all with one; with few
+    classes a share of the images of each.
+    """
+    labels, random = np.array([label_of(name) for name in names]), np.random.default_rng(seed)
+    rows_of = [random.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
+    if by_identity(names):
+        several = [rows for rows in rows_of if len(rows) > 1]
+        several = [several[row] for row in random.permutation(len(several))]
+        parts = several[: round(share * len(several))] + [rows for rows in rows_of if len(rows) == 1]
+    else:
+        parts = [rows[: round(share * len(rows))] for rows in rows_of]
+    return np.sort(np.concatenate(parts))
+
+
+def matches_in(gallery: Embeddings, labelled: Embeddings) -> int:
+    """Return how many images an identity seems to have in a gallery, by the look of it.
+
+    Two images count as one identity's if they are more similar than nearly all images of different labelled
+    identities are to their nearest: than 95 % of them. The mean is taken over the images with such a partner.
+    """
+    labels = np.array([label_of(name) for name in labelled.names])
+    rows = readable_rows(labelled.vectors)[:MOST]
+    cosines = labelled.vectors[rows] @ labelled.vectors[rows].T
+    cosines[labels[rows, None] == labels[rows]] = -1
+    limit = np.quantile(cosines.max(1), 0.95)
+    rows = readable_rows(gallery.vectors)[:MOST]
+    partners = (gallery.vectors[rows] @ gallery.vectors[rows].T > limit).sum(1) - 1
+    return 1 + round(float(partners[partners > 0].mean())) if (partners > 0).any() else 1

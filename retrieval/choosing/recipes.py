@@ -1,0 +1,105 @@
+"""Networks and their vectors in; the ways to rank with them, and the next ones to try, out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from retrieval.ranking.means import Means
+
+HUBS = 10  # neighbours of the hub correction
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)  # of a second network, beside the better one
+OFF = Means()
+
+
+class Source(NamedTuple):
+    """What makes the vector of an image: a network, its crop and its views; as the flags of the scripts."""
+
+    model: str
+    crop: str = "auto"
+    views: str = "none"
+    checkpoint: str = ""  # of fine_tuning.py, which knows its network and its crop
+
+    def __str__(self) -> str:
+        """Return the model name, with what is not as usual."""
+        crop = "" if self.crop == "auto" else f"@{self.crop}"
+        tuned = " fine-tuned" if self.checkpoint else ""
+        views = "" if self.views == "none" else f" + {self.views}"
+        return f"{self.model}{crop}{tuned}{views}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way to rank: a network, the means that refine its ranking, and perhaps a second network's share."""
+
+    source: Source
+    means: Means = OFF
+    second: Source | None = None
+    share: float = 0.0  # of the second network in the fused similarity
+
+    @property
+    def sources(self) -> list[Source]:
+        return [self.source, self.second] if self.second else [self.source]
+
+    def __str__(self) -> str:
+        """Return the recipe in words, such as 0.7 dlib + 0.3 facenet + whiten."""
+        means = [
+            f"{name} {value}" if value is not True else name for name, value in self.means.applied().items()
+        ]
+        networks = [str(self.source)]
+        if self.second:
+            networks = [f"{1 - self.share:g} {self.source}", f"{self.share:g} {self.second}"]
+        return " + ".join(networks + means)
+
+    def settings(self, train_dir: Path) -> dict[str, Any]:
+        """Return the settings of model_not_tuned.py, or of model_fine_tuned.py, that rank so."""
+        settings = {"model_type": self.source.model, "crop": self.source.crop}
+        if self.source.checkpoint:
+            settings = {"weights": self.source.checkpoint}
+        settings["views"] = self.source.views
+        if self.second:
+            crop = "" if self.second.crop == "auto" else f"@{self.second.crop}"
+            settings["fuse"] = [f"{self.second.model}{crop}={self.share:g}"]
+        if self.means.learns:
+            settings["train_dir"] = str(train_dir.absolute())
+        return settings | self.means.applied()
+
+
+def neighbours(recipe: Recipe, sources: list[Source], matches: int) -> list[Recipe]:
+    """Return the recipes that are one step from this one: another network, one more means, or one less.
+
+    The cheapest to try come first. `matches` is the number of right images of a query, by which the numbers
+    of neighbours in an expansion are chosen.
+    """
+    means = recipe.means
+    around = f"{min(10, matches)}:3"
+    changes = [{"hubs": HUBS}, {"centre": True}, {"whiten": True}, {"projection": "lda"},
+               {"projection": "within_class"}, {"cover": True}, {"query_expansion": around},
+               {"gallery_augmentation": around}, {"rerank": "k-reciprocal"}]  # fmt: skip
+    # The others would replace the order of the fused similarity, or fit to images that a network has seen.
+    barred = {"hubs", "cover", "rerank"} if recipe.second else set()
+    barred |= {"projection", "cover"} if recipe.source.checkpoint else set()
+    changes = [change for change in changes if not barred & set(change)]
+    found = []
+    for change in changes:
+        (name, value), others = next(iter(change.items())), {}
+        if name in ("hubs", "cover", "rerank"):
+            others = {"hubs": None, "cover": False, "rerank": None}  # each excludes the others
+        off = getattr(means, name) == value
+        changed = replace(means, **{name: getattr(OFF, name)}) if off else replace(means, **others | change)
+        found.append(replace(recipe, means=changed))
+    for source in sources:
+        if source not in recipe.sources:
+            found += [Recipe(source, kept) for kept in {means: None, OFF: None}]
+    return found
+
+
+def fusions(recipe: Recipe, sources: list[Source]) -> dict[Source, list[Recipe]]:
+    """Return the recipes that fuse another network with this one, for each network with the same views."""
+    means = replace(recipe.means, hubs=None, cover=False, rerank=None)
+    return {
+        source: [Recipe(recipe.source, means, source, share) for share in SHARES]
+        for source in sources
+        if source not in recipe.sources and source.views == recipe.source.views
+    }
