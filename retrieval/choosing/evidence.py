@@ -6,8 +6,8 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,11 +16,13 @@ from retrieval.choosing.days import Day, by_identity
 from retrieval.choosing.recipes import Recipe, Source
 from retrieval.errors import InputError
 from retrieval.metrics import compare_identities, first_hits, points_of
-from retrieval.ranking.means import rank_fused, rank_with
+from retrieval.ranking.means import Means, rank_fused, rank_with, refined
 from retrieval.ranking.mixing import held_out_gain
 from retrieval.records import Embeddings, Ranking
 
 log = logging.getLogger("retrieval.choosing")
+
+Member = tuple[Embeddings, Embeddings, Embeddings]  # queries, gallery and labelled images of one network
 
 
 class Try(NamedTuple):
@@ -54,6 +56,7 @@ class Evidence:
     days: list[Day]
     device: str = "cpu"  # that ranks
     vectors: dict[Source, Embeddings] = field(default_factory=dict)
+    _last: tuple[Any, list[list[Member]]] = field(default=(None, []), init=False)
     _points: dict[Recipe, np.ndarray] = field(default_factory=dict, init=False)
 
     @property
@@ -69,13 +72,26 @@ class Evidence:
         """Return the points of each query of all days, 0 to 1000, by the competition's rule."""
         if recipe not in self._points:
             with quiet("retrieval.ranking"):  # which would tell of each fit
-                first = [first_hits(self._rank(recipe, day)) for day in self.days]
+                first = [first_hits(self._rank(recipe, day)) for day in self._projected(recipe)]
             self._points[recipe] = points_of(np.concatenate(first))
         return self._points[recipe]
 
-    def _rank(self, recipe: Recipe, day: Day) -> Ranking:
-        members = [tuple(self.vectors[source].some(rows) for rows in day) for source in recipe.sources]
-        return rank_recipe(recipe, members, self.device)
+    def _projected(self, recipe: Recipe) -> list[list[Member]]:
+        """Return the members of each day as the recipe's projection maps them.
+
+        The last ones are kept, since most recipes of a step share the projection, whose fit takes long.
+        """
+        key = recipe.sources, recipe.means.projection
+        if self._last[0] != key:
+            projection = Means(projection=recipe.means.projection, cover=True)  # so that `fit` is mapped, too
+            members = [[refined(projection, *(self.vectors[source].some(rows) for rows in day), self.device)
+                        for source in recipe.sources] for day in self.days]  # fmt: skip
+            self._last = key, members
+        return self._last[1]
+
+    def _rank(self, recipe: Recipe, members: list[Member]) -> Ranking:
+        others = replace(recipe, means=replace(recipe.means, projection=None))
+        return rank_recipe(others, members, self.device)
 
     def score(self, recipe: Recipe) -> tuple[float, list[float]]:
         """Return the score of a recipe, 0 to 1000, and its 95 % interval over the owners of the queries."""

@@ -74,9 +74,9 @@ def neighbours(recipe: Recipe, sources: list[Source], matches: int) -> list[Reci
     """
     means = recipe.means
     around = f"{min(10, matches)}:3"
-    changes = [{"hubs": HUBS}, {"centre": True}, {"whiten": True}, {"projection": "lda"},
-               {"projection": "within_class"}, {"cover": True}, {"query_expansion": around},
-               {"gallery_augmentation": around}, {"rerank": "k-reciprocal"}]  # fmt: skip
+    changes = [{"hubs": HUBS}, {"centre": True}, {"whiten": True}, {"cover": True},
+               {"query_expansion": around}, {"gallery_augmentation": around}, {"rerank": "k-reciprocal"},
+               {"projection": "lda"}, {"projection": "within_class"}]  # fmt: skip
     # The others would replace the order of the fused similarity, or fit to images that a network has seen.
     barred = {"hubs", "cover", "rerank"} if recipe.second else set()
     barred |= {"projection", "cover"} if recipe.source.checkpoint else set()

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from get_images import ImageFile, find_images, find_query_and_gallery
+from get_images import ImageFile, find_images, find_query_and_gallery, label_of
 from retrieval.backbones.backbone import find_backbone
 from retrieval.backbones.views import with_views
 from retrieval.choosing.days import Images, by_identity, draw_days, matches_in, rows_to_learn_from
@@ -273,8 +273,10 @@ class Search:
             self.matches = matches_in(gallery, vectors)
             log.info("the gallery looks as if an identity had %d images in it (--matches says otherwise)",
                      self.matches)  # fmt: skip
+        elif self.matches is None:
+            self.matches = len(gallery.names) // len(set(map(label_of, vectors.names)))
         share = len(queries.names) / (len(queries.names) + len(gallery.names))
-        days = draw_days(vectors.names, self.matches or 1, share, DAYS, self.seed)
+        days = draw_days(vectors.names, self.matches, share, DAYS, self.seed)
         self.evidence = Evidence(vectors.names, days, self._device(self.best.source))
         kind = "other people than those that a fit sees" if identities else "the classes that a fit sees"
         log.info("drew %d days with %d queries and %d gallery images, of %s", DAYS, len(days[0].queries),
