@@ -110,7 +110,8 @@ def matches_in(gallery: Embeddings, labelled: Embeddings) -> int:
     """Return how many images an identity seems to have in a gallery, by the look of it.
 
     Two images count as one identity's if they are more similar than nearly all images of different labelled
-    identities are to their nearest: than 95 % of them. The mean is taken over the images with such a partner.
+    identities are to their nearest: than 95 % of them. The mean is taken over the images with such a partner;
+    it is 1 if fewer than a fifth of the images have one, which chance may give.
     """
     labels = np.array([label_of(name) for name in labelled.names])
     rows = readable_rows(labelled.vectors)[:MOST]
@@ -119,4 +120,4 @@ def matches_in(gallery: Embeddings, labelled: Embeddings) -> int:
     limit = np.quantile(cosines.max(1), 0.95)
     rows = readable_rows(gallery.vectors)[:MOST]
     partners = (gallery.vectors[rows] @ gallery.vectors[rows].T > limit).sum(1) - 1
-    return 1 + round(float(partners[partners > 0].mean())) if (partners > 0).any() else 1
+    return 1 + round(float(partners[partners > 0].mean())) if (partners > 0).mean() > 0.2 else 1

@@ -11,6 +11,7 @@ from retrieval.ranking.means import Means
 HUBS = 10  # neighbours of the hub correction
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5)  # of a second network, beside the better one
 OFF = Means()
+ORDERS = {name: getattr(OFF, name) for name in ("hubs", "cover", "rerank")}  # all off
 
 
 class Source(NamedTuple):
@@ -66,38 +67,30 @@ class Recipe:
         return settings | self.means.applied()
 
 
-def neighbours(recipe: Recipe, sources: list[Source], matches: int) -> list[Recipe]:
-    """Return the recipes that are one step from this one: another network, one more means, or one less.
+def neighbours(recipe: Recipe, matches: int) -> list[Recipe]:
+    """Return the recipes that are one step from this one: with one means more, less, or in another's place.
 
-    The cheapest to try come first. `matches` is the number of right images of a query, by which the numbers
-    of neighbours in an expansion are chosen.
+    Those that need another fit come last. `matches` is the number of right gallery images of a query: an
+    expansion looks at as many neighbours, and at ten at most.
     """
-    means = recipe.means
     around = f"{min(10, matches)}:3"
-    changes = [{"hubs": HUBS}, {"centre": True}, {"whiten": True}, {"cover": True},
-               {"query_expansion": around}, {"gallery_augmentation": around}, {"rerank": "k-reciprocal"},
-               {"projection": "lda"}, {"projection": "within_class"}]  # fmt: skip
-    # The others would replace the order of the fused similarity, or fit to images that a network has seen.
-    barred = {"hubs", "cover", "rerank"} if recipe.second else set()
-    barred |= {"projection", "cover"} if recipe.source.checkpoint else set()
-    changes = [change for change in changes if not barred & set(change)]
+    steps = {"hubs": [HUBS], "centre": [True], "whiten": [True], "cover": [True], "query_expansion": [around],
+             "gallery_augmentation": [around], "rerank": ["k-reciprocal"],
+             "projection": ["lda", "within_class"]}  # fmt: skip
+    barred = set(ORDERS) if recipe.second else set()  # they would replace the order of the fused similarity
+    barred |= {"projection", "cover"} if recipe.source.checkpoint else set()  # it has learnt from the labels
     found = []
-    for change in changes:
-        (name, value), others = next(iter(change.items())), {}
-        if name in ("hubs", "cover", "rerank"):
-            others = {"hubs": None, "cover": False, "rerank": None}  # each excludes the others
-        off = getattr(means, name) == value
-        changed = replace(means, **{name: getattr(OFF, name)}) if off else replace(means, **others | change)
-        found.append(replace(recipe, means=changed))
-    for source in sources:
-        if source not in recipe.sources:
-            found += [Recipe(source, kept) for kept in {means: None, OFF: None}]
+    for name, values in steps.items():
+        for value in values if name not in barred else ():
+            others = ORDERS if name in ORDERS else {}  # each excludes the others
+            new = getattr(OFF, name) if getattr(recipe.means, name) == value else value
+            found.append(replace(recipe, means=replace(recipe.means, **others | {name: new})))
     return found
 
 
 def fusions(recipe: Recipe, sources: list[Source]) -> dict[Source, list[Recipe]]:
     """Return the recipes that fuse another network with this one, for each network with the same views."""
-    means = replace(recipe.means, hubs=None, cover=False, rerank=None)
+    means = replace(recipe.means, **ORDERS)
     return {
         source: [Recipe(recipe.source, means, source, share) for share in SHARES]
         for source in sources

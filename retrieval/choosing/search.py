@@ -199,7 +199,7 @@ class Search:
         return self._step([Recipe(source)]) or self._step([Recipe(source, self.best.means)])
 
     def _climb(self) -> None:
-        while self._step(neighbours(self.best, [self.best.source], self.matches)):
+        while self._step(neighbours(self.best, self.matches)):
             pass
 
     def _step(self, others: list[Recipe]) -> bool:
