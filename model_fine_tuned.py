@@ -46,6 +46,7 @@ class Settings(RetrievalSettings, CheckpointSettings, MeansSettings):
 
 def main(settings: Settings) -> None:
     from retrieval.backbones.fine_tuned import find_fine_tuned
+    from retrieval.backbones.fused import find_fused
     from retrieval.backbones.views import with_views
     from retrieval.pipeline import embed_both, find, rank_both, save, send, show
     from retrieval.run import Run
@@ -54,8 +55,9 @@ def main(settings: Settings) -> None:
         images = find(run)
         backbone = find_fine_tuned(settings.weights, settings.device)
         backbone = with_views(backbone, settings.flip, settings.views)
-        vectors = embed_both(run, images, backbone)
-        ranking = rank_both(run, vectors, backbone)
+        others = find_fused(settings, backbone)  # of --fuse, if it is given
+        vectors = embed_both(run, images, backbone, others)
+        ranking = rank_both(run, vectors, backbone, others)
         results = save(run, images, vectors, ranking, backbone)  # all is on the disk before anything is sent
         outcome = send(run, results)
         show(run, results, outcome)

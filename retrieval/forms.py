@@ -228,7 +228,8 @@ def _value_sentence(
     if problem["type"] == "missing":
         return f"give --{name}: {help_of(form.model_fields[name])}"
     what = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-    value = str(problem["input"])
+    value = problem["input"]
+    value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     default = "the argument" if value in arguments else f"the script's default for --{name}"
     where = origins.get(name, default)
     shown = repr(value) if re.search(CONTROL, value) else f"'{value}'"
