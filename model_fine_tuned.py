@@ -40,7 +40,7 @@ class Settings(RetrievalSettings, CheckpointSettings, MeansSettings):
 
     refused: ClassVar = dict.fromkeys(
         ("model_type", "crop", "image_size", "detector", "face_margin", "min_face_size"),
-        "the checkpoint of --weights knows it, and can be run in no other way",
+        "the checkpoint of --weights knows it; it is a setting of model_not_tuned.py",
     )
 
 

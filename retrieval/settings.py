@@ -181,6 +181,12 @@ class RetrievalSettings(Form):
 
     One run at a time writes into it, and holds `.lock` there; the file stays when the run has ended.
     """
+    recipe: File | None = None
+    """JSON file of choose.py whose settings take the place of the defaults, the environment and .env
+
+    It sets the network, its views and the means: see [means.md](means.md#a-recipe). A flag on the command
+    line wins over it.
+    """
     device: Device = "auto"
     """device of the network: cuda, mps, cpu, or auto, the first that is available
 
