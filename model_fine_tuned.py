@@ -40,12 +40,13 @@ class Settings(RetrievalSettings, CheckpointSettings, MeansSettings):
 
     refused: ClassVar = dict.fromkeys(
         ("model_type", "crop", "image_size", "detector", "face_margin", "min_face_size"),
-        "the checkpoint of --weights knows it, and can be run in no other way",
+        "the checkpoint of --weights knows it; it is a setting of model_not_tuned.py",
     )
 
 
 def main(settings: Settings) -> None:
     from retrieval.backbones.fine_tuned import find_fine_tuned
+    from retrieval.backbones.fused import find_fused
     from retrieval.backbones.views import with_views
     from retrieval.pipeline import embed_both, find, rank_both, save, send, show
     from retrieval.run import Run
@@ -54,8 +55,9 @@ def main(settings: Settings) -> None:
         images = find(run)
         backbone = find_fine_tuned(settings.weights, settings.device)
         backbone = with_views(backbone, settings.flip, settings.views)
-        vectors = embed_both(run, images, backbone)
-        ranking = rank_both(run, vectors, backbone)
+        others = find_fused(settings, backbone)  # of --fuse, if it is given
+        vectors = embed_both(run, images, backbone, others)
+        ranking = rank_both(run, vectors, backbone, others)
         results = save(run, images, vectors, ranking, backbone)  # all is on the disk before anything is sent
         outcome = send(run, results)
         show(run, results, outcome)

@@ -40,6 +40,7 @@ class Settings(RetrievalSettings, BackboneSettings, FaceSettings, MeansSettings)
 
 def main(settings: Settings) -> None:
     from retrieval.backbones.backbone import find_backbone
+    from retrieval.backbones.fused import find_fused
     from retrieval.backbones.views import with_views
     from retrieval.pipeline import embed_both, find, rank_both, save, send, show
     from retrieval.run import Run
@@ -50,8 +51,9 @@ def main(settings: Settings) -> None:
             settings.model_type, settings.device, settings.weights, settings.crop,
             settings.image_size, settings.face_margin, settings.min_face_size, settings.detector)  # fmt: skip
         backbone = with_views(backbone, settings.flip, settings.views)
-        vectors = embed_both(run, images, backbone)
-        ranking = rank_both(run, vectors, backbone)
+        others = find_fused(settings, backbone)  # of --fuse, if it is given
+        vectors = embed_both(run, images, backbone, others)
+        ranking = rank_both(run, vectors, backbone, others)
         results = save(run, images, vectors, ranking, backbone)  # all is on the disk before anything is sent
         outcome = send(run, results)
         show(run, results, outcome)

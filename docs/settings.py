@@ -23,10 +23,10 @@ RETRIEVAL, TRAINING = model_not_tuned.Settings, fine_tuning.Settings
 
 PAGE = """# Settings
 
-A flag wins over the environment, the environment over `.env` in the folder where you type, and `.env` over
-the form at the top of the script. In the environment and in `.env` the names are in capitals. Settings marked
-*flag* are flags only, since systems set names like DEVICE for purposes of their own. `unset` as the value of
-a flag means none, as in `--clip unset`.
+A flag wins over a [recipe](means.md#a-recipe), a recipe over the environment, the environment over `.env` in
+the folder where you type, and `.env` over the form at the top of the script. In the environment and in `.env`
+the names are in capitals. Settings marked *flag* are flags only, since systems set names like DEVICE for
+purposes of their own. `unset` as the value of a flag means none, as in `--clip unset`.
 
 `python -m docs.settings` writes this page and `.env.example` from the forms of the scripts.
 
@@ -44,8 +44,8 @@ which the checkpoint knows.
 """
 
 ENVIRONMENT = """\
-# Copy this file to .env and take the # off the lines you need. A flag on the command line wins over the
-# environment, the environment over .env, and .env over the defaults at the top of a script.
+# Copy this file to .env and take the # off the lines you need. A flag on the command line wins over a recipe
+# (--recipe), a recipe over the environment, the environment over .env, and .env over the script's defaults.
 # Whatever is not listed here, such as --device, is a flag only.
 """
 EXAMPLES = {

@@ -1,6 +1,6 @@
-"""Command line, environment and `.env` in; one typed, checked form out, or an InputError.
+"""Command line, recipe, environment and `.env` in; one typed, checked form out, or an InputError.
 
-The precedence is: command line, environment, `.env`, defaults in the script.
+The precedence is: command line, recipe (retrieval/recipe.py), environment, `.env`, defaults in the script.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from pydantic_settings import (
 
 from retrieval.command_line import FormParser, help_of
 from retrieval.errors import InputError, did_you_mean
+from retrieval.recipe import read_recipe
 
 # The settings that the environment and .env may set, there in capitals, in the order of .env.example.
 # All others are flags only, since systems set names like DEVICE for purposes of their own.
@@ -99,7 +100,7 @@ class Form(BaseSettings, metaclass=_FormClass):
 
     @classmethod
     def settings_customise_sources(cls, settings_cls, init_settings, **others) -> tuple:  # noqa: ANN001, ANN003
-        """Return the sources after the command line: arguments, then the environment and .env."""
+        """Return the sources after the command line: arguments (a recipe), the environment and .env."""
         outside = {name: value for name, (value, _) in _set_outside(cls, _dotenv()).items()}
         return init_settings, InitSettingsSource(cls, outside)
 
@@ -167,14 +168,31 @@ def _warn_of_unknown_names(form: type[Form], dotenv: dict[str, str | None]) -> N
             log.warning(".env sets %s, which no script reads%s", name, hint)
 
 
+# ---- recipe ---------------------------------------------------------------------------------------
+
+
+def _set_by_recipe(form: type[Form], given: dict[str, Any]) -> dict[str, tuple[Any, str]]:
+    """Return the value of each setting that the recipe sets, and where it stands; nothing without a recipe.
+
+    `given` are the values of the flags. Raises as read_recipe.
+    """
+    if "recipe" not in form.model_fields:
+        return {}
+    path = os.path.expanduser(given.get("recipe", form.model_fields["recipe"].default) or "")
+    if not os.path.isfile(path):  # where a recipe is asked for, the form's own check says so
+        return {}
+    settings = read_recipe(Path(path), form.model_fields, form.refused)
+    return {name: (value, f"{name} in {path}") for name, value in settings.items()}
+
+
 # ---- read a form ----------------------------------------------------------------------------------
 
 
 def read_form(form: type[FormType], arguments: list[str], program: str | None = None) -> FormType:
-    """Fill in a form from the command line's arguments, the environment, .env and the form's defaults.
+    """Fill in a form from the command line's arguments, a recipe, the environment, .env and its defaults.
 
-    Warns of names in .env that no form knows, and logs which edited defaults the environment or .env
-    overrides. Raises InputError, with a sentence for each mistake in the form and for each wrong setting.
+    Warns of names in .env that no form knows, and logs which edited defaults have no effect. Raises
+    InputError, with a sentence for each mistake in the form and for each wrong setting.
     """
     if form.mistakes:
         script = Path(sys.modules[form.__module__].__file__).name
@@ -183,11 +201,14 @@ def read_form(form: type[FormType], arguments: list[str], program: str | None = 
     _warn_of_unknown_names(form, dotenv)
     given = {argument.partition("=")[0] for argument in arguments}
     origins = {name: origin for name, (_, origin) in _set_outside(form, dotenv).items()}
-    origins |= {name: f"--{name}" for name in form.model_fields if {f"--{name}", f"--no-{name}"} & given}
     parser = FormParser(form, program)
     source = CliSettingsSource(form, root_parser=parser, add_argument_method=parser.add_flag)
     try:
-        settings = form(_cli_settings_source=source(args=arguments))
+        flags = source(args=arguments)
+        recipe = _set_by_recipe(form, flags())
+        origins |= {name: origin for name, (_, origin) in recipe.items()}
+        origins |= {name: f"--{name}" for name in form.model_fields if {f"--{name}", f"--no-{name}"} & given}
+        settings = form(_cli_settings_source=flags, **{name: value for name, (value, _) in recipe.items()})
     except SettingsError as error:
         raise InputError(_flag_sentence(str(error), form)) from None
     except ValidationError as error:
@@ -198,7 +219,7 @@ def read_form(form: type[FormType], arguments: list[str], program: str | None = 
 
 
 def _log_overridden(settings: Form, origins: dict[str, str]) -> None:
-    """Log each default that was edited in the script and has no effect, because the environment wins."""
+    """Log each default that was edited in the script and has no effect, because something else wins."""
     for name, field in type(settings).model_fields.items():
         shared, origin = shared_field(type(settings), name), origins.get(name)
         edited = shared is not None and field.default != shared.default
@@ -228,7 +249,8 @@ def _value_sentence(
     if problem["type"] == "missing":
         return f"give --{name}: {help_of(form.model_fields[name])}"
     what = problem["msg"].removeprefix("Value error, ").replace("Input should", "it should")
-    value = str(problem["input"])
+    value = problem["input"]
+    value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     default = "the argument" if value in arguments else f"the script's default for --{name}"
     where = origins.get(name, default)
     shown = repr(value) if re.search(CONTROL, value) else f"'{value}'"

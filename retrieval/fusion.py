@@ -21,7 +21,14 @@ from retrieval.embedding.embeddings_file import read_embeddings
 from retrieval.errors import InputError
 from retrieval.forms import Form
 from retrieval.metrics import are_labelled, compare, first_hits, points_of, score
-from retrieval.ranking.fusion import Normalisation, RunVectors, first_right, fuse, unreadable_by_all
+from retrieval.ranking.fusion import (
+    Normalisation,
+    RunVectors,
+    first_right,
+    fuse,
+    in_words,
+    names_unreadable_by_all,
+)
 from retrieval.ranking.mixing import choose_mix
 from retrieval.records import Embeddings, Ranking
 from retrieval.run import Outcome, Run
@@ -81,7 +88,8 @@ def main(settings: Settings) -> None:
         run.done("weigh")
         vectors = [saved.vectors for saved in runs]
         ranking = fuse(vectors, weights, NAMES_PER_QUERY, settings.normalisation)
-        run.done("rank", f"fused {in_words(runs, weights)} for {len(ranking.queries)} queries")
+        words = in_words([saved.backbone for saved in runs], weights)
+        run.done("rank", f"fused {words} for {len(ranking.queries)} queries")
         path = write_submission(ranking, settings.group_name, run.folder)
         metrics = counts_of(runs, weights, ranking) | evidence
         metrics |= {"names": run.write_names(ranking.queries, ranking.gallery)}
@@ -181,29 +189,22 @@ def check_labelled(labelled: list[SavedRun], runs: list[SavedRun]) -> None:
             )
 
 
-def in_words(runs: list[SavedRun], weights: list[float]) -> str:
-    """Return the mix in words, such as 0.7 dlib + 0.3 clip."""
-    return " + ".join(f"{weight:.3g} {saved.backbone}" for saved, weight in zip(runs, weights, strict=True)
-                      if weight)  # fmt: skip
-
-
 # ---- what is known of the fusion --------------------------------------------------------------------
 
 
 def counts_of(runs: list[SavedRun], weights: list[float], ranking: Ranking) -> dict[str, Any]:
     """Return what was fused, as metrics.json has it of any run, and the weight of each run's folder."""
     used = [saved for saved, weight in zip(runs, weights, strict=True) if weight]
-    lost = [[names[row] for row in unreadable_by_all([saved.vectors[part] for saved in used])]
-            for part, names in enumerate((ranking.queries, ranking.gallery))]  # fmt: skip
+    queries, gallery = zip(*(saved.vectors for saved in used), strict=True)
     return {
-        "backbone": in_words(runs, weights),
+        "backbone": in_words([saved.backbone for saved in runs], weights),
         "tuned": any(saved.tuned for saved in used),
         "weights": {str(saved.folder): weight for saved, weight in zip(runs, weights, strict=True)},
         "queries": len(ranking.queries),
         "gallery_images": len(ranking.gallery),
         "k": NAMES_PER_QUERY,
-        "unreadable_queries": lost[0],
-        "unreadable_gallery_images": lost[1],
+        "unreadable_queries": names_unreadable_by_all(queries),
+        "unreadable_gallery_images": names_unreadable_by_all(gallery),
     }
 
 

@@ -2,13 +2,15 @@
 
     find → embed_both → rank_both → save → send → show
 
-Each step takes what it needs, returns what it made, and logs a line with the seconds it took. If torchrun
+Each step takes what it needs, returns what it made, and logs a line with the seconds it took. With --fuse
+each of its networks embeds the images after the run's own, and they are ranked by all of them. If torchrun
 started several processes, each embeds and ranks its shard of the gallery, and rank 0 does the rest.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -23,10 +25,12 @@ from retrieval.embedding.embeddings_file import write_embeddings
 from retrieval.embedding.runtime import choose_runtime
 from retrieval.embedding.shards import embed_shard, gather_shards
 from retrieval.errors import InputError
+from retrieval.flag_values import shares_of
 from retrieval.machine import cores
 from retrieval.metrics import measure, require_labels
 from retrieval.ranking.approximate import check_search, merge_shards, rank_by
-from retrieval.ranking.means import check_means, means_of, rank_with
+from retrieval.ranking.fusion import in_words, names_unreadable_by_all
+from retrieval.ranking.means import check_fused, check_means, means_of, rank_fused, rank_with
 from retrieval.ranking.projections import check_classes
 from retrieval.records import Embeddings, Ranking, ShardedEmbeddings
 from retrieval.report.results import Results, Sample, sample_rows
@@ -56,7 +60,8 @@ class Vectors(NamedTuple):
     queries: Embeddings  # all of them, in every process
     gallery: ShardedEmbeddings  # a shard in each process
     train: Embeddings | None  # None if no means is fitted
-    sample: Sample | None  # on rank 0, for the report's map
+    sample: Sample | None = None  # on rank 0, for the report's map
+    others: Sequence[Vectors] = ()  # by the other networks of --fuse
 
 
 def find(run: Run) -> Images:
@@ -70,6 +75,8 @@ def find(run: Run) -> Images:
                          "without torchrun, which takes the vectors from the cache")  # fmt: skip
     means = means_of(settings)
     check_means(means, settings.search, settings.train_dir is not None)
+    if settings.fuse:
+        check_fused(means, settings.search, settings.save_embeddings)
     queries, gallery = find_query_and_gallery(settings.query_dir, settings.gallery_dir)
     train = find_images(settings.train_dir) if means.learns else []
     if train:
@@ -82,13 +89,25 @@ def find(run: Run) -> Images:
     return images
 
 
-def embed_both(run: Run, images: Images, backbone: LazyBackbone) -> Vectors:
-    """Embed the queries and the gallery, or take their vectors from the cache.
+def embed_both(
+    run: Run, images: Images, backbone: LazyBackbone, others: Sequence[LazyBackbone] = ()
+) -> Vectors:
+    """Embed the queries and the gallery, or take their vectors from the cache; so does each of the others.
 
-    Raises as embed_shard, and InputError if ONNX Runtime is asked for and cannot be used.
+    --save_crops and the report's map show what the run's own backbone sees. Raises as embed_shard, and
+    InputError if ONNX Runtime is asked for and cannot be used.
     """
-    settings = run.settings
     run.done("backbone")
+    own = _embed(run, images, backbone, run.settings.save_crops)
+    vectors = [_embed(run, images, other, None) for other in others]
+    sample = None if run.settings.no_report else _sample(own.queries, own.gallery)
+    run.done("embed")
+    return own._replace(sample=sample, others=vectors)
+
+
+def _embed(run: Run, images: Images, backbone: LazyBackbone, crops: Path | None) -> Vectors:
+    """Embed all images by one backbone, and log it; write its crops into a folder, if one is given."""
+    settings = run.settings
     count = sum(map(len, images))
     cache = None if settings.no_cache else Cache(settings.cache_dir, settings.verify_cache)
     claim_devices()
@@ -96,12 +115,11 @@ def embed_both(run: Run, images: Images, backbone: LazyBackbone) -> Vectors:
     if several():  # all choose one runtime, also a process whose shard is cached
         runtime.settle(images.gallery)
     # The larger part first: face detectors run in their own processes while the network loads.
-    gallery = embed_shard(images.gallery, runtime, "gallery images", settings.save_crops, cache)
-    queries = gather_shards(embed_shard(images.queries, runtime, "queries", settings.save_crops, cache))
+    gallery = embed_shard(images.gallery, runtime, "gallery images", crops, cache)
+    queries = gather_shards(embed_shard(images.queries, runtime, "queries", crops, cache))
     train = None
     if images.train:
-        train = embed_shard(images.train, runtime, "training images", settings.save_crops, cache).own
-    sample = None if settings.no_report else _sample(queries, gallery)
+        train = embed_shard(images.train, runtime, "training images", crops, cache).own
     dimension = queries.vectors.shape[1]
     run.done(
         "embed",
@@ -110,7 +128,7 @@ def embed_both(run: Run, images: Images, backbone: LazyBackbone) -> Vectors:
     spent = ", ".join(f"{part} {seconds:.1f}" for part, seconds in runtime.seconds.items())
     log.info("seconds inside embedding: %s; the readers took %.1f on %d cores",
              spent, runtime.readers_seconds, cores())  # fmt: skip
-    return Vectors(queries, gallery, train, sample)
+    return Vectors(queries, gallery, train)
 
 
 def _sample(queries: Embeddings, gallery: ShardedEmbeddings) -> Sample | None:
@@ -123,24 +141,51 @@ def _sample(queries: Embeddings, gallery: ShardedEmbeddings) -> Sample | None:
     return shards and Sample(rows, np.concatenate([queries.vectors[of_queries], *shards]))
 
 
-def rank_both(run: Run, vectors: Vectors, backbone: LazyBackbone) -> tuple[Ranking, dict[str, Any]] | None:
+def rank_both(
+    run: Run, vectors: Vectors, backbone: LazyBackbone, others: Sequence[LazyBackbone] = ()
+) -> tuple[Ranking, dict[str, Any]] | None:
     """Rank the gallery for each query, on the backbone's device; return the ranking and the search's metrics.
 
-    With means the metrics say which. Other ranks than 0 get None.
+    With means or other backbones the metrics say which. Other ranks than 0 get None.
     """
     k = max(run.settings.top_k, NAMES_PER_QUERY)
-    queries, gallery, train, _ = vectors
+    queries, gallery, train, *_ = vectors
     means = means_of(run.settings)
-    if applied := means.applied():  # one process has the whole gallery: see check_means
+    applied = means.applied()
+    if others:
+        merged = _rank_fused(run, vectors, [backbone, *others], k)
+    elif applied:  # one process has the whole gallery: see check_means
         merged = rank_with(means, queries, gallery.own, train, k, backbone.device), {"means": applied}
     else:
         own = rank_by(run.settings.search, queries, gallery.own, k, backbone.device)
         merged = merge_shards(*own, gallery, k)
-    by = f" with {', '.join(applied)}" if applied else ""
+    by = f" by {merged[1]['backbone']}" if others else ""
+    by += f" with {', '.join(applied)}" if applied else ""
     run.done(
         "rank", f"ranked {len(gallery.names)} gallery images for each of {len(queries.names)} queries{by}"
     )
     return merged
+
+
+def _rank_fused(
+    run: Run, vectors: Vectors, backbones: list[LazyBackbone], k: int
+) -> tuple[Ranking, dict[str, Any]]:
+    """Rank by the similarities of all backbones, the run's own first; return also what metrics.json says.
+
+    An image is unreadable if none of them could read it.
+    """
+    means, weights = means_of(run.settings), shares_of(run.settings.fuse)
+    members = [(each.queries, each.gallery.own, each.train) for each in (vectors, *vectors.others)]
+    queries, gallery, _ = zip(*members, strict=True)
+    names = [backbone.model_name for backbone in backbones]
+    metrics = {
+        "backbone": in_words(names, weights),
+        "weights": dict(zip(names, weights, strict=True)),
+        "unreadable_queries": names_unreadable_by_all(queries),
+        "unreadable_gallery_images": names_unreadable_by_all(gallery),
+    }
+    metrics |= {"means": means.applied()} if means.applied() else {}
+    return rank_fused(means, members, weights, k, backbones[0].device), metrics
 
 
 @rank_zero_only
@@ -152,7 +197,7 @@ def save(
     backbone: LazyBackbone,
 ) -> Results:
     """Write submission.json and everything that can be known before it is sent; return the results."""
-    (ranking, search), (queries, gallery, _, sample) = ranked, vectors
+    (ranking, search), (queries, gallery, _, sample, _) = ranked, vectors
     metrics = {"backbone": backbone.model_name, "tuned": backbone.trained is not None}
     metrics |= {"names": run.write_names(queries.names, gallery.names)}
     metrics |= measure(ranking, queries, gallery, run.settings.top_k) | search

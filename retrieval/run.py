@@ -105,10 +105,11 @@ class Run:
         self.held.enter_context(lock(self.folder, "output_dir"))
 
     def done(self, step: str, what: str = "") -> None:
-        """End a step: record its seconds, and log `what` was done."""
-        self.seconds[step] = time.perf_counter() - self.started - sum(self.seconds.values())
+        """End a step, or a part of it: add to its seconds, and log `what` was done."""
+        spent = time.perf_counter() - self.started - sum(self.seconds.values())
+        self.seconds[step] = self.seconds.get(step, 0) + spent
         if what:
-            log.info("%s in %.1f s", what, self.seconds[step])
+            log.info("%s in %.1f s", what, spent)
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Write metrics.json: the metrics, and the seconds of each step so far."""

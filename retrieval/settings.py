@@ -18,10 +18,10 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
 from retrieval.command_line import Metavar
+from retrieval.flag_values import expansion_of, fused_of, reciprocal_of, shares_of
 from retrieval.forms import CONTROL, Form
 
 CACHE_DIR = Path("~/.cache/image-retrieval")
-NUMBER = r"\d+(?:\.\d+)?"
 LOCAL = "local"  # the URL of the evaluation server that a run starts by itself
 
 log = logging.getLogger("retrieval.settings")
@@ -102,39 +102,16 @@ def _with_zone(moment: datetime) -> datetime:
     return moment if moment.tzinfo else moment.astimezone()
 
 
-def expansion_of(text: str) -> tuple[int, float]:
-    """Read N:ALPHA, neighbours and the exponent of their weights. Raises ValueError for anything else.
-
-    >>> expansion_of("5:3")
-    (5, 3.0)
-    """
-    found = re.fullmatch(rf"([1-9]\d*):({NUMBER})", text)
-    if not found:
-        raise ValueError("write N:ALPHA, such as 5:3: neighbours, and the exponent of their cosines")
-    return int(found[1]), float(found[2])
+def _none_of_unset(value: Any) -> Any:
+    return None if value == [None] else value  # "unset" as the value of a list on the command line
 
 
-def reciprocal_of(text: str) -> tuple[int, int, float]:
-    """Read k-reciprocal:K1,K2,LAMBDA; K1, K2 and LAMBDA have defaults. Raises ValueError for anything else.
+def _checked_by(read: Callable[[Any], Any]) -> AfterValidator:
+    """Return a check that `read` can read a value, which stays as it is."""
 
-    >>> reciprocal_of("k-reciprocal")
-    (20, 6, 0.3)
-    """
-    found = re.fullmatch(rf"k-reciprocal(?::([1-9]\d*),([1-9]\d*),({NUMBER}))?", text)
-    if not found or float(found[3] or 0) > 1:
-        raise ValueError(
-            "write k-reciprocal, or k-reciprocal:20,6,0.3 with other numbers: neighbours, neighbours of the "
-            "local expansion, and the weight of the cosine's distance, 0 to 1"
-        )
-    return (int(found[1]), int(found[2]), float(found[3])) if found[1] else (20, 6, 0.3)
-
-
-def _checked_by(read: Callable[[str], Any]) -> AfterValidator:
-    """Return a check that `read` can read a text; the text stays as it is."""
-
-    def _check(text: str) -> str:
-        read(text)
-        return text
+    def _check(value: Any) -> Any:
+        read(value)
+        return value
 
     return AfterValidator(_check)
 
@@ -164,6 +141,9 @@ Search = Literal["exact", "flat", "ivf", "hnsw"]
 Projected = Literal["lda", "within_class"]
 Expansion = Annotated[str, _checked_by(expansion_of), Metavar("N:ALPHA")]
 Rerank = Annotated[str, _checked_by(reciprocal_of), Metavar("METHOD")]
+FusedNetwork = Annotated[str, _checked_by(fused_of)]
+FusedNetworks = Annotated[list[FusedNetwork], _checked_by(shares_of)]
+Fuse = Annotated[FusedNetworks | None, BeforeValidator(_none_of_unset), Metavar("LIST")]
 Tracker = Literal["none", "tensorboard", "wandb"]
 
 
@@ -201,6 +181,12 @@ class RetrievalSettings(Form):
 
     One run at a time writes into it, and holds `.lock` there; the file stays when the run has ended.
     """
+    recipe: File | None = None
+    """JSON file of choose.py whose settings take the place of the defaults, the environment and .env
+
+    It sets the network, its views and the means: see [means.md](means.md#a-recipe). A flag on the command
+    line wins over it.
+    """
     device: Device = "auto"
     """device of the network: cuda, mps, cpu, or auto, the first that is available
 
@@ -229,6 +215,12 @@ class RetrievalSettings(Form):
 
     `scales` resizes the network's input to 1, 1/√2 and √2 of its side, and takes 3.5 times as long. Most
     vision transformers and many ONNX files take one size only: then the run ends with a sentence.
+    """
+    fuse: Fuse = None
+    """other pretrained networks to fuse with, each MODEL=SHARE or MODEL@CROP=SHARE, such as clip@loose=0.3
+
+    Their similarities are added to those of the run's own network, which gets the rest of 1: see
+    [fusion.md](fusion.md#fuse-in-one-run). They see the same views; their crop is `auto` by default.
     """
     search: Search = "exact"
     """search of the gallery: exact, or by FAISS: flat, ivf or hnsw

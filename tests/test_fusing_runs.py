@@ -1,7 +1,9 @@
-"""retrieval/fusion.py: saved runs in, a fused submission out."""
+"""retrieval/fusion.py: saved runs in, a fused submission out; and --fuse, which does it in one run."""
 
 import json
 import re
+import shutil
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -158,3 +160,101 @@ def test_several_processes_are_refused(few, monkeypatch):
     settings = model_not_tuned.Settings(query_dir=few, gallery_dir=few, save_embeddings=True)
     with pytest.raises(InputError, match="--save_embeddings needs all vectors in one process"):
         find(Run(settings))
+
+
+# ---- --fuse: in one run
+
+
+FOLDERS = ("--query_dir", "query", "--gallery_dir", "gallery")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("exported")
+def test_a_run_with_fuse_gives_the_submission_of_the_saved_runs(few, tmp_path):
+    flags = (*FOLDERS, "--flip", "--engine", "torch", "--custom_dataset")
+    for number in "01":
+        model = ("--model_type", f"efficientnet_lite{number}", "--output_dir", tmp_path / number)
+        ended = run_here("model_not_tuned.py", *flags, *model, "--save_embeddings", "--no_report", cwd=few)
+        assert ended.returncode == 0, ended.stderr
+    saved = fuse(tmp_path / "0", tmp_path / "1", "--mix", "0.7,0.3", cwd=tmp_path)
+    assert saved.returncode == 0, saved.stderr
+    at_once = run_here("model_not_tuned.py", *flags, "--fuse", "efficientnet_lite1@none=0.3",
+                       "--output_dir", tmp_path / "once", cwd=few)  # fmt: skip
+    assert at_once.returncode == 0, at_once.stderr
+    assert "by 0.7 efficientnet_lite0 with flip + 0.3 efficientnet_lite1@none with flip in" in at_once.stdout
+    expected, submission = results(tmp_path)
+    metrics, fused = results(tmp_path, "once")
+    assert fused == submission
+    assert metrics["score"] == expected["score"]
+    assert metrics["backbone"] == "0.7 efficientnet_lite0 with flip + 0.3 efficientnet_lite1@none with flip"
+    assert metrics["weights"] == {
+        "efficientnet_lite0 with flip": 0.7, "efficientnet_lite1@none with flip": 0.3}  # fmt: skip
+    page = (tmp_path / "once" / "report.html").read_text()
+    assert "images by the first network. Near points are alike" in page
+    assert "0.7 efficientnet_lite0 with flip" in page
+    compared = run_here("-m", "retrieval.report", tmp_path, cwd=tmp_path)
+    assert compared.returncode == 0, compared.stderr
+    assert metrics["backbone"] in compared.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("exported")
+def test_means_move_the_vectors_of_each_network_and_a_local_server_scores_them(few, tmp_path):
+    shutil.copytree(few, tmp_path / "few")
+    (tmp_path / "few" / "query" / "0" / "broken.png").write_bytes(b"")
+    means = ("--projection", "lda", "--train_dir", few / "gallery", "--whiten")
+    flags = ("--fuse", "efficientnet_lite1=0.4", *means, "--server_url", "local", "--no_report")
+    out = ("--output_dir", tmp_path / "out")
+    ended = run_here("model_not_tuned.py", *FOLDERS, *flags, *out, cwd=tmp_path / "few")
+    assert ended.returncode == 0, ended.stderr
+    metrics, _ = results(tmp_path, "out")
+    assert metrics["means"] == {"projection": "lda", "whiten": True}
+    assert metrics["unreadable_queries"] == ["0/broken.png"]
+    assert metrics["server_score"] == pytest.approx(metrics["score"], abs=0.01)
+    assert metrics["weights"] == {"efficientnet_lite0": 0.6, "efficientnet_lite1": 0.4}
+
+
+def test_an_image_is_unreadable_if_no_network_could_read_it(tmp_path):
+    import model_not_tuned
+    from retrieval.pipeline import Vectors, rank_both
+    from retrieval.records import ShardedEmbeddings
+    from retrieval.run import Run
+
+    class Network(NamedTuple):
+        model_name: str
+        device: str = "cpu"
+
+    def of_a_network(*lost):
+        queries = vectors_of({"q0": [0, 0] if "q0" in lost else [1, 0], "q1": [0, 0]})
+        gallery = vectors_of({name: [0, 0] if name in lost else [1, 0] for name in ("g0", "g1", "g2")})
+        shard = ShardedEmbeddings(gallery.names, gallery, 0, gallery.unreadable, None)
+        return Vectors(queries, shard, None)
+
+    settings = model_not_tuned.Settings(query_dir=tmp_path, gallery_dir=tmp_path, fuse=["other=0.5"])
+    own = of_a_network("q0", "g0", "g1")._replace(others=[of_a_network("g1", "g2")])
+    ranking, metrics = rank_both(Run(settings), own, Network("own"), [Network("other")])
+    assert metrics["unreadable_queries"] == ["q1"]
+    assert metrics["unreadable_gallery_images"] == ["g1"]
+    assert ranking.rows[1].tolist() == [0, 2, 1]  # the order of the gallery, and g1 last
+
+
+def test_what_cannot_be_fused_is_a_sentence_before_an_image_is_embedded(flat):
+    for flags, sentence in (
+        (("efficientnet_lite1=0.3", "--hubs", "5"), "--fuse ranks by the .*, which excludes --hubs: leave"),
+        (("efficientnet_lit1=0.3",), "--fuse efficientnet_lit1=0.3: there is no such backbone; did you mean"),
+        (("dlib@los=0.3",), "--fuse dlib@los=0.3: there is no crop los; did you mean loose"),
+        (("efficientnet_lite0=0.3",), ".* a network twice, or the run's own, efficientnet_lite0: give other"),
+    ):
+        ended = run_here("model_not_tuned.py", *FOLDERS, "--fuse", *flags, cwd=flat)
+        assert ended.returncode == 2, flags
+        assert re.search(f"^error: {sentence}", ended.stderr, re.M), ended.stderr
+        assert "embedded" not in ended.stdout
+
+
+def test_a_network_without_its_weights_ends_the_run_before_an_image_is_embedded(flat, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "none"))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody listens
+    ended = run_here("model_not_tuned.py", *FOLDERS, "--fuse", "resnet50=0.3", cwd=flat)
+    assert ended.returncode == 1
+    assert re.search(r"^error: https://.*resnet50-11ad3fa6\.pth could not be downloaded", ended.stderr, re.M)
+    assert "embedded" not in ended.stdout

@@ -9,7 +9,7 @@ read both images. Raw cosines of unlike networks are never added: a network whos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -99,9 +99,23 @@ def fuse(
     return Ranking(queries, gallery, rows, fused)
 
 
-def unreadable_by_all(embeddings: list[Embeddings]) -> list[int]:
+def unreadable_by_all(embeddings: Sequence[Embeddings]) -> list[int]:
     """Return the rows of the images that no run could read."""
     return sorted(set.intersection(*(set(zero_rows(run.vectors).tolist()) for run in embeddings)))
+
+
+def names_unreadable_by_all(embeddings: Sequence[Embeddings]) -> list[str]:
+    """Return the names of the images that no run could read."""
+    return [embeddings[0].names[row] for row in unreadable_by_all(embeddings)]
+
+
+def in_words(names: list[str], weights: list[float]) -> str:
+    """Return a mix of networks in words.
+
+    >>> in_words(["dlib", "resnet50", "clip"], [0.7, 0, 0.3])
+    '0.7 dlib + 0.3 clip'
+    """
+    return " + ".join(f"{weight:.3g} {name}" for name, weight in zip(names, weights, strict=True) if weight)
 
 
 def weighted_mean(similarities: list[np.ndarray], weights: list[float]) -> np.ndarray:

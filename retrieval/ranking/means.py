@@ -10,15 +10,18 @@ from typing import Any
 
 from retrieval.distributed import several
 from retrieval.errors import InputError
+from retrieval.flag_values import expansion_of, reciprocal_of
 from retrieval.ranking.cover import SHORTLIST, cover, fit_curve
 from retrieval.ranking.exact import rank
+from retrieval.ranking.fusion import RunVectors, fuse
 from retrieval.ranking.hubs import rank_without_hubs
 from retrieval.ranking.neighbours import augment_gallery, expand_queries
 from retrieval.ranking.projections import centre, lda, project, whiten, within_class
 from retrieval.ranking.reciprocal import rank_by_reciprocals
 from retrieval.records import Embeddings, Ranking
-from retrieval.settings import MeansSettings, Search, expansion_of, reciprocal_of
+from retrieval.settings import MeansSettings, Search
 
+Member = tuple[Embeddings, Embeddings, Embeddings | None]  # of one network: queries, gallery, train
 PROJECTIONS = {"lda": lda, "within_class": within_class}
 
 
@@ -72,6 +75,18 @@ def check_means(means: Means, search: Search, labelled: bool) -> None:
         raise InputError(f"{flags} needs all vectors in one process: start the script without torchrun")
 
 
+def check_fused(means: Means, search: Search, saves: bool) -> None:
+    """Raise InputError if --fuse cannot be combined with these settings; `saves` is --save_embeddings."""
+    other = {"hubs": means.hubs, "rerank": means.rerank, "cover": means.cover}
+    other |= {"search": search != "exact", "save_embeddings": saves}
+    if flags := ", ".join(f"--{name}" for name, given in other.items() if given):
+        raise InputError(
+            f"--fuse ranks by the similarities of several networks, which excludes {flags}: leave out either"
+        )
+    if several():
+        raise InputError("--fuse needs all vectors in one process: start the script without torchrun")
+
+
 def rank_with(
     means: Means,
     queries: Embeddings,
@@ -90,6 +105,19 @@ def rank_with(
     if means.cover:
         return cover(rank(queries, gallery, max(k, SHORTLIST), device), gallery, fit_curve(train), k)
     return _rank(means, queries, gallery, k, device)
+
+
+def rank_fused(
+    means: Means, members: list[Member], weights: list[float], k: int = 10, device: Any = "cpu"
+) -> Ranking:
+    """Apply the means that move vectors to each network's, and rank by the weighted sum of similarities.
+
+    `members` are the embeddings of each network: queries, gallery and train, of the same images. The
+    ranking's cosines are the fused similarities, 0 to 1, as `fuse` has them. --hubs, --rerank and --cover
+    are not applied.
+    """
+    moved = [refined(means, *member, device) for member in members]
+    return fuse([RunVectors(queries, gallery) for queries, gallery, _ in moved], weights, k)
 
 
 def refined(

@@ -144,8 +144,8 @@ def confusion(queries: list[str], matches: list[str]) -> Chart:
 
 
 @style()
-def similarities(first: np.ndarray, right: np.ndarray | None) -> Chart:
-    """Draw histograms of the first match's cosine (queries,), one for right and one for wrong matches."""
+def similarities(first: np.ndarray, right: np.ndarray | None, kind: str = "cosine") -> Chart:
+    """Draw histograms of the first match's similarity (queries,), for right and for wrong matches."""
     figure, (axes,) = new_figure(7, 3)
     bins = np.linspace(min(first.min(), 0.99), max(1.0, first.max()), 41)
     parts = [("all", first, COLOURS[0])]
@@ -155,7 +155,7 @@ def similarities(first: np.ndarray, right: np.ndarray | None) -> Chart:
         # wrong matches are hatched, so that they can be told apart without colours
         looks = {"hatch": "////", "fill": False} if name == "wrong" else {"color": colour, "alpha": 0.6}
         axes.hist(values, bins, label=f"{name} ({len(values)})", edgecolor=colour, **looks)
-    axes.set_xlabel("cosine similarity of the first match")
+    axes.set_xlabel(f"{kind} similarity of the first match")
     axes.set_ylabel("queries")
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set_title("similarity of the first matches")

@@ -42,6 +42,11 @@ class Results:
         """Whether labels tell which matches are right."""
         return are_labelled(self.query_vectors.names, self.gallery_vectors.names)
 
+    @property
+    def fused(self) -> bool:
+        """Whether several networks ranked the images: the vectors are those of the first."""
+        return "weights" in self.metrics
+
     @cached_property
     def first(self) -> list[int]:
         """The rank of each query's first right image; 0 if no right image is ranked, or without labels."""

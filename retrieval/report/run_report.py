@@ -51,6 +51,7 @@ def write_report(run: Run, results: Results, outcome: Outcome) -> Path:
         data=data,
         query_classes=[(number, data["classes"][number]) for number in sorted(classes)],
         mapped=len(results.sample.rows),
+        fused=results.fused,
         images=queries + images,
         command=_command(run),
         time=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
@@ -64,7 +65,8 @@ def write_report(run: Run, results: Results, outcome: Outcome) -> Path:
 def _charts(results: Results, matches: Matches) -> list[Chart]:
     """Draw the charts of the matches and, if the network is fine-tuned, of its training."""
     right = (matches.first == 1)[matches.embedded] if results.labelled else None
-    drawn = [charts.similarities(matches.cosines[matches.embedded, 0], right)]
+    kind = "fused" if results.fused else "cosine"
+    drawn = [charts.similarities(matches.cosines[matches.embedded, 0], right, kind)]
     if results.labelled:
         of_queries = [label_of(name) or "none" for name in results.ranking.queries]
         of_matches = [label_of(results.gallery_vectors.names[row]) or "none" for row in matches.rows[:, 0]]
@@ -129,9 +131,12 @@ def _tables(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
 
 def _left_out(results: Results) -> dict[str, list[str]]:
     """Return the names of the images that could not be embedded or show no face, under such a sentence."""
-    sides = {"queries": results.query_vectors, "gallery images": results.gallery_vectors}
-    left_out = {f"{side} that could not be embedded": vectors.unreadable for side, vectors in sides.items()}
-    left_out |= {f"{side} without a face": vectors.without_face for side, vectors in sides.items()}
+    left_out = {
+        "queries that could not be embedded": results.metrics["unreadable_queries"],
+        "gallery images that could not be embedded": results.metrics["unreadable_gallery_images"],
+        "queries without a face": results.query_vectors.without_face,
+        "gallery images without a face": results.gallery_vectors.without_face,
+    }
     return {reason: names for reason, names in left_out.items() if names}
 
 

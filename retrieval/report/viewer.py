@@ -39,7 +39,8 @@ class Matches:
             others = labels[self.rows] != labels[self.rows[:, :1]]
         others[:, 0], others[:, -1] = False, True
         self.margin = scores[:, 0] - np.where(others, scores, -np.inf).max(axis=1)
-        self.embedded = results.query_vectors.vectors.any(axis=1)
+        unreadable = set(results.metrics["unreadable_queries"])  # with --fuse: by all networks
+        self.embedded = np.array([name not in unreadable for name in results.ranking.queries])
 
 
 def page_data(results: Results, matches: Matches, points: list[list[int]]) -> dict[str, Any]:

@@ -8,8 +8,9 @@ import model_not_tuned
 from retrieval.errors import InputError
 from retrieval.ranking.cover import SHORTLIST, cover, fit_curve
 from retrieval.ranking.exact import rank
+from retrieval.ranking.fusion import RunVectors, fuse
 from retrieval.ranking.hubs import rank_without_hubs
-from retrieval.ranking.means import Means, check_means, means_of, rank_with
+from retrieval.ranking.means import Means, check_fused, check_means, means_of, rank_fused, rank_with
 from retrieval.ranking.neighbours import augment_gallery, expand_queries
 from retrieval.ranking.projections import lda, project, whiten
 from retrieval.records import Embeddings
@@ -102,6 +103,49 @@ def test_unreadable_images_keep_their_places(sides, means):
     assert (np.sort(ranking.rows, axis=1) == np.arange(40)).all()
 
 
+def by_another_network(sides):
+    """The same images, of vectors with another dimension."""
+    matrix = np.random.default_rng(1).normal(size=(8, 5))
+    return tuple(vectors_of(dict(zip(side.names, side.vectors @ matrix, strict=True))) for side in sides)
+
+
+def test_several_networks_are_ranked_by_the_fusion_of_the_vectors_that_each_refines(sides):
+    members = [sides, by_another_network(sides)]
+    moved = []
+    for queries, gallery, train in members:
+        discriminants = lda(train)
+        queries, gallery = project(queries, discriminants), project(gallery, discriminants)
+        whitened = whiten(gallery)
+        queries, gallery = project(queries, whitened), project(gallery, whitened)
+        moved.append(RunVectors(expand_queries(queries, gallery, 2, 1), gallery))
+    wanted = fuse(moved, [0.6, 0.4], 6)
+    ranking = rank_fused(Means(projection="lda", whiten=True, query_expansion="2:1"), members, [0.6, 0.4], 6)
+    assert (ranking.rows == wanted.rows).all()
+    assert (ranking.cosines == wanted.cosines).all()
+    assert ranking.rows.shape == (12, 6)
+    assert (ranking.rows != rank_fused(Means(), members, [0.6, 0.4], 6).rows).any()
+
+
+def test_a_network_with_all_the_weight_ranks_alone(sides):
+    members = [sides, by_another_network(sides)]
+    alone = rank_with(Means(whiten=True), *members[1])
+    assert (rank_fused(Means(whiten=True), members, [0, 1]).rows == alone.rows).all()
+
+
+@pytest.mark.parametrize(("means", "search", "saves", "processes", "sentence"), [
+    (Means(hubs=3), "exact", False, 1, "several networks, which excludes --hubs: leave out either"),
+    (Means(rerank="k-reciprocal"), "exact", False, 1, "excludes --rerank:"),
+    (Means(cover=True), "ivf", True, 1, "excludes --cover, --search, --save_embeddings:"),
+    (Means(), "exact", False, 2, "--fuse needs all vectors in one process: start the script without"),
+])  # fmt: skip
+def test_what_a_fusion_cannot_have_is_refused(monkeypatch, means, search, saves, processes, sentence):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    with pytest.raises(InputError, match=sentence):
+        check_fused(means, search, saves)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    check_fused(Means(whiten=True, projection="lda", query_expansion="3:2"), "exact", False)
+
+
 @pytest.mark.parametrize(("means", "search", "processes", "sentence"), [
     (Means(hubs=3, rerank="k-reciprocal"), "exact", 1, "--hubs and --rerank each replace the ranking"),
     (Means(hubs=3, cover=True), "exact", 1, "--hubs and --cover each replace the ranking"),
@@ -123,6 +167,9 @@ def test_what_cannot_be_applied_is_refused(monkeypatch, means, search, processes
     ("rerank", "reciprocal", "write k-reciprocal, or k-reciprocal:20,6,0.3"),
     ("rerank", "k-reciprocal:20,6,1.5", "write k-reciprocal, or k-reciprocal:20,6,0.3"),
     ("hubs", "0", "greater than 0"),
+    ("fuse", "dlib", "--fuse is 'dlib': write MODEL=SHARE or MODEL@CROP=SHARE"),
+    ("fuse", "dlib=0", "write MODEL=SHARE or MODEL@CROP=SHARE with a share above 0"),
+    ("fuse", "dlib=0.7,clip@loose=0.3", "=0.7,clip@loose=0.3': the shares add up to 1 or more"),
 ])  # fmt: skip
 def test_a_value_that_cannot_be_read_is_refused(tmp_path, flag, value, sentence):
     from retrieval.forms import read_form

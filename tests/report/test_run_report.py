@@ -16,6 +16,8 @@ from retrieval.report.results import Results
 from retrieval.report.viewer import Matches, page_data
 from retrieval.run import Outcome
 
+READABLE = {"unreadable_queries": []}  # of the metrics
+
 
 def data_of(page):
     """What the page's script reads."""
@@ -28,7 +30,7 @@ def data_of(page):
 def test_the_first_hit_and_the_lead_by_hand(tmp_path):
     queries = vectors_of({"a/1": [1, 0], "b/1": [0, 1], "c/1": [0.6, 0.8]})
     gallery = vectors_of({"a/2": [0.8, 0.6], "a/3": [1, 0], "b/2": [0.6, 0.8]})
-    matches = Matches(Results([], [], queries, gallery, rank(queries, gallery), {}))
+    matches = Matches(Results([], [], queries, gallery, rank(queries, gallery), READABLE))
     assert matches.rows.tolist() == [[1, 0, 2], [2, 0, 1], [2, 0, 1]]
     assert matches.first.tolist() == [1, 1, 0]
     assert matches.cosines == pytest.approx(np.array([[1, 0.8, 0.6], [0.8, 0.6, 0], [1, 0.96, 0.6]]))
@@ -39,24 +41,27 @@ def test_the_first_hit_and_the_lead_by_hand(tmp_path):
 def test_a_gallery_of_one_class_and_one_of_a_single_image_have_a_lead_too():
     queries = vectors_of({"a/1": [1, 0], "b/1": [0, 1]})
     gallery = vectors_of({"a/2": [1, 0], "a/3": [0.6, 0.8]})
-    found = Results([], [], queries, gallery, rank(queries, gallery), {})
+    found = Results([], [], queries, gallery, rank(queries, gallery), READABLE)
     assert Matches(found).margin == pytest.approx([0.4, 0.8])
     gallery = vectors_of({"a/2": [1, 0]})
-    assert Matches(Results([], [], queries, gallery, rank(queries, gallery), {})).margin.tolist() == [0, 0]
+    assert Matches(Results([], [], queries, gallery, rank(queries, gallery), READABLE)).margin.tolist() == [
+        0,
+        0,
+    ]
 
 
 def test_the_lead_is_that_of_the_scores_where_these_decide():
     queries, gallery = vectors_of({"q": [1, 0]}), vectors_of({"x": [0, 0], "y": [0.6, 0.8], "z": [0.8, 0.6]})
     cosines, scores = np.array([[0.6, 0.8, -2.0]]), np.array([[0.3, 0.1, -np.inf]])
     ranking = Ranking(["q"], ["x", "y", "z"], np.array([[1, 2, 0]]), cosines, scores)
-    matches = Matches(Results([], [], queries, gallery, ranking, {}))
+    matches = Matches(Results([], [], queries, gallery, ranking, READABLE))
     assert matches.cosines.tolist() == [[0.6, 0.8, 0]]
     assert matches.margin == pytest.approx([0.2])  # without labels: ahead of the last of those shown
 
 
 def test_an_unreadable_match_is_shown_without_similarity():
     queries, gallery = vectors_of({"q": [1, 0]}), vectors_of({"x": [0, 0], "y": [0.6, 0.8]})
-    matches = Matches(Results([], [], queries, gallery, rank(queries, gallery), {}))
+    matches = Matches(Results([], [], queries, gallery, rank(queries, gallery), READABLE))
     assert matches.rows.tolist() == [[1, 0]]
     assert matches.cosines == pytest.approx(np.array([[0.6, 0]]))
 
@@ -139,7 +144,7 @@ def test_an_image_that_cannot_be_read_costs_its_picture_only(few, tmp_path):
     folder = shutil.copytree(few, tmp_path / "images")
     found = found_of(folder)
     found.queries[3].path.write_bytes(b"")
-    found.query_vectors.vectors[3] = 0  # as embed leaves it
+    found.metrics["unreadable_queries"].append(found.queries[3].name)
     page = drawn(found, tmp_path / "out")
     assert "<summary>1 queries that could not be embedded</summary>" in page
     data = data_of(page)
