@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,6 +14,8 @@ from retrieval.records import Embeddings, readable_rows
 
 ENOUGH_IDENTITIES = 20  # with two images: then a day shows other people than those that a fit has seen
 MOST = 2000  # images of a day
+MATCHES = 2  # images of an identity in a hidden day's gallery, unless --matches says otherwise
+HALVES = 10  # ways to leave a half for a fit, which takes long
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Day(NamedTuple):
     queries: np.ndarray
     gallery: np.ndarray
     fit: np.ndarray
+    half: int = 0  # days of one number have the same fit
 
 
 def by_identity(names: list[str]) -> bool:
@@ -42,13 +46,13 @@ def by_identity(names: list[str]) -> bool:
 
 
 def draw_days(names: list[str], matches: int, share: float, count: int, seed: int = 0) -> list[Day]:
-    """Draw `count` days from labelled images.
+    """Draw `count` days from labelled images. In up to HALVES ways a half of them is left for a fit.
 
-    by identity    half of the identities with two images or more: one image each is the query, and up to
-                   `matches` others are in the gallery. So are all identities with a single image, whom nobody
-                   looks for. The other half is left for a fit.
-    by class       if fewer than ENOUGH_IDENTITIES have two images: half of the images of each class, of which
-                   `share` are queries and the others the gallery. The other half is left for a fit.
+    by identity    a day shows half of the identities with two images or more: one image of each is a query,
+                   and up to `matches` others are in the gallery. So are all identities with a single image,
+                   whom nobody looks for. The images of the other half are left for a fit.
+    by class       if fewer than ENOUGH_IDENTITIES have two images: a day shows half of the images of each
+                   class, of which `share` are queries and the others the gallery.
 
     Raises InputError if no class has two images, or there is just one class.
     """
@@ -59,15 +63,24 @@ def draw_days(names: list[str], matches: int, share: float, count: int, seed: in
             f"--train_dir holds {len(names)} images of {len(rows_of)} classes: to choose by them takes two "
             "classes or more, with two images or more in some of them"
         )
-    randoms = [np.random.default_rng((seed, number)) for number in range(count)]
-    if by_identity(names):
-        return [_day_by_identity(rows_of, matches, random) for random in randoms]
-    return [_day_by_class(rows_of, share, random) for random in randoms]
+    of_people, halves, days = by_identity(names), min(HALVES, count), []
+    for number in range(count):
+        half = number * halves // count  # days of one half follow one another
+        randoms = np.random.default_rng((seed, half)), np.random.default_rng((seed, half, number))
+        draw = (
+            _day_by_identity(rows_of, matches, *randoms)
+            if of_people
+            else _day_by_class(rows_of, share, *randoms)
+        )
+        days.append(draw._replace(half=half))
+    return days
 
 
-def _day_by_identity(rows_of: dict[str, np.ndarray], matches: int, random: np.random.Generator) -> Day:
+def _day_by_identity(
+    rows_of: dict[str, np.ndarray], matches: int, halve: np.random.Generator, random: np.random.Generator
+) -> Day:
     several = [label for label, rows in rows_of.items() if len(rows) > 1]
-    several = [several[row] for row in random.permutation(len(several))]
+    several = [several[row] for row in halve.permutation(len(several))]
     seen, others = several[: (len(several) + 1) // 2], several[(len(several) + 1) // 2 :]
     shuffled = [random.permutation(rows_of[label]) for label in seen][: MOST // (1 + matches)]
     alone = [rows for rows in rows_of.values() if len(rows) == 1]
@@ -78,14 +91,17 @@ def _day_by_identity(rows_of: dict[str, np.ndarray], matches: int, random: np.ra
     )
 
 
-def _day_by_class(rows_of: dict[str, np.ndarray], share: float, random: np.random.Generator) -> Day:
+def _day_by_class(
+    rows_of: dict[str, np.ndarray], share: float, halve: np.random.Generator, random: np.random.Generator
+) -> Day:
     queries, gallery, fit = [], [], []
-    for rows in map(random.permutation, rows_of.values()):
-        of_day = min(max(2, len(rows) // 2), max(2, MOST // len(rows_of)))
-        of_queries = min(max(1, round(share * of_day)), of_day - 1)
+    for rows in map(halve.permutation, rows_of.values()):
+        seen = max(2, len(rows) // 2)
+        fit.append(rows[seen:])
+        rows = random.permutation(rows[:seen])[: max(2, MOST // len(rows_of))]
+        of_queries = min(max(1, round(share * len(rows))), len(rows) - 1)
         queries.append(rows[:of_queries])
-        gallery.append(rows[of_queries:of_day])
-        fit.append(rows[max(2, len(rows) // 2) :])
+        gallery.append(rows[of_queries:])
     return Day(*map(np.concatenate, (queries, gallery, fit)))
 
 
@@ -121,3 +137,35 @@ def matches_in(gallery: Embeddings, labelled: Embeddings) -> int:
     rows = readable_rows(gallery.vectors)[:MOST]
     partners = (gallery.vectors[rows] @ gallery.vectors[rows].T > limit).sum(1) - 1
     return 1 + round(float(partners[partners > 0].mean())) if (partners > 0).mean() > 0.2 else 1
+
+
+# ---- a rehearsal
+
+
+def hide_a_day(images: Images, matches: int | None, seed: int) -> Images:
+    """Take a day out of the labelled images: flat folders with names that tell nothing, as in a competition.
+
+    The others are what the search may learn from. Half of the identities with a single image are on the day.
+    """
+    files = images.train
+    share = len(images.queries) / (len(images.queries) + len(images.gallery))
+    day = draw_days([file.name for file in files], matches or MATCHES, share, 1, seed + 1)[0]
+    alone = _alone(files)
+    kept = np.random.default_rng(seed).permutation(alone)[: len(alone) // 2]
+    gallery = np.setdiff1d(day.gallery, kept)
+    learnt = [files[row] for row in np.union1d(day.fit, kept)]
+    hidden = [[ImageFile(hidden_name(files[row]), files[row].path) for row in np.sort(rows)]
+              for rows in (day.queries, gallery)]  # fmt: skip
+    return Images(*(sorted(side, key=lambda file: file.name) for side in hidden), learnt)
+
+
+def _alone(files: list[ImageFile]) -> np.ndarray:
+    """Return the rows of the images whose identity has no other one."""
+    _, owners, counts = np.unique(
+        [label_of(file.name) for file in files], return_inverse=True, return_counts=True
+    )
+    return np.flatnonzero(counts[owners] == 1)
+
+
+def hidden_name(file: ImageFile) -> str:
+    return hashlib.md5(file.name.encode(), usedforsecurity=False).hexdigest() + file.path.suffix

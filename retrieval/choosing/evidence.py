@@ -16,13 +16,12 @@ from retrieval.choosing.days import Day, by_identity
 from retrieval.choosing.recipes import Recipe, Source
 from retrieval.errors import InputError
 from retrieval.metrics import compare_identities, first_hits, points_of
-from retrieval.ranking.means import Means, rank_fused, rank_with, refined
+from retrieval.ranking.means import PROJECTIONS, Member, rank_fused, rank_with
 from retrieval.ranking.mixing import held_out_gain
+from retrieval.ranking.projections import Projection, project
 from retrieval.records import Embeddings, Ranking
 
 log = logging.getLogger("retrieval.choosing")
-
-Member = tuple[Embeddings, Embeddings, Embeddings]  # queries, gallery and labelled images of one network
 
 
 class Try(NamedTuple):
@@ -38,6 +37,8 @@ class Step(NamedTuple):
     """What was tried at once, the best of it, and its gain on queries that had no say in that choice."""
 
     before: Recipe
+    score: float  # of the recipe before, 0 to 1000
+    score_interval: list[float]
     tries: list[Try]
     best: Recipe
     gain: float
@@ -56,69 +57,82 @@ class Evidence:
     days: list[Day]
     device: str = "cpu"  # that ranks
     vectors: dict[Source, Embeddings] = field(default_factory=dict)
-    _last: tuple[Any, list[list[Member]]] = field(default=(None, []), init=False)
-    _points: dict[Recipe, np.ndarray] = field(default_factory=dict, init=False)
+    _fits: tuple[Any, dict[int, list[Projection | None]]] = field(
+        default_factory=lambda: (None, {}), init=False
+    )
+    _last: tuple[Any, list[Embeddings]] = field(default_factory=lambda: (None, []), init=False)
+    _points: dict[tuple[Recipe, int], np.ndarray] = field(default_factory=dict, init=False)
 
-    @property
-    def owners(self) -> list[str]:
+    def owners(self, every: int = 1) -> list[str]:
         """Return who each query belongs to, day after day: identities, or images where classes are few.
 
         What belongs together is right or wrong together, and is drawn together by the bootstrap.
         """
         of_name = label_of if by_identity(self.names) else str
-        return [of_name(self.names[row]) for day in self.days for row in day.queries]
+        return [of_name(self.names[row]) for day in self.days[::every] for row in day.queries]
 
-    def points(self, recipe: Recipe) -> np.ndarray:
-        """Return the points of each query of all days, 0 to 1000, by the competition's rule."""
-        if recipe not in self._points:
+    def points(self, recipe: Recipe, every: int = 1) -> np.ndarray:
+        """Return the points, 0 to 1000, of each query of each `every`-th day."""
+        if (recipe, every) not in self._points:
             with quiet("retrieval.ranking"):  # which would tell of each fit
-                first = [first_hits(self._rank(recipe, day)) for day in self._projected(recipe)]
-            self._points[recipe] = points_of(np.concatenate(first))
-        return self._points[recipe]
+                first = [first_hits(self._rank(recipe, day)) for day in self.days[::every]]
+            self._points[recipe, every] = points_of(np.concatenate(first))
+        return self._points[recipe, every]
 
-    def _projected(self, recipe: Recipe) -> list[list[Member]]:
-        """Return the members of each day as the recipe's projection maps them.
-
-        The last ones are kept, since most recipes of a step share the projection, whose fit takes long.
-        """
-        key = recipe.sources, recipe.means.projection
-        if self._last[0] != key:
-            projection = Means(projection=recipe.means.projection, cover=True)  # so that `fit` is mapped, too
-            members = [[refined(projection, *(self.vectors[source].some(rows) for rows in day), self.device)
-                        for source in recipe.sources] for day in self.days]  # fmt: skip
-            self._last = key, members
-        return self._last[1]
-
-    def _rank(self, recipe: Recipe, members: list[Member]) -> Ranking:
+    def _rank(self, recipe: Recipe, day: Day) -> Ranking:
+        rows = day.queries, day.gallery, day.fit
+        members = [tuple(vectors.some(part) for part in rows) for vectors in self._projected(recipe, day)]
         others = replace(recipe, means=replace(recipe.means, projection=None))
         return rank_recipe(others, members, self.device)
 
-    def score(self, recipe: Recipe) -> tuple[float, list[float]]:
-        """Return the score of a recipe, 0 to 1000, and its 95 % interval over the owners of the queries."""
-        points = self.points(recipe)
-        return compare_identities(points, np.zeros(len(points)), self.owners)
+    def _projected(self, recipe: Recipe, day: Day) -> list[Embeddings]:
+        """Return the vectors of the recipe's networks as its projection maps them, fitted to the day's half.
 
-    def step(self, recipe: Recipe, others: list[Recipe], tests: int, until: float, seed: int = 0) -> Step:
-        """Compare recipes with the one that the best of them would replace.
+        The last ones are kept, and all fits of the last projection, which take longer than a ranking.
+        """
+        kind = recipe.sources, recipe.means.projection
+        if self._fits[0] != kind:
+            self._fits = kind, {}
+        fits = self._fits[1]
+        if day.half not in fits:
+            own = [self.vectors[source].some(day.fit) for source in recipe.sources]
+            fits[day.half] = [PROJECTIONS[kind[1]](vectors) if kind[1] else None for vectors in own]
+        if self._last[0] != (kind, day.half):
+            vectors = [self.vectors[source] for source in recipe.sources]
+            projected = [project(of_all, fit) if fit else of_all
+                         for of_all, fit in zip(vectors, fits[day.half], strict=True)]  # fmt: skip
+            self._last = (kind, day.half), projected
+        return self._last[1]
+
+    def score(self, recipe: Recipe, every: int = 1) -> tuple[float, list[float]]:
+        """Return the score of a recipe, 0 to 1000, and its 95 % interval over the owners of the queries."""
+        points = self.points(recipe, every)
+        return compare_identities(points, np.zeros(len(points)), self.owners(every))
+
+    def step(
+        self, recipe: Recipe, others: list[Recipe], tests: int, until: float, every: int = 1, seed: int = 0
+    ) -> Step:
+        """Compare recipes with the one that the best of them would replace, on each `every`-th day.
 
         `tests` are all steps that the search may ask about: the interval of the gain is corrected for them.
         Recipes that cannot rank these images, or are not reached until the time `until` (as of
         time.perf_counter), are left out.
         """
-        own = self.points(recipe)
-        reached = [other for other in others if self._can(other, until)]
-        points = np.array([own, *map(self.points, reached)])
-        gain, interval = held_out_gain(points, self.owners, tests, seed)
-        tries = [Try(other, float(of_other.mean()), *compare_identities(of_other, own, self.owners))
+        own, owners = self.points(recipe, every), self.owners(every)
+        reached = [other for other in others if self._can(other, every, until)]
+        points = np.array([own, *(self.points(other, every) for other in reached)])
+        gain, interval = held_out_gain(points, owners, tests, seed)
+        tries = [Try(other, float(of_other.mean()), *compare_identities(of_other, own, owners))
                  for other, of_other in zip(reached, points[1:], strict=True)]  # fmt: skip
         best = [recipe, *reached][int(points.mean(1).argmax())]
-        return Step(recipe, tries, best, gain, interval)
+        score, score_interval = compare_identities(own, np.zeros(len(own)), owners)
+        return Step(recipe, score, score_interval, tries, best, gain, interval)
 
-    def _can(self, recipe: Recipe, until: float) -> bool:
+    def _can(self, recipe: Recipe, every: int, until: float) -> bool:
         if time.perf_counter() > until:
             return False
         try:
-            self.points(recipe)
+            self.points(recipe, every)
         except (InputError, np.linalg.LinAlgError) as error:  # as of too few images for a fit
             log.info("  %s cannot be tried: %s", recipe, error)
             return False
@@ -137,7 +151,7 @@ def quiet(name: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def rank_recipe(recipe: Recipe, members: list[tuple], device: str, k: int = 10) -> Ranking:
+def rank_recipe(recipe: Recipe, members: list[Member], device: str, k: int = 10) -> Ranking:
     """Rank by a recipe; each of its networks has a member, (queries, gallery, train)."""
     if recipe.second:
         return rank_fused(recipe.means, members, [1 - recipe.share, recipe.share], k, device)

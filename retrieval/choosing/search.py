@@ -16,10 +16,16 @@ import numpy as np
 from get_images import ImageFile, find_images, find_query_and_gallery, label_of
 from retrieval.backbones.backbone import find_backbone
 from retrieval.backbones.views import with_views
-from retrieval.choosing.days import Images, by_identity, draw_days, matches_in, rows_to_learn_from
+from retrieval.choosing.days import (
+    Images,
+    by_identity,
+    draw_days,
+    hide_a_day,
+    matches_in,
+    rows_to_learn_from,
+)
 from retrieval.choosing.evidence import Evidence, Step, quiet, rank_recipe
 from retrieval.choosing.recipes import Recipe, Source, fusions, neighbours
-from retrieval.choosing.rehearsal import hide_a_day
 from retrieval.choosing.settings import source_of
 from retrieval.embedding.cache import Cache
 from retrieval.embedding.embed import embed, embed_with_notes
@@ -36,7 +42,9 @@ from retrieval.submission.client import send_submission
 from retrieval.submission.submission_file import make_submission, write_submission
 
 RECIPE = "recipe.json"
-DAYS = 10  # that are drawn from the labelled images
+DAYS = 10  # that are drawn from the labelled images, by class: each has many queries
+DAYS_OF_PEOPLE = 100  # by identity: each has one query a person
+EVERY = 5  # each fifth of these days serves where many means are tried
 STEPS = 4  # that the search may take beside those to other networks
 PROBE = 64  # images by which a network's speed is measured
 SLACK = 1.3  # of a time that is foretold
@@ -59,6 +67,7 @@ def begin_search(run: Run) -> Search:
     if settings.rehearse:
         images = hide_a_day(images, settings.matches, settings.seed)
         queries, gallery = images.queries, images.gallery
+        log.info("a rehearsal: a day of the labelled images is hidden from the search")
     if settings.custom_dataset or settings.server_url == LOCAL:
         require_labels(queries, gallery)
     names = [file.name for file in (*queries, *gallery)]
@@ -199,15 +208,15 @@ class Search:
         return self._step([Recipe(source)]) or self._step([Recipe(source, self.best.means)])
 
     def _climb(self) -> None:
-        while self._step(neighbours(self.best, self.matches)):
+        while self._step(neighbours(self.best, self.matches), EVERY if len(self.evidence.days) > DAYS else 1):
             pass
 
-    def _step(self, others: list[Recipe]) -> bool:
-        """Compare recipes with the best one so far; take the best of them if that pays."""
+    def _step(self, others: list[Recipe], every: int = 1) -> bool:
+        """Compare recipes with the best one so far, on each `every`-th day; take the best if that pays."""
         others = [other for other in dict.fromkeys(others) if other != self.best]
         if len(self.steps) == self.tests or self.clock.left < 0:
             return False
-        step = self.evidence.step(self.best, others, self.tests, self.clock.end, self.seed)
+        step = self.evidence.step(self.best, others, self.tests, self.clock.end, every, self.seed)
         if not step.tries:
             return False
         self.steps.append(step)
@@ -219,7 +228,7 @@ class Search:
 
     def _show(self, step: Step) -> None:
         log.info("%.0f s: beside %s (%.1f [%.0f, %.0f] on the drawn days):",
-                 self.clock.passed, step.before, *_flat(self.evidence.score(step.before)))  # fmt: skip
+                 self.clock.passed, step.before, step.score, *step.score_interval)  # fmt: skip
         for tried in sorted(step.tries, key=lambda tried: -tried.score):
             log.info("  %-60s %6.1f  %+6.1f [%+.1f, %+.1f]", tried.recipe, tried.score, tried.gain,
                      *tried.interval)  # fmt: skip
@@ -276,10 +285,11 @@ class Search:
         elif self.matches is None:
             self.matches = len(gallery.names) // len(set(map(label_of, vectors.names)))
         share = len(queries.names) / (len(queries.names) + len(gallery.names))
-        days = draw_days(vectors.names, self.matches, share, DAYS, self.seed)
+        count = DAYS_OF_PEOPLE if identities else DAYS
+        days = draw_days(vectors.names, self.matches, share, count, self.seed)
         self.evidence = Evidence(vectors.names, days, self._device(self.best.source))
         kind = "other people than those that a fit sees" if identities else "the classes that a fit sees"
-        log.info("drew %d days with %d queries and %d gallery images, of %s", DAYS, len(days[0].queries),
+        log.info("drew %d days with %d queries and %d gallery images, of %s", count, len(days[0].queries),
                  len(days[0].gallery), kind)  # fmt: skip
 
     def _foretell(self, source: Source) -> float:
@@ -348,7 +358,12 @@ class Search:
         if self.steps:
             score, interval = self.evidence.score(self.best)
             kept |= {"score_on_drawn_days": score, "score_interval": interval}
-            kept |= {"days": DAYS, "matches": self.matches, "seed": self.seed, "tests": self.tests}
+            kept |= {
+                "days": len(self.evidence.days),
+                "matches": self.matches,
+                "seed": self.seed,
+                "tests": self.tests,
+            }
         write_whole(self.folder / RECIPE, as_json(kept, indent=2))
 
 
@@ -365,13 +380,11 @@ def link(files: list[ImageFile], folder: Path) -> None:
             shutil.copyfile(file.path, path)
 
 
-def _flat(score: tuple[float, list[float]]) -> tuple[float, float, float]:
-    return score[0], *score[1]
-
-
 def _step_as_dict(step: Step) -> dict[str, Any]:
     return {
         "before": str(step.before),
+        "score": step.score,
+        "score_interval": step.score_interval,
         "best": str(step.best),
         "taken": step.pays,
         "gain_held_out": step.gain,

@@ -138,13 +138,6 @@ def refined(
     return queries, gallery, train
 
 
-def rank_fused(means, members, weights, k=10, device="cpu"):
-    from retrieval.ranking.fusion import RunVectors, fuse
-
-    runs = [RunVectors(*refined(means, *member, device)[:2]) for member in members]
-    return fuse(runs, weights, k)
-
-
 def _rank(means: Means, queries: Embeddings, gallery: Embeddings, k: int, device: Any) -> Ranking:
     if means.hubs:
         return rank_without_hubs(queries, gallery, k, means.hubs, device)

@@ -42,7 +42,7 @@ def test_points_are_those_of_each_day_ranked_by_hand():
             np.array(first_hits(rank_recipe(Recipe(GOOD), [(queries, gallery, None)], "cpu")))
         ).tolist()
     assert evidence.points(Recipe(GOOD)).tolist() == by_hand
-    assert len(evidence.owners) == len(by_hand)
+    assert len(evidence.owners()) == len(by_hand)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_with_shuffled_labels_the_plain_way_stays():
         vectors = people(0.8, seed)
         names = np.random.default_rng(seed).permutation(vectors.names).tolist()
         evidence = evidence_of(seed=seed, good=Embeddings(names, vectors.vectors))
-        stays += not evidence.step(Recipe(GOOD), neighbours(Recipe(GOOD), 2), 7, LATER, seed).pays
+        stays += not evidence.step(Recipe(GOOD), neighbours(Recipe(GOOD), 2), 7, LATER, seed=seed).pays
     assert stays >= 19
 
 
