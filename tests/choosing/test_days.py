@@ -20,7 +20,7 @@ def labels_of(names, rows):
 def test_a_day_of_people_shows_others_than_its_fit():
     names = PEOPLE + ALONE
     for day in draw_days(names, matches=2, share=0.5, count=5):
-        queries, gallery, fit = (labels_of(names, rows) for rows in day)
+        queries, gallery, fit = (labels_of(names, rows) for rows in day[:3])
         assert len(queries) == len(set(queries)) == 15  # half of the 30, one image each
         assert sorted(gallery) == sorted(queries * 2 + [label_of(name) for name in ALONE])
         assert not {*queries, *gallery} & set(fit)
@@ -29,10 +29,10 @@ def test_a_day_of_people_shows_others_than_its_fit():
 
 def test_a_day_of_scenes_shows_other_images_of_the_same_classes():
     for day in draw_days(SCENES, matches=9, share=0.25, count=3):
-        rows = np.concatenate(day)
+        rows = np.concatenate(day[:3])
         assert len(rows) == len(set(rows)) == len(SCENES)  # no image twice
-        assert [len(part) for part in day] == [30, 90, 120]
-        for part in day:
+        assert [len(part) for part in day[:3]] == [30, 90, 120]
+        for part in day[:3]:
             assert set(labels_of(SCENES, part)) == set("abc")
 
 
@@ -40,7 +40,7 @@ def test_days_differ_and_follow_from_the_seed():
     first, second, again = (draw_days(PEOPLE, 2, 0.5, 2, seed) for seed in (0, 1, 0))
     assert not np.array_equal(first[0].queries, first[1].queries)
     assert not np.array_equal(first[0].queries, second[0].queries)
-    assert all(map(np.array_equal, first[0] + first[1], again[0] + again[1]))
+    assert all(map(np.array_equal, first[0][:3] + first[1][:3], again[0][:3] + again[1][:3]))
 
 
 def test_an_identity_with_few_images_gives_what_it_has():
