@@ -29,6 +29,8 @@ from retrieval.flag_values import shares_of
 from retrieval.machine import cores
 from retrieval.metrics import measure, require_labels
 from retrieval.ranking.approximate import check_search, merge_shards, rank_by
+from retrieval.ranking.collapse import in_words as why_collapsed
+from retrieval.ranking.collapse import spread_of
 from retrieval.ranking.fusion import in_words, names_unreadable_by_all
 from retrieval.ranking.means import check_fused, check_means, means_of, rank_fused, rank_with
 from retrieval.ranking.projections import check_classes
@@ -38,7 +40,7 @@ from retrieval.run import EMBEDDINGS, SUBMISSION, Outcome, Run, stop_if_failed
 from retrieval.server.answer_key import key_of_folders
 from retrieval.server.serve import local_server
 from retrieval.settings import LOCAL
-from retrieval.submission.client import NOT_SENT, send_submission
+from retrieval.submission.client import NOT_SENT, command_to_send, send_submission
 from retrieval.submission.protocol import NAMES_PER_QUERY
 from retrieval.submission.submission_file import write_submission
 from retrieval.tracking import check_tracker, track_run
@@ -201,6 +203,9 @@ def save(
     metrics = {"backbone": backbone.model_name, "tuned": backbone.trained is not None}
     metrics |= {"names": run.write_names(queries.names, gallery.names)}
     metrics |= measure(ranking, queries, gallery, run.settings.top_k) | search
+    metrics |= spread_of(ranking, gallery.own)
+    if metrics["collapsed"]:
+        log.warning("%s", why_collapsed(metrics))
     path = write_submission(ranking, run.settings.group_name, run.folder)
     run.write_metrics(metrics)
     run.write_without_face(queries, gallery)
@@ -219,6 +224,10 @@ def send(run: Run, results: Results) -> Outcome:
     path, token = run.folder / SUBMISSION, settings.group_token.get_secret_value()
     if settings.custom_dataset:
         outcome = NOT_SENT
+    elif settings.server_url and results.metrics["collapsed"] and not settings.send_anyway:
+        why, again = why_collapsed(results.metrics), command_to_send(path)
+        outcome = Outcome("failed", f"{path} is saved and not sent: {why}. To send it all the same, give "
+                                    f"--send_anyway, or run\n    {again}")  # fmt: skip
     elif settings.server_url == LOCAL:
         with TemporaryDirectory() as folder:
             key = key_of_folders(results.queries, results.gallery)

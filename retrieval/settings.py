@@ -176,6 +176,8 @@ class RetrievalSettings(Form):
     """name of your group on the server"""
     group_token: GroupToken = GroupToken("")
     """token of your group, if the server asks for one"""
+    send_anyway: bool = False
+    """send a submission also if the network hardly tells the images apart"""
     output_dir: NewFolder = Path("results")
     """folder for the files of a run, such as submission.json and report.html
 

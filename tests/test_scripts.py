@@ -10,7 +10,8 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, Server, answer, run, run_here
+import torch
+from conftest import ROOT, SMALL, Server, answer, run, run_here, small_weights
 from PIL import Image
 
 AFTER_A_FIRST_RUN = pytest.mark.usefixtures("exported")  # which takes seconds: the README's commands are ones
@@ -198,6 +199,25 @@ def test_a_server_that_fails_loses_nothing(flat):
     assert "the server's score: 698" in ended.stdout
     runs = {line["script"]: line["outcome"]["word"] for line in ledger(flat / "results")}
     assert runs == {"model_not_tuned.py": "failed", "python -m retrieval.submission": "scored"}
+
+
+def test_a_collapsed_network_is_not_submitted_without_a_word(few, tmp_path):
+    """With a first convolution of zeros all images have one vector."""
+    weights = torch.load(small_weights(tmp_path), weights_only=True)
+    weights["conv_stem.weight"].zero_()
+    weights["bn2.bias"] += 1  # what is left of the network
+    torch.save(weights, few / "zero.pth")
+    network = ("--model_type", SMALL, "--weights", "zero.pth", "--no_cache", "--engine", "torch")
+    flags = (*FOLDERS, *network, "--no_report")
+    with Server(answer()) as server:
+        ended = run_here("model_not_tuned.py", *flags, "--server_url", server.url, cwd=few)
+        assert (ended.returncode, server.received) == (1, []), ended.stderr
+        assert "100 % of the queries get the same images" in ended.stderr
+        assert (few / "results" / "submission.json").exists()
+        assert metrics(few / "results")["collapsed"] is True
+        ended = run_here("model_not_tuned.py", *flags, "--server_url", server.url, "--send_anyway", cwd=few)
+        assert (ended.returncode, len(server.received)) == (0, 1)
+    assert "warning: the network hardly tells these images apart" in ended.stderr
 
 
 @AFTER_A_FIRST_RUN
