@@ -190,10 +190,18 @@ def _check_processes(training: TrainingState) -> None:
 
 
 def _feature_scale(validation: Validation, untuned: Backbone) -> float:
-    """Return the factor that gives features a mean length of FEATURE_LENGTH: then one head_lr suits all."""
+    """Return the factor that gives features a mean length of FEATURE_LENGTH: then one head_lr suits all.
+
+    Raises InputError if all features are zero, or one is no number.
+    """
     with torch.inference_mode():
-        lengths = untuned.embed(validation.images[untuned.transform.size][:64]).norm(dim=1)
-    return FEATURE_LENGTH / lengths.mean().item()
+        length = untuned.embed(validation.images[untuned.transform.size][:64]).norm(dim=1).mean().item()
+    if not 0 < length < math.inf:
+        raise InputError(
+            f"the network gives images features of length {length:g}, from which nothing can be learnt: its "
+            "weights are broken, so give other --weights, or leave them out"
+        )
+    return FEATURE_LENGTH / length
 
 
 def _restore(training: TrainingState, saved: dict[str, Any]) -> None:

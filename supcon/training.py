@@ -39,6 +39,7 @@ from supcon.state import TrainingState, save
 from supcon.steps import StepInputs, planned_steps, step, with_views
 from supcon.validation import COLLAPSED, Candidate, best_of, candidates, is_better, mixed, validate
 
+MANY_SKIPPED = 0.1  # share of an epoch's steps
 SAVE_EVERY = 300  # seconds
 FIRST_STEPS = 3  # which have to change the weights
 TRACKED = ("top_1", "top_3", "score", "mean_cosine")  # metrics that a tracker gets
@@ -189,15 +190,22 @@ def _end_epoch(training: TrainingState, clock: _Clock) -> None:
     metrics = validate(training.validation, training.current)
     loss = torch.tensor(progress.losses, dtype=torch.float64).nanmean().item()  # NaN: skipped
     images = len(progress.losses) * training.batch_size
+    skipped = sum(map(math.isnan, progress.losses))
     line = {"epoch": progress.epoch + 1, "loss": loss if math.isfinite(loss) else None,
-            "skipped_steps": sum(map(math.isnan, progress.losses)), "images": images,
+            "skipped_steps": skipped, "images": images,
             "seconds": progress.spent} | without_points(metrics)  # fmt: skip
     kept = not progress.highest or not is_better(progress.highest, metrics)
     lower = progress.highest and metrics["score"] < progress.highest["score"]
     word = "" if not kept else " · kept: not told apart from the best" if lower else " · kept"
-    log.info("epoch %d of %d: loss %.3f · %s · %.0f images/s%s%s", line["epoch"], training.settings.epochs,
-             loss, in_words(metrics), images / max(progress.spent, 1e-9),
+    left_out = (
+        f" · {skipped} of {len(progress.losses)} steps skipped, without a finite loss" if skipped else ""
+    )
+    log.info("epoch %d of %d: loss %.3f%s · %s · %.0f images/s%s%s", line["epoch"], training.settings.epochs,
+             loss, left_out, in_words(metrics), images / max(progress.spent, 1e-9),
              _time_left(training, clock), word)  # fmt: skip
+    if skipped > MANY_SKIPPED * len(progress.losses):
+        log.warning("%d of %d steps had no finite loss, and nothing was learnt from them: give a smaller "
+                    "--lr", skipped, len(progress.losses))  # fmt: skip
     if metrics["mean_cosine"] > COLLAPSED:
         log.warning("the embeddings have collapsed: two images have a cosine of %.3f in the mean; give a "
                     "smaller --lr", metrics["mean_cosine"])  # fmt: skip

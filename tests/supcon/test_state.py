@@ -1,7 +1,8 @@
 """supcon/state.py: what a training begins with."""
 
 import pytest
-from conftest import begun, settings_of
+import torch
+from conftest import SMALL, begun, settings_of, small_weights
 
 from retrieval.backbones.fine_tuned import read_fine_tuned
 from retrieval.errors import InputError, RunError
@@ -32,6 +33,14 @@ def test_a_process_that_begins_with_others_than_the_first_is_refused(
     monkeypatch.setattr(state, "from_rank_0", others)
     with pytest.raises(RunError, match=f"process 1 {told}"):
         begun(settings_of(tiny, tmp_path))
+
+
+def test_weights_whose_features_are_all_zero_are_a_sentence(tiny, tmp_path):
+    weights = torch.load(small_weights(tmp_path), weights_only=True)
+    weights["conv_stem.weight"].zero_()
+    torch.save(weights, tmp_path / "zero.pth")
+    with pytest.raises(InputError, match="features of length 0, from which nothing can be learnt"):
+        begun(settings_of(tiny, tmp_path, model=SMALL, weights=tmp_path / "zero.pth"))
 
 
 def test_the_folder_of_the_start_may_be_the_folder_of_the_result(tiny, tmp_path):

@@ -206,7 +206,7 @@ def test_minutes_that_are_over_before_the_first_step_are_a_sentence(tiny, tmp_pa
         training.fit(run)
 
 
-def test_one_step_without_a_finite_loss_is_skipped_and_counted(tiny, tmp_path, monkeypatch):
+def test_one_step_without_a_finite_loss_is_skipped_and_counted(tiny, tmp_path, monkeypatch, caplog):
     run = begun(settings_of(tiny, tmp_path, epochs=1))
     real, taken = run.head.forward, []
 
@@ -215,10 +215,13 @@ def test_one_step_without_a_finite_loss_is_skipped_and_counted(tiny, tmp_path, m
         return taken[-1] * float("nan") if len(taken) == 1 else taken[-1]
 
     monkeypatch.setattr(run.head, "forward", forward)
-    training.fit(run)
+    with caplog.at_level("INFO", "retrieval"):
+        training.fit(run)
     (line,) = run.progress.history
     assert line["skipped_steps"] == 1
     assert line["loss"] == taken[1].item()
+    assert "· 1 of 2 steps skipped, without a finite loss ·" in caplog.text
+    assert "1 of 2 steps had no finite loss, and nothing was learnt from them" in caplog.text
 
 
 def test_a_training_that_goes_on_after_its_minutes_chooses_again_and_keeps_the_better(tiny, tmp_path):
