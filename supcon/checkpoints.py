@@ -29,6 +29,7 @@ from supcon.batches import Split
 BEST, LAST, BEST_EPOCH = "fine_tuned_model.pth", "last.pth", "best.pth"
 HISTORY, CURVE = "history.jsonl", "loss.png"
 FILES = (BEST, LAST, BEST_EPOCH, HISTORY, CURVE)
+SAVED = {"settings": dict, "images": str, "progress": dict}  # in LAST, beside the weights
 # The settings that --resume may change: where and how long a training runs, not what it learns.
 MAY_CHANGE = {"resume", "overwrite", "device", "minutes", "save_dir", "train_dir", "micro_batch", "tracker"}
 
@@ -62,6 +63,11 @@ def _checkpoint_to_resume(settings: Form, split: Split) -> dict[str, Any] | None
         if LAST not in there:
             raise InputError(f"{folder} holds no {LAST} to go on from: run it without --resume")
         saved = unpickle(folder / LAST)
+        if not isinstance(saved, dict) or not SAVED.items() <= {k: type(v) for k, v in saved.items()}.items():
+            raise InputError(
+                f"{folder / LAST} is no state of a training: take it away, and run without --resume, or give "
+                "the --save_dir of the training to go on with"
+            )
         _check_same(saved, settings, split)
         return saved
     if there and not settings.overwrite:

@@ -205,10 +205,17 @@ def _feature_scale(validation: Validation, untuned: Backbone) -> float:
 
 
 def _restore(training: TrainingState, saved: dict[str, Any]) -> None:
-    for name, part in training.parts().items():
-        if saved[name]:  # a scaler has no state on another device
-            part.load_state_dict(saved[name])
-    training.progress = Progress(**saved["progress"])
+    """Restore what was saved. Raises InputError if it is not the state of such a training."""
+    try:
+        for name, part in training.parts().items():
+            if saved[name]:  # a scaler has no state on another device
+                part.load_state_dict(saved[name])
+        training.progress = Progress(**saved["progress"])
+    except Exception as error:  # torch raises anything on a state that was changed
+        raise InputError(
+            f"{training.settings.save_dir / LAST} does not fit this training ({type(error).__name__}: "
+            f"{error}): start it again without --resume, in another --save_dir or with --overwrite"
+        ) from None
 
 
 @rank_zero_only

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
@@ -33,8 +33,8 @@ class FaceCrop:
     size: int  # pixels of the crop's side
     margin: float  # the share of the crop's side that lies around the face's box, 0 to 1; not of "align"
     min_face_size: float  # the smallest face to look for, as a share of the photograph's longer side
-    method: str = "face"  # checkpoints of earlier versions lack it and the next
-    interpolation: str = "bilinear"  # or bicubic, of "loose"
+    method: Literal["face", "align", "loose"] = "face"  # checkpoints of earlier versions lack it and the next
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"  # of "loose"
     detects_faces: ClassVar[bool] = True
 
     def __call__(self, image: np.ndarray) -> ModelInput:

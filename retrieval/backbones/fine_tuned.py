@@ -10,9 +10,10 @@ import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,17 +29,31 @@ from retrieval.backbones.backbone import (
     place,
 )
 from retrieval.backbones.batch_norm_folding import fold_batch_norms
+from retrieval.backbones.detectors import DETECTORS
 from retrieval.backbones.face_crop import FaceCrop
 from retrieval.backbones.filling import fill
 from retrieval.backbones.onnx_file import SUFFIX
 from retrieval.backbones.timm_zoo import network_of_hub_config, with_input_size
 from retrieval.backbones.transform import Transform
 from retrieval.backbones.weights_file import is_fine_tuned, unpickle
-from retrieval.errors import InputError
+from retrieval.errors import InputError, RunError
 from retrieval.files import write_whole
 
 VERSION = 1  # part of the cache key: raise it when Joined, Shrunk or Mapped give other vectors
+LARGEST = 4096  # side of an input in pixels
+Checked = TypeVar("Checked")
 ALONE, JOINED, MIXED = "tuned", "untuned + tuned", "mixed weights"
+
+
+def _with_untuned(metrics: dict[str, Any]) -> dict[str, Any]:
+    if not isinstance(metrics.get("untuned"), dict):
+        raise ValueError("it lacks those of the untuned network")
+    return metrics
+
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Three = tuple[Finite, Finite, Finite]
+Side = Annotated[int, Field(gt=0, le=LARGEST)]
 
 
 @dataclass(frozen=True)
@@ -47,18 +62,20 @@ class Recipe:
 
     word: str  # the model name
     prepare: dict[str, Any]  # the fields of the Transform or FaceCrop
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    mean: Three
+    std: Three
     folded: bool  # whether the batch norms are folded into the convolutions
     mapped: bool  # whether a linear map follows the network
-    tuned_size: int  # the side of the tuned network's input in pixels
-    embedding: str  # ALONE; JOINED: both embeddings side by side; or MIXED: WiSE-FT
-    weight: float  # JOINED: λ of the tuned embedding; MIXED: α of the tuned weights
+    tuned_size: Side  # the side of the tuned network's input in pixels
+    embedding: Literal[
+        "tuned", "untuned + tuned", "mixed weights"
+    ]  # ALONE; JOINED: both embeddings side by side; or MIXED: WiSE-FT
+    weight: Finite  # JOINED: λ of the tuned embedding; MIXED: α of the tuned weights
     loss: str
     settings: dict[str, Any]
     classes: list[str]
     versions: dict[str, str]
-    metrics: dict[str, Any]
+    metrics: Annotated[dict[str, Any], AfterValidator(_with_untuned)]
     history: list[dict[str, Any]]  # an entry for each epoch
     hub_config: str | None  # the text of config.json of a network on the hub: needs no download then
 
@@ -152,17 +169,37 @@ def read_fine_tuned(file: Path) -> tuple[Recipe, dict[str, Tensor], dict[str, Te
             f"{file} was not written by fine_tuning.py: for other weights run "
             f"`python model_not_tuned.py --model_type NAME --weights {file}`"
         )
-    known, given = {field.name for field in fields(Recipe)}, set(content["recipe"])
-    if given - known:
+    recipe, network, untuned = content["recipe"], content["network"], content.get("untuned")
+    known, given = (
+        {field.name for field in fields(Recipe)},
+        set(recipe) if isinstance(recipe, dict) else set(),
+    )
+    if later := {name for name in given - known if isinstance(name, str)}:
         raise InputError(
-            f"{file} was written by a later version of this project: its recipe has {min(given - known)}"
+            f"{file} was written by a later version of this project: its recipe has {min(later)}"
         )
     if known - given:
         raise InputError(
             f"{file} was written by an earlier version of this project, or changed: its recipe lacks "
             f"{min(known - given)}; fine-tune again"
         )
-    return Recipe(**content["recipe"]), content["network"], content.get("untuned")
+    for weights in (network, *([untuned] if recipe["embedding"] == JOINED else [])):
+        if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+            raise InputError(f"{file} was changed: it lacks the weights of its recipe; fine-tune again")
+    return _checked(Recipe, recipe, "recipe", file), network, untuned
+
+
+def _checked(kind: type[Checked], values: dict[str, Any], what: str, file: Path) -> Checked:
+    """Make a record of foreign values, by the types of its fields. Raises InputError for a wrong one."""
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        name = ".".join(map(str, wrong["loc"]))
+        raise InputError(
+            f"{file} was changed, or written by another version of this project: {name} of its {what} is "
+            f"{wrong['input']!r:.80}: {wrong['msg'].removeprefix('Value error, ')}; fine-tune again"
+        ) from None
 
 
 def find_fine_tuned(file: Path, device: str = "auto") -> LazyBackbone:
@@ -171,7 +208,7 @@ def find_fine_tuned(file: Path, device: str = "auto") -> LazyBackbone:
     Raises InputError for a file that fine_tuning.py did not write; otherwise as find_backbone.
     """
     recipe, tuned, untuned = read_fine_tuned(file)
-    transform, device = _transform(recipe), choose_device(device)
+    transform, device = _transform(recipe, file), choose_device(device)
     name = f"{recipe.word} fine-tuned with {recipe.loss} ({how(recipe.embedding, recipe.weight)})"
     trained = Trained(recipe.embedding == JOINED, recipe.metrics["untuned"], recipe.history)
 
@@ -215,30 +252,41 @@ def load_tuned_alone(file: Path, model_name: str, device: str = "auto") -> tuple
             f"--weights {file} is a fine-tuned {recipe.word}: give --model {recipe.word} with it"
         )
     size = recipe.tuned_size
-    network, transform = _network(recipe, size, tuned, file), _transform(recipe).of_size(size)
+    network, transform = _network(recipe, size, tuned, file), _transform(recipe, file).of_size(size)
     backbone = Backbone(network, 0, transform, recipe.mean, recipe.std, model_name, choose_device(device))
     return place(backbone), recipe
 
 
-def _transform(recipe: Recipe) -> Transform | FaceCrop:
-    """Return the transform of a recipe; fetch its face detector. Raises as FaceCrop.fetch."""
-    if "detector" not in recipe.prepare:
-        return Transform(**recipe.prepare)
-    face = FaceCrop(**recipe.prepare)
-    face.fetch()
-    return face
+def _transform(recipe: Recipe, file: Path) -> Transform | FaceCrop:
+    """Return the transform of a recipe; fetch its face detector. Raises as FaceCrop.fetch, and InputError."""
+    kind = FaceCrop if "detector" in recipe.prepare else Transform
+    transform = _checked(kind, recipe.prepare, "transform", file)
+    if not 0 < transform.size <= LARGEST:
+        raise InputError(f"{file} was changed: its transform makes images of {transform.size} pixels")
+    if transform.detects_faces:
+        if transform.detector not in DETECTORS:
+            raise InputError(f"{file} looks for faces by {transform.detector}, which this version has not")
+        transform.fetch()
+    return transform
 
 
 def _network(recipe: Recipe, size: int, state: Mapping[str, Tensor], file: Path) -> nn.Module:
     """Build the network of a recipe for inputs of `size` pixels, with these weights."""
-    if recipe.hub_config:
-        network = network_of_hub_config(recipe.word, recipe.hub_config).eval()
-    else:
-        network = find_pretrained(recipe.word).network(None).eval()
-    network = with_input_size(network, size)
-    if recipe.folded:
-        network = fold_batch_norms(network, torch.zeros(1, 3, size, size))
+    try:
+        if recipe.hub_config:
+            network = network_of_hub_config(recipe.word, recipe.hub_config).eval()
+        else:
+            network = find_pretrained(recipe.word).network(None).eval()
+        network = with_input_size(network, size)
+        if recipe.folded:
+            network = fold_batch_norms(network, torch.zeros(1, 3, size, size))
+    except (InputError, RunError, OSError):
+        raise
+    except Exception as error:  # timm raises anything on a description that was changed
+        raise InputError(
+            f"{file} was changed, or needs another timm: its network cannot be built ({error})"
+        ) from None
     if recipe.mapped:
-        network = Mapped(network, state["map.weight"].shape[0])
+        network = Mapped(network, len(state.get("map.weight", [0])))  # `fill` tells if there is none
     fill(network, state, file, f"the {recipe.word} of its recipe")
     return network.eval()

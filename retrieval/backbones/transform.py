@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
@@ -32,8 +32,8 @@ class Transform:
     """
 
     size: int
-    interpolation: str  # bilinear or bicubic, antialiased
-    crop_mode: str = "squash"
+    interpolation: Literal["bilinear", "bicubic"]  # antialiased
+    crop_mode: Literal["squash", "center", "border"] = "squash"
     resize: int = 0  # pixels; 0: as `size`, so that "squash" keeps the whole image
     detects_faces: ClassVar[bool] = False
     module: ClassVar[str] = "torch"  # what reader processes import when they start

@@ -44,7 +44,11 @@ def unpacked(source: Path, beside: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix=f".{beside.name}.unpacked-", dir=beside.parent) as folder:
         try:
             _unpack(source, Path(folder))
-        except (zipfile.BadZipFile, tarfile.TarError, EOFError, NotImplementedError) as error:
+        except (InputError, RunError):
+            raise
+        except Exception as error:  # decompressors raise anything on damaged bytes
+            if isinstance(error, OSError) and error.errno:  # it is the disk
+                raise
             raise InputError(f"{source} cannot be unpacked ({error}): download it again") from None
         yield Path(folder)
 

@@ -6,9 +6,9 @@ import json
 import logging
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
 
-from pydantic import AfterValidator, AliasPath, BaseModel, Field, field_validator
+from pydantic import AfterValidator, AliasPath, BaseModel, Field, field_validator, model_validator
 
 from retrieval.errors import InputError
 from retrieval.metrics import CUTS, MORE
@@ -40,6 +40,12 @@ def _within(part: str, name: str) -> Any:
     return Field(validation_alias=AliasPath(part, name))
 
 
+class Names(BaseModel):
+    """A file names-DIGEST.json, as far as it is needed."""
+
+    queries: list[str]
+
+
 class RunLine(BaseModel):
     """A line of a ledger. What the comparison does not need is ignored."""
 
@@ -58,6 +64,12 @@ class RunLine(BaseModel):
     first: tuple[int, ...] | None = None  # the rank of each query's first right image, or 0; None: no labels
     ledger: Path = Path()
     count: int = 1  # of runs that gave the same
+
+    @model_validator(mode="after")
+    def _one_rank_a_query(self) -> Self:
+        if self.first is not None and len(self.first) != self.queries:
+            raise ValueError("first has not one rank a query")
+        return self
 
     @field_validator("estimates", mode="before")
     @classmethod
@@ -94,9 +106,11 @@ class RunLine(BaseModel):
     def query_names(self) -> list[str]:
         """Read the names of the queries; return their row numbers if the file of names is lost."""
         path = self.ledger.with_name(f"names-{self.names}.json")
-        if not path.exists():
-            return [f"query {number}" for number in range(1, self.queries + 1)]
-        return json.loads(path.read_bytes())["queries"]
+        try:
+            names = Names.model_validate_json(path.read_bytes()).queries
+        except (OSError, ValueError):  # it is lost, or was changed
+            names = []
+        return names if len(names) == self.queries else [f"query {row}" for row in range(1, self.queries + 1)]
 
 
 def read_ledgers(folders: list[Path]) -> list[RunLine]:

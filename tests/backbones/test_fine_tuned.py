@@ -139,6 +139,50 @@ def test_what_is_no_checkpoint_of_ours_is_a_sentence(networks, tmp_path):
         load_fine_tuned(others)
 
 
+WRONG = (
+    None,
+    "x",
+    "",
+    -1,
+    0,
+    1e9,
+    float("nan"),
+    [],
+    [1, 2],
+    {},
+    {"a": 1},
+    {3: 4},
+    True,
+    b"x",
+    torch.zeros(2),
+)
+
+
+def test_a_recipe_that_was_changed_anywhere_loads_or_is_a_sentence(networks, tmp_path):
+    """Each field, and each of its transform, with each of many wrong values."""
+    file, state, recipe = tmp_path / "changed.pth", networks[1].state_dict(), asdict(RECIPE)
+    changed = [recipe | {field: value} for field in recipe for value in WRONG]
+    changed += [recipe | {"prepare": recipe["prepare"] | {field: value}} for field in recipe["prepare"]
+                for value in WRONG]  # fmt: skip
+    face = asdict(FaceCrop("mtcnn", 64, 0.1, 0.1))
+    changed += [recipe | {"prepare": face | {field: value}} for field in face for value in WRONG]
+    refused = 0
+    for content in changed:
+        fine_tuned.write_checkpoint(file, {"recipe": content, "network": state})
+        try:
+            load_fine_tuned(file)
+        except InputError as error:
+            refused += str(file) in str(error)
+    assert refused > len(changed) / 2
+
+
+@pytest.mark.parametrize("network", [None, [], {"conv_head.weight": 3}, {0: torch.zeros(1)}, "x"])
+def test_weights_that_were_changed_are_a_sentence(network, tmp_path):
+    fine_tuned.write_checkpoint(tmp_path / "a.pth", {"recipe": asdict(RECIPE), "network": network})
+    with pytest.raises(InputError, match=r"a\.pth (was changed|does not hold the weights)"):
+        load_fine_tuned(tmp_path / "a.pth")
+
+
 def test_a_full_disk_leaves_the_checkpoint_before(networks, tmp_path, monkeypatch):
     write_fine_tuned(tmp_path / "a.pth", RECIPE, networks[0].state_dict())
     before = (tmp_path / "a.pth").read_bytes()

@@ -6,6 +6,7 @@ import struct
 import tarfile
 import zipfile
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -137,3 +138,27 @@ def test_a_zip_with_a_password_is_said_to_be_locked(tmp_path, png):
         content[content.index(signature) + offset] |= 1
     archive.write_bytes(content)
     refused(archive, tmp_path, "locked by a password")
+
+
+@pytest.mark.parametrize("method", ["zip", "lzma zip", "gz", "bz2", "xz"])
+def test_a_damaged_archive_is_unpacked_or_refused(method, tmp_path, png):
+    """Seeded flips of a byte, and cuts, in each compression."""
+    contents = {f"{n}.png": png + os.urandom(300) for n in range(5)}
+    path, random = tmp_path / "a", np.random.default_rng(0)
+    if method.endswith("zip"):
+        kind = zipfile.ZIP_LZMA if "lzma" in method else zipfile.ZIP_DEFLATED
+        with zipfile.ZipFile(path, "w", kind) as archive:
+            for name, content in contents.items():
+                archive.writestr(name, content)
+    else:
+        tar_of(path, f"w:{method}", **contents)
+    whole = path.read_bytes()
+    for _ in range(60):
+        damaged = bytearray(whole)
+        damaged[random.integers(len(whole))] ^= 1 << int(random.integers(8))
+        path.write_bytes(damaged[: random.integers(1, len(whole))] if random.random() < 0.3 else damaged)
+        try:
+            with unpacked(path, tmp_path / "out"):
+                pass
+        except (InputError, RunError) as error:
+            assert str(path) in str(error)  # noqa: PT017

@@ -4,6 +4,7 @@ import shutil
 from collections import namedtuple
 
 import pytest
+import torch
 from conftest import begun, settings_of
 
 from retrieval.errors import InputError, RunError
@@ -29,6 +30,24 @@ def test_a_folder_that_holds_a_run_is_refused_unless_it_is_resumed_or_replaced(t
     }
     with pytest.raises(InputError, match=r"holds no last\.pth to go on from"):
         begun(settings.model_copy(update={"resume": True}))
+
+
+def test_a_resume_from_what_is_no_state_of_a_training_is_a_sentence(tiny, tmp_path):
+    settings = settings_of(tiny, tmp_path, epochs=1)
+    training.fit(begun(settings))
+    last, again = settings.save_dir / "last.pth", settings.model_copy(update={"resume": True})
+    saved = torch.load(last, weights_only=True)
+    for other in (saved["tuned"], [], torch.zeros(3), {**saved, "settings": 3}, {**saved, "progress": []}):
+        torch.save(other, last)
+        with pytest.raises(InputError, match=r"last\.pth is no state of a training"):
+            begun(again)
+    for name in saved.keys() - {"settings", "images", "tracked"}:
+        for wrong in (None, 3, {"a": 1}, [torch.zeros(2)]):
+            torch.save({**saved, name: wrong}, last)
+            try:
+                begun(again)
+            except InputError as error:
+                assert "last.pth" in str(error)  # noqa: PT017
 
 
 def test_other_images_are_another_run(tiny, tmp_path):
