@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
+import choose
 import fine_tuning
 import model_not_tuned
 from retrieval.command_line import default_of, sentence_of
@@ -19,7 +20,7 @@ from retrieval.forms import IN_ENVIRONMENT, Form
 from supcon.variants import VARIANTS
 
 ROOT = Path(__file__).parent.parent
-RETRIEVAL, TRAINING = model_not_tuned.Settings, fine_tuning.Settings
+RETRIEVAL, TRAINING, CHOOSING = model_not_tuned.Settings, fine_tuning.Settings, choose.Settings
 
 PAGE = """# Settings
 
@@ -41,6 +42,12 @@ which the checkpoint knows.
 ## `fine_tuning.py`
 
 {training}
+
+## `choose.py`
+
+{choosing}
+
+[choosing.md](choosing.md) explains them.
 """
 
 ENVIRONMENT = """\
@@ -61,7 +68,8 @@ NOTES = {
 
 def settings_page() -> str:
     """Return the text of docs/settings.md."""
-    return PAGE.format(retrieval=_table(RETRIEVAL), training=_table(TRAINING))
+    tables = {"retrieval": RETRIEVAL, "training": TRAINING, "choosing": CHOOSING}
+    return PAGE.format(**{name: _table(form) for name, form in tables.items()})
 
 
 def env_example() -> str:

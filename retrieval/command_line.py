@@ -110,4 +110,6 @@ def default_of(field: FieldInfo) -> str:
     """Return the default as one types it, or "" for a switch, for None and for an empty text."""
     if field.is_required() or field.default is None or field.default is False or field.default == []:
         return ""
+    if isinstance(field.default, list):
+        return ",".join(map(str, field.default))
     return f"{field.default:g}" if isinstance(field.default, float) else str(field.default)

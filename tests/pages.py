@@ -14,7 +14,7 @@ from retrieval.ranking.exact import rank
 from retrieval.report.results import Results, Sample, sample_rows
 from retrieval.report.run_report import write_report
 from retrieval.run import Outcome, Run
-from retrieval.settings import Form, GroupToken, NewFolder
+from retrieval.settings import File, Form, GroupToken, NewFolder
 
 SAVED = Outcome("saved", "scored by the folder labels: nothing was sent")
 STRANGE = ["'\"><script>window.hacked=1<", "雪山", "🌋 {{ 7*7 }}", "a&amp;b $x^2"]
@@ -26,11 +26,12 @@ class Settings(Form):
     output_dir: NewFolder = Path("results")
     top_k: int = 3
     group_token: GroupToken = GroupToken("")
+    recipe: File | None = None
 
 
-def drawn(found, folder, outcome=SAVED):
+def drawn(found, folder, outcome=SAVED, recipe=None):
     folder.mkdir(exist_ok=True)
-    return write_report(Run(Settings(output_dir=folder)), found, outcome).read_text()
+    return write_report(Run(Settings(output_dir=folder, recipe=recipe)), found, outcome).read_text()
 
 
 def found_of(folder, queries_of_each=None, gallery_of_each=None):

@@ -28,7 +28,7 @@ def ledger(folder):
 
 
 def test_the_forms_are_read_before_the_slow_imports():
-    scripts = ("get_images", "model_not_tuned", "fine_tuning", "model_fine_tuned",
+    scripts = ("get_images", "model_not_tuned", "fine_tuning", "model_fine_tuned", "choose",
                "supcon.soup", *(f"retrieval.{room}" for room in ROOMS))  # fmt: skip
     slow = {"torch", "timm", "sklearn", "matplotlib", "jinja2", "accelerate"}
     program = f"import sys, importlib\nfor name in {scripts}:\n    importlib.import_module(name)\n    "
@@ -36,7 +36,7 @@ def test_the_forms_are_read_before_the_slow_imports():
     subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
 
 
-COMMANDS = [["model_not_tuned.py"], ["fine_tuning.py"], ["model_fine_tuned.py"],
+COMMANDS = [["model_not_tuned.py"], ["fine_tuning.py"], ["model_fine_tuned.py"], ["choose.py"],
             ["-m", "supcon.soup"], ["-m", "retrieval.datasets"], ["-m", "retrieval.datasets", "sample"],
             *(["-m", f"retrieval.{room}"] for room in ROOMS)]  # fmt: skip
 

@@ -13,7 +13,7 @@ from retrieval.errors import InputError
 from retrieval.forms import IN_ENVIRONMENT, Form, read_form
 from retrieval.settings import Device, Folder, GroupName, PositiveInt, RetrievalSettings, ServerUrl
 
-SCRIPTS = ("model_not_tuned", "model_fine_tuned", "fine_tuning")
+SCRIPTS = ("model_not_tuned", "model_fine_tuned", "fine_tuning", "choose")
 
 
 class Example(Form):
@@ -307,7 +307,7 @@ def test_help_is_a_row_a_flag(monkeypatch, capsys, script):
     for ugly in ("--no-no", "SecretStr", "(default )", "Path", "{", "False", "None", "\n  --no-"):
         assert ugly not in told
     for name in form.model_fields:
-        assert re.search(rf"^  --{name}( [A-Z:]+)?\s{{2,}}\w", told, re.M), name
+        assert re.search(rf"^  --{name}( [A-Z:,]+)?\s{{2,}}\w", told, re.M), name
     folded = len(
         re.findall(r"^  --\S.{24,}$(?=\n {20})", told, re.M)
     )  # flags so long that their help follows below

@@ -18,6 +18,7 @@ from retrieval.machine import version_of
 from retrieval.metrics import CUTS, MORE
 from retrieval.report import charts
 from retrieval.report.charts import Chart
+from retrieval.report.choice import read_choice
 from retrieval.report.embedding_map import draw_map
 from retrieval.report.results import Results
 from retrieval.report.thumbnails import draw_matches
@@ -52,6 +53,7 @@ def write_report(run: Run, results: Results, outcome: Outcome) -> Path:
         query_classes=[(number, data["classes"][number]) for number in sorted(classes)],
         mapped=len(results.sample.rows),
         fused=results.fused,
+        choice=read_choice(run.settings.recipe),
         images=queries + images,
         command=_command(run),
         time=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
