@@ -50,6 +50,7 @@ INSERT INTO makers VALUES (?, ?, ?) ON CONFLICT (maker) DO UPDATE SET used = exc
 PENDING = 8  # batches that wait to be written
 HASHED_AT_ONCE = 64  # files: handing a thread one at a time takes longer than to hash it
 VALUES_AT_ONCE = 500  # in a statement: every SQLite allows 999
+BROKEN = (sqlite3.Error, UnicodeDecodeError)  # the latter if SQLite's message quotes a damaged name
 JUST_WRITTEN = 2.0  # seconds: until then a file may change again within one tick of the file system's clock
 
 log = logging.getLogger("retrieval.cache")
@@ -251,7 +252,7 @@ class Cache:
             return act()
         except (sqlite3.OperationalError, OSError) as error:  # locked, full, read-only
             self._give_up(f"cannot be used ({error}): this run goes on without it")
-        except sqlite3.Error as error:  # torn, or of another program
+        except BROKEN as error:  # torn, or of another program
             self._give_up(f"is broken ({error}): it is set aside, and its vectors are made again")
             self._set_aside()
         return None
@@ -270,7 +271,7 @@ class Cache:
             for more in ("-wal", "-shm"):
                 (self.folder / f"{FILE}{more}").unlink(missing_ok=True)
             self._open()
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, *BROKEN) as error:
             self._give_up(f"cannot be made anew ({error}): this run goes on without it")
 
 
