@@ -6,6 +6,7 @@ Data sets are laid out by `python -m retrieval.datasets`.
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import os
@@ -17,17 +18,32 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+# Importing a plugin registers its format, and Image.open then imports no other: see FORMATS.
+from PIL import (  # noqa: F401  # isort: skip
+    AvifImagePlugin, BmpImagePlugin, GifImagePlugin, Jpeg2KImagePlugin, JpegImagePlugin,
+    PngImagePlugin, PpmImagePlugin, TiffImagePlugin, WebPImagePlugin,
+)  # fmt: skip
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 HIDDEN = (".", "__MACOSX")  # files and folders whose names begin so are skipped
 BY_WINDOWS = ("thumbs.db", "desktop.ini")  # what Windows leaves in folders
 VERSION = 1  # part of the cache key: raise it when read_image moves pixels by more than rounding
 
+# Pillow's names of the formats that are read, whatever the suffix; MPO is read as JPEG. None of them runs a
+# program, as EPS runs Ghostscript, or holds pictures whose size its header hides, as ICO does.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
+EXTRA_FORMATS = ("HEIF",)  # read if the program has registered them, as pillow_heif.register_heif_opener does
+MOST_PIXELS = 2**28  # a phone takes photographs of 200 million, and such a PNG needs 2.8 GB to be read
+MOST_BYTES = 2**30  # of a file: 100 million pixels of 16-bit RGB without compression are 0.6 GB
+
 log = logging.getLogger("retrieval.images")
-# Pillow warns of large images, and raises an error at twice that size: the error is enough.
+# Pillow raises an error above twice this number, also for pictures inside a file. Its warning is not needed.
+Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
@@ -62,8 +78,9 @@ def find_images(folder: Path | str) -> list[ImageFile]:
     """Return every image in `folder` and the folders below it, sorted by name.
 
     An image is a file whose name ends in one of SUFFIXES, in any letter case. Hidden files and folders are
-    skipped silently, other files with a warning. Links are followed, but no folder is entered twice, so that
-    a loop of links ends. The files are not opened: a broken image is found, and fails when it is read.
+    skipped silently, other files and unreadable folders with a warning. Links are followed, but no folder is
+    entered twice, so that a loop of links ends. The files are not opened: a broken image is found, and fails
+    when it is read.
 
     Raises NotADirectoryError if there is no such folder, FileNotFoundError if it holds no image.
     """
@@ -90,9 +107,14 @@ def _walk(top: Path | str) -> Iterator[tuple[str, str]]:
         if place in entered:
             continue
         entered.add(place)
-        with os.scandir(folder) as entries:
-            visible = [entry for entry in entries if not entry.name.startswith(HIDDEN)]
-            visible.sort(key=lambda entry: entry.name)
+        try:
+            with os.scandir(folder) as entries:
+                visible = [entry for entry in entries if not entry.name.startswith(HIDDEN)]
+        except OSError as error:
+            log.warning("the folder %s cannot be read, and its images are left out: %s",
+                        folder, _reason(error))  # fmt: skip
+            continue
+        visible.sort(key=lambda entry: entry.name)
         for entry in visible:
             is_link = entry.is_symlink()
             if os.path.isdir(entry.path) if is_link else entry.is_dir():
@@ -120,28 +142,76 @@ class UnreadableImageError(OSError):
     """An image file that cannot be decoded; the message says why."""
 
 
+class TooManyPixelsError(UnreadableImageError):
+    """An image with more pixels than there is memory for."""
+
+
 def read_image(path: Path | str, enough: int | None = None) -> np.ndarray:
     """Return the pixels of an image file as a viewer shows them: uint8 RGB, (height, width, 3).
+
+    Raises UnreadableImageError as read_bytes and decode_image do.
+    """
+    return decode_image(read_bytes(path), enough)
+
+
+def read_bytes(path: Path | str) -> bytes:
+    """Return the bytes of an image file.
+
+    Raises UnreadableImageError if that fails, or the file is no regular file or larger than MOST_BYTES.
+    """
+    try:
+        with open(path, "rb", opener=_open_at_once) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                raise UnreadableImageError("not a regular file")
+            if found.st_size > MOST_BYTES:
+                raise UnreadableImageError(f"{found.st_size} bytes: more than the limit of {MOST_BYTES}")
+            return file.read()
+    except (OSError, ValueError, MemoryError) as error:  # ValueError: a null byte in the path
+        raise UnreadableImageError(_reason(error)) from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file without waiting: a pipe would block until somebody writes into it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def open_image(file: IO[bytes]) -> Image.Image:
+    """Open an image as Image.open does, if it has one of FORMATS or EXTRA_FORMATS: read its header only."""
+    return Image.open(file, formats=FORMATS + tuple(name for name in EXTRA_FORMATS if name in Image.OPEN))
+
+
+def decode_image(content: bytes, enough: int | None = None, most_pixels: int = MOST_PIXELS) -> np.ndarray:
+    """Return the pixels of an image file's bytes, uint8 RGB (height, width, 3), as a viewer shows them.
 
     EXIF orientation is applied, transparent pixels are blended with white, 16 bits are scaled to 8, and only
     the first frame of an animation is read. Colour profiles are ignored, since the networks were trained
     without them. If `enough` is given, a JPEG whose shorter side is at least twice as long is decoded at 1/2,
     1/4 or 1/8 of its size, as long as `enough` pixels are left.
 
-    Raises UnreadableImageError if the file is broken, is no image, or has more pixels than Pillow's limit for
-    a decompression bomb (about 179 million).
+    Raises UnreadableImageError if the bytes are broken, are no image in one of FORMATS, or have more than
+    MOST_PIXELS; TooManyPixelsError if more than `most_pixels` would have to be in memory at once.
     """
+    if not content:
+        raise UnreadableImageError("an empty file")
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise UnreadableImageError("not a regular file")
-        with open(path, "rb") as file, Image.open(file) as image:
+        with open_image(io.BytesIO(content)) as image:
+            pixels = image.width * image.height
             if enough and image.format == "JPEG" and min(image.size) >= 2 * enough:
                 image.draft(
                     image.mode, tuple(math.ceil(enough * side / min(image.size)) for side in image.size)
                 )
+                if "progressive" not in image.info:  # whose coefficients are in memory at full size
+                    pixels = image.width * image.height
+            if pixels > most_pixels:
+                raise TooManyPixelsError(
+                    f"{pixels} pixels: more than the {most_pixels} that fit into memory, so make it smaller"
+                )
             return np.array(_to_rgb(image))
+    except UnreadableImageError:
+        raise
     except Exception as error:  # decoders raise anything on broken bytes, and no file may cost the run
-        raise UnreadableImageError(_reason(error, path)) from error
+        raise UnreadableImageError(_reason(error)) from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -164,9 +234,9 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((levels.clip(min=0) * (255 / white)).round().astype(np.uint8))
 
 
-def _reason(error: Exception, path: Path | str) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "not an image" if os.path.getsize(path) else "an empty file"
+        return f"not an image in one of the formats {', '.join(FORMATS)}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return str(error) or type(error).__name__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import math
 from dataclasses import replace
@@ -10,9 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
-from get_images import ImageFile
+from get_images import ImageFile, open_image, read_bytes
 from retrieval.backbones.backbone import Backbone, load_backbone, place
 from retrieval.backbones.batch_norm_folding import fold_batch_norms
 from retrieval.backbones.fine_tuned import Mapped, Recipe, load_tuned_alone
@@ -131,7 +131,7 @@ def size_for(files: list[ImageFile], backbone: Backbone) -> int:
 def _shorter_side(file: ImageFile) -> int:
     """Return the shorter side in pixels; 0 for an unreadable file, which the loader will report."""
     try:
-        with Image.open(file.path) as image:
+        with open_image(io.BytesIO(read_bytes(file.path))) as image:
             return min(image.size)
     except Exception:  # decoders raise anything on broken bytes
         return 0

@@ -1,16 +1,22 @@
 import io
 import os
 import zlib
+from contextlib import suppress
 
 import numpy as np
 import pytest
-from conftest import run_here
-from PIL import Image, ImageOps
+from conftest import ROOT, run_here
+from PIL import EpsImagePlugin, Image, ImageOps
 
 from get_images import (
+    FORMATS,
+    MOST_BYTES,
+    TooManyPixelsError,
     UnreadableImageError,
+    decode_image,
     find_images,
     find_query_and_gallery,
+    read_bytes,
     read_image,
 )
 
@@ -92,6 +98,21 @@ def test_folders_that_share_images_are_allowed_and_said(tmp_path, caplog, query,
     caplog.clear()
     find_query_and_gallery(tmp_path / "x", tmp_path / "xy")
     assert not caplog.text
+
+
+def test_an_unreadable_folder_is_named_and_passed_over(tmp_path, caplog, monkeypatch):
+    touch(tmp_path, "a/1.jpg", "b/2.jpg", "c/3.jpg")
+
+    def scandir(folder, scandir=os.scandir):
+        if folder == str(tmp_path / "b"):  # as root no folder is unreadable
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert names(tmp_path) == ["a/1.jpg", "c/3.jpg"]
+    assert f"the folder {tmp_path / 'b'} cannot be read, and its images are left out: permission denied" in (
+        caplog.text
+    )
 
 
 # ---- read
@@ -258,6 +279,78 @@ def test_unreadable_files_say_why(photo, tmp_path):
     for name, reason in broken_files(tmp_path, photo).items():
         with pytest.raises(UnreadableImageError, match=reason):
             read_image(tmp_path / name)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a script stands in for Ghostscript")
+@pytest.mark.parametrize("name", ["photo.jpg", "photo.png", "photo.tif"])
+def test_no_image_runs_a_program(tmp_path, monkeypatch, name):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\ntouch '{tmp_path}/ran'\nexit 1\n")
+    (tmp_path / "bin" / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # found anew in PATH
+    (tmp_path / name).write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    with pytest.raises(UnreadableImageError, match="not an image in one of the formats JPEG"):
+        read_image(tmp_path / name)
+    assert not (tmp_path / "ran").exists()
+    with suppress(Exception), Image.open(tmp_path / name) as image:  # which runs the stand-in
+        image.load()
+    assert (tmp_path / "ran").exists()
+
+
+def test_every_image_of_the_project_is_opened_by_open_image():
+    """The one place with the list of formats."""
+    sources = [ROOT / "get_images.py", *ROOT.glob("retrieval/**/*.py"), *ROOT.glob("supcon/**/*.py")]
+    opened = {path.name: path.read_text(encoding="utf-8").count("Image.open(") for path in sources}
+    assert {name: count for name, count in opened.items() if count} == {"get_images.py": 1}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_of_the_list_is_read_whatever_the_suffix(photo, tmp_path, kind):
+    found = pixels(saved(photo, kind, tmp_path / "a.jpg"))
+    assert found.shape == (40, 60, 3)
+    assert abs(found - np.asarray(photo, int)).mean() < 16  # GIF has 256 colours
+
+
+def test_heif_is_read_where_the_program_has_registered_it(photo, tmp_path, monkeypatch):
+    """As pillow-heif does; here its files are PNGs with another start."""
+    (tmp_path / "a.jpg").write_bytes(b"HEIF")
+    with pytest.raises(UnreadableImageError):
+        read_image(tmp_path / "a.jpg")
+    png = io.BytesIO()
+    photo.save(png, "PNG")
+    factory = lambda file, name: Image.open(png)  # noqa: E731
+    monkeypatch.setitem(Image.OPEN, "HEIF", (factory, lambda start: start.startswith(b"HEIF")))
+    assert (pixels(tmp_path / "a.jpg") == np.asarray(photo)).all()
+
+
+def test_an_image_with_more_pixels_than_the_memory_holds_is_a_sentence(tmp_path):
+    Image.new("L", (300, 100)).save(tmp_path / "a.png")
+    content = read_bytes(tmp_path / "a.png")
+    assert decode_image(content, most_pixels=30_000).shape == (100, 300, 3)
+    with pytest.raises(TooManyPixelsError, match="30000 pixels: more than the 29999 that fit into memory"):
+        decode_image(content, most_pixels=29_999)
+
+
+def test_of_a_jpeg_the_pixels_that_are_decoded_count(tmp_path):
+    """But a progressive one is in memory as a whole."""
+    image = Image.effect_noise((1000, 800), 50)
+    image.save(tmp_path / "plain.jpg")
+    image.save(tmp_path / "progressive.jpg", progressive=True)
+    plain, progressive = (read_bytes(tmp_path / name) for name in ("plain.jpg", "progressive.jpg"))
+    assert decode_image(plain, enough=100, most_pixels=12_500).shape == (100, 125, 3)
+    for content, enough in ((plain, None), (progressive, 100)):
+        with pytest.raises(TooManyPixelsError, match="800000 pixels"):
+            decode_image(content, enough, most_pixels=12_500)
+
+
+def test_a_file_larger_than_the_limit_is_not_read(tmp_path):
+    with open(tmp_path / "a.png", "wb") as file:
+        file.truncate(MOST_BYTES + 1)  # without a byte on the disk
+    with pytest.raises(UnreadableImageError, match="1073741825 bytes: more than the limit of 1073741824"):
+        read_image(tmp_path / "a.png")
 
 
 # ---- a part of the size

@@ -7,14 +7,13 @@ python -m retrieval.embedding --cache_dir DIR --older_than 30     # delete what 
 from __future__ import annotations
 
 import logging
-import sqlite3
 from datetime import datetime
 from pathlib import Path
 
 from retrieval.console import run_script  # first, since it checks that the packages are installed
 
 # isort: split
-from retrieval.embedding.cache import FILES, Cache, contents, left_over, prune
+from retrieval.embedding.cache import BROKEN, FILES, Cache, contents, left_over, prune
 from retrieval.embedding.onnx_runtime import NETWORKS, exported_networks
 from retrieval.errors import InputError, RunError
 from retrieval.forms import Form
@@ -42,7 +41,7 @@ def main(form: Settings) -> None:
         if form.older_than is not None:
             _remove(cache, form.older_than)
         _tell(cache)
-    except sqlite3.Error as error:
+    except BROKEN as error:
         raise RunError(
             f"the cache in {cache.folder} cannot be used now ({error}): try again when no run uses it"
         ) from None

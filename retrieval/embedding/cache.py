@@ -3,8 +3,9 @@
     python -m retrieval.embedding --cache_dir DIR [--older_than DAYS]   # list it, or delete the unused
 
 A SQLite file holds each vector under two digests: of the image's bytes, and of everything that changes a
-vector (the cache key). It holds the crops of faces in the same way, for all networks with the same crop. If
-the file cannot be used, the vectors are made again, and nothing else is lost.
+vector (the cache key). It holds the crops of faces in the same way, for all networks with the same crop.
+Each row has a checksum: a damaged row is deleted, and its image embedded again. If the file cannot be used,
+the vectors are made again, and nothing else is lost.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sqlite3
 import stat
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
@@ -25,20 +26,22 @@ from typing import NamedTuple
 
 import numpy as np
 
-from get_images import ImageFile
+from get_images import ImageFile, UnreadableImageError, read_bytes
 from retrieval.backbones.transform import ModelInput
-from retrieval.embedding.loader import in_groups
+from retrieval.embedding.loader import digest_of, in_groups
 from retrieval.errors import InputError
 from retrieval.machine import cores
 
-VERSION = 2  # of the tables: each version has its own file
+VERSION = 3  # of the tables: each version has its own file
 FILE = f"embeddings-{VERSION}.sqlite"
 FILES = "embeddings-*.sqlite*"  # of all versions, with SQLite's files beside them
 SCHEMA = f"""
-CREATE TABLE files (path BLOB PRIMARY KEY, size INTEGER, changed INTEGER, digest BLOB) WITHOUT ROWID;
 CREATE TABLE makers (maker BLOB PRIMARY KEY, what TEXT, used REAL) WITHOUT ROWID;
-CREATE TABLE vectors (maker BLOB, digest BLOB, face INTEGER, vector BLOB, PRIMARY KEY (maker, digest));
-CREATE TABLE crops (maker BLOB, digest BLOB, face INTEGER, pixels BLOB, PRIMARY KEY (maker, digest));
+CREATE TABLE files (path BLOB PRIMARY KEY, look TEXT, digest BLOB, checksum BLOB);
+CREATE TABLE vectors (maker BLOB, digest BLOB, face INTEGER, vector BLOB, checksum BLOB,
+                      PRIMARY KEY (maker, digest));
+CREATE TABLE crops (maker BLOB, digest BLOB, face INTEGER, pixels BLOB, checksum BLOB,
+                    PRIMARY KEY (maker, digest));
 PRAGMA user_version = {VERSION};
 """
 USED = """
@@ -47,6 +50,7 @@ INSERT INTO makers VALUES (?, ?, ?) ON CONFLICT (maker) DO UPDATE SET used = exc
 PENDING = 8  # batches that wait to be written
 HASHED_AT_ONCE = 64  # files: handing a thread one at a time takes longer than to hash it
 VALUES_AT_ONCE = 500  # in a statement: every SQLite allows 999
+BROKEN = (sqlite3.Error, UnicodeDecodeError)  # the latter if SQLite's message quotes a damaged name
 JUST_WRITTEN = 2.0  # seconds: until then a file may change again within one tick of the file system's clock
 
 log = logging.getLogger("retrieval.cache")
@@ -76,6 +80,7 @@ class Cache:
     folder: Path
     verify: bool = False  # True: read every image again, even if its size and time have not changed
     connection: sqlite3.Connection | None = field(default=None, init=False)
+    warned: bool = field(default=False, init=False)  # of a row that is not as it was written
     # One thread reads and writes for runs, in order. The caller does not wait for a write, nor does a GPU.
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1), init=False)
     pending: deque[Future] = field(default_factory=deque, init=False)
@@ -94,7 +99,7 @@ class Cache:
     def vectors(self, key: CacheKey, digests: Collection[bytes]) -> dict[bytes, CachedVector]:
         """Return the cached vectors of the images with these digests."""
         self.mark_used(key)
-        rows = self._excused(lambda: self._select("vectors", "vector", key, list(digests))) or []
+        rows = self._excused(lambda: self._select("vectors", key, list(digests))) or []
         return {
             digest: CachedVector(np.frombuffer(vector, np.float32), _face(face))
             for digest, face, vector in rows
@@ -102,17 +107,18 @@ class Cache:
 
     def keep_vectors(self, key: CacheKey, vectors: dict[bytes, CachedVector]) -> None:
         """Write the vectors of the images with these digests; `flush` waits until they are written."""
-        rows = [(digest, cached.face, cached.vector.tobytes()) for digest, cached in vectors.items()]
+        rows = [(digest, _number(cached.face), cached.vector.tobytes()) for digest, cached in vectors.items()]
         self._insert_later("vectors", key, rows)
 
     def having_crops(self, key: CacheKey, digests: list[bytes]) -> set[bytes]:
         """Return which of the images with these digests have a cached crop."""
-        rows = self._excused(lambda: self._select("crops", "NULL", key, digests)) or []
-        return {digest for digest, *_ in rows}
+        statement = "SELECT digest FROM crops WHERE maker = ? AND digest"
+        rows = self._excused(lambda: self.rows_of(statement, digests, key.digest)) or []
+        return {digest for (digest,) in rows}
 
     def crops(self, key: CacheKey, digests: list[bytes], size: int) -> dict[bytes, ModelInput]:
         """Return the cached crops, uint8 (3, size, size), of the images with these digests."""
-        rows = self._excused(lambda: self._select("crops", "pixels", key, digests)) or []
+        rows = self._excused(lambda: self._select("crops", key, digests)) or []
         return {
             digest: ModelInput(np.frombuffer(pixels, np.uint8).reshape(3, size, size), _face(face))
             for digest, face, pixels in rows
@@ -120,7 +126,7 @@ class Cache:
 
     def keep_crops(self, key: CacheKey, crops: dict[bytes, ModelInput]) -> None:
         """Write the crops of the images with these digests; `flush` waits until they are written."""
-        rows = [(digest, crop.face, crop.pixels.tobytes()) for digest, crop in crops.items()]
+        rows = [(digest, _number(crop.face), crop.pixels.tobytes()) for digest, crop in crops.items()]
         self._insert_later("crops", key, rows)
 
     def flush(self) -> None:
@@ -138,22 +144,40 @@ class Cache:
 
     def _insert(self, table: str, key: CacheKey, rows: list[tuple]) -> None:
         """Insert rows, in the thread."""
-        values = [(key.digest, *row) for row in rows]
+        values = [with_checksum((key.digest, *row)) for row in rows]
 
         def _write() -> None:
             self.write(USED, [(*key, time.time())])  # again: another program may have deleted its row
-            self.write(f"INSERT OR IGNORE INTO {table} VALUES (?, ?, ?, ?)", values)
+            self.write(f"INSERT OR IGNORE INTO {table} VALUES (?, ?, ?, ?, ?)", values)
 
         if values and self.connection:
             self._attempt(_write)
 
-    def _select(self, table: str, column: str, key: CacheKey, digests: list[bytes]) -> list[tuple]:
-        return self.rows_of(
-            f"SELECT digest, face, {column} FROM {table} WHERE maker = ? AND digest", digests, key.digest
-        )
+    def _select(self, table: str, key: CacheKey, digests: list[bytes]) -> list[tuple]:
+        """Return (digest, face, content) of the rows with these digests."""
+        found = self.rows_of(f"SELECT rowid, * FROM {table} WHERE maker = ? AND digest", digests, key.digest)
+        return [row[1:] for row in self._sound(table, found)]
+
+    def _sound(self, table: str, found: list[tuple]) -> list[tuple]:
+        """Return the rows (rowid, values, checksum) that are as they were written, without the two others.
+
+        Deletes the damaged rows, so that new ones can take their place.
+        """
+        sound, damaged = [], []
+        for rowid, *row in found:
+            if tuple(row) == with_checksum(row[:-1]):
+                sound.append(tuple(row[:-1]))
+            else:
+                damaged.append((rowid,))
+        if damaged and not self.warned:
+            self.warned = True
+            log.warning("rows of the cache %s are damaged: they are deleted, and their images embedded again",
+                        self.folder / FILE)  # fmt: skip
+        self.write(f"DELETE FROM {table} WHERE rowid = ?", damaged)
+        return sound
 
     def _digests(self, files: list[ImageFile]) -> dict[str, bytes]:
-        """Return the digest of each image; read it only if its size or its time has changed."""
+        """Return the digest of each image; read it only if its size or one of its times has changed."""
         looks = {file.name: seen for file in files if (seen := look(file.path))}
         same = {} if self.verify else self._unchanged(looks)
         others = [file for file in files if file.name in looks and file.name not in same]
@@ -161,23 +185,24 @@ class Cache:
             digests = list(chain.from_iterable(pool.map(digests_of_files, in_groups(others, HASHED_AT_ONCE))))
         read = {file.name: digest for file, digest in zip(others, digests, strict=True) if digest}
         now = time.time()
-        settled = [name for name in read if now - looks[name][2] / 1e9 > JUST_WRITTEN]
-        rows = [(*looks[name], read[name]) for name in settled]
+        settled = [name for name in read if now - looks[name].changed > JUST_WRITTEN]
+        rows = [with_checksum((looks[name].path, looks[name].look, read[name])) for name in settled]
         self.write("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)", rows)
         return same | read
 
-    def _unchanged(self, looks: dict[str, tuple[bytes, int, int]]) -> dict[str, bytes]:
-        """Return the cached digests of files with the same size and time."""
-        statement = "SELECT path, size, changed, digest FROM files WHERE path"
-        rows = self.rows_of(statement, [path for path, *_ in looks.values()])
-        kept = {(path, size, changed): digest for path, size, changed, digest in rows}
-        return {name: kept[look] for name, look in looks.items() if look in kept}
+    def _unchanged(self, looks: dict[str, Look]) -> dict[str, bytes]:
+        """Return the cached digests of files with the same size and times."""
+        paths = [seen.path for seen in looks.values()]
+        rows = self._sound("files", self.rows_of("SELECT rowid, * FROM files WHERE path", paths))
+        kept = {(path, look): digest for path, look, digest in rows}
+        return {name: kept[seen[:2]] for name, seen in looks.items() if seen[:2] in kept}
 
     # ---- the file
 
     def _open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.connection = sqlite3.connect(self.folder / FILE, timeout=30, check_same_thread=False)
+        self.connection.text_factory = lambda text: text.decode(errors="replace")  # damaged text, too
         self._keep_a_journal()
         # A crash may lose the last vectors, never the file.
         self.connection.execute("PRAGMA synchronous = NORMAL")
@@ -227,7 +252,7 @@ class Cache:
             return act()
         except (sqlite3.OperationalError, OSError) as error:  # locked, full, read-only
             self._give_up(f"cannot be used ({error}): this run goes on without it")
-        except sqlite3.Error as error:  # torn, or of another program
+        except BROKEN as error:  # torn, or of another program
             self._give_up(f"is broken ({error}): it is set aside, and its vectors are made again")
             self._set_aside()
         return None
@@ -246,23 +271,48 @@ class Cache:
             for more in ("-wal", "-shm"):
                 (self.folder / f"{FILE}{more}").unlink(missing_ok=True)
             self._open()
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, *BROKEN) as error:
             self._give_up(f"cannot be made anew ({error}): this run goes on without it")
+
+
+def _number(face: bool | None) -> int | None:
+    return None if face is None else int(face)
 
 
 def _face(kept: int | None) -> bool | None:
     return None if kept is None else bool(kept)
 
 
-def look(path: Path) -> tuple[bytes, int, int] | None:
-    """Return a file's path, size and time of change (ns); None if there is no such file."""
+def with_checksum(row: Sequence) -> tuple:
+    """Return the values of a row and their checksum. It finds damage, but not a forger."""
+    parts = (value if isinstance(value, bytes) else repr(value).encode() for value in row)
+    return *row, hashlib.sha256(b"|".join(parts)).digest()
+
+
+class Look(NamedTuple):
+    """What a file's metadata tell, without reading it."""
+
+    path: bytes
+    look: str  # its size, the time when its content changed, and that when it or its metadata did (ns)
+    changed: float  # the later of the two, in seconds
+
+
+def look(path: Path) -> Look | None:
+    """Return the look of a file; None if there is no such file.
+
+    A program can set the first time, so that a replaced file may have the old one. It cannot set the second,
+    which changes whenever a file is written, renamed or linked. (On Windows the second is the time when the
+    file was made.)
+    """
     try:
         found = os.stat(path)
-    except OSError:
+        real = os.fsencode(os.path.realpath(path))
+    except (OSError, ValueError):  # ValueError: a null byte in the path
         return None
     if not stat.S_ISREG(found.st_mode):  # reading a pipe would block
         return None
-    return os.fsencode(os.path.realpath(path)), found.st_size, found.st_mtime_ns
+    times = found.st_mtime_ns, found.st_ctime_ns
+    return Look(real, f"{found.st_size} {times[0]} {times[1]}", max(times) / 1e9)
 
 
 def digests_of_files(files: list[ImageFile]) -> list[bytes | None]:
@@ -272,8 +322,8 @@ def digests_of_files(files: list[ImageFile]) -> list[bytes | None]:
 
 def digest_of_file(file: ImageFile) -> bytes | None:
     try:
-        return hashlib.sha256(file.path.read_bytes()).digest()
-    except OSError:
+        return digest_of(read_bytes(file.path))
+    except UnreadableImageError:
         return None
 
 
@@ -282,8 +332,9 @@ def digest_of_file(file: ImageFile) -> bytes | None:
 
 def contents(cache: Cache) -> list[tuple[str, int, int, float]]:
     """Return each cache key's description, number of images, their bytes, and the time of the last use."""
-    return cache.rows(
-        "SELECT what, COUNT(digest), SUM(bytes), used FROM makers JOIN ("
+    return cache.rows(  # of damaged values, too
+        "SELECT CAST(COALESCE(what, '') AS TEXT), COUNT(digest), TOTAL(bytes), "
+        "MIN(MAX(CAST(COALESCE(used, 0) AS REAL), 0), 4e9) FROM makers JOIN ("
         "SELECT maker, digest, LENGTH(vector) AS bytes FROM vectors UNION ALL "
         "SELECT maker, digest, LENGTH(pixels) FROM crops) USING (maker) GROUP BY maker ORDER BY used DESC"
     )

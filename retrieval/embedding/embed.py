@@ -283,15 +283,19 @@ class _Entries:
             }
             if found:
                 pixels = np.stack([crop.pixels for crop in found.values()])
-                yield Batch(list(found), pixels, [crop.face for crop in found.values()])
+                faces = [crop.face for crop in found.values()]
+                yield Batch(list(found), pixels, faces, digests={name: self.digests[name] for name in found})
             if gone := [file for file in group if file.name not in found]:
                 yield reader.read_group(gone)
 
     def write(self, vectors: dict[str, CachedVector], batch: Batch) -> None:
-        """Write the vectors of a batch, by name, and the crops that gave them."""
-        known = {name: digest for name in vectors if (digest := self.digests.get(name))}
-        if not known:
+        """Write the vectors of a batch, by name, and the crops that gave them.
+
+        The digest is that of the bytes that were decoded: the file may have changed since it was looked up.
+        """
+        if not self.cache or not vectors:
             return
+        known = {name: batch.digests[name] for name in vectors}
         self.cache.keep_vectors(self._key(), {digest: vectors[name] for name, digest in known.items()})
         if self.crops_key:
             images = zip(batch.names, batch.inputs(), strict=True)

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from get_images import ImageFile
+from get_images import ImageFile, UnreadableImageError, read_bytes
+from retrieval.backbones.transform import ModelInput
 from retrieval.embedding.loader import Batch, Jpeg, Reader, named_jpeg, plain_jpeg
 from retrieval.embedding.torch_runtime import cosines, embed_plainly
 
@@ -103,12 +104,11 @@ def decode_on_gpu(batch: Batch, transform: Transform | FaceCrop, device: str) ->
                 _decode(rows[: len(rows) // 2])
                 _decode(rows[len(rows) // 2 :])
                 return
-            by_cpu = Reader(transform).read_group(
-                [ImageFile(batch.names[rows[0]], batch.jpegs[rows[0]].path)]
-            )
-            batch.unreadable |= by_cpu.unreadable
-            if by_cpu.names:
-                _fill_in(rows, torch.from_numpy(by_cpu.pixels).to(device), by_cpu.faces)
+            by_cpu = _by_cpu(batch.jpegs[rows[0]], transform)
+            if isinstance(by_cpu, str):
+                batch.unreadable[batch.names[rows[0]]] = by_cpu
+            else:
+                _fill_in(rows, torch.from_numpy(by_cpu.pixels[None]).to(device), [by_cpu.face])
         else:
             decoded += len(rows)
             _fill_in(rows, inputs, found)
@@ -121,6 +121,14 @@ def decode_on_gpu(batch: Batch, transform: Transform | FaceCrop, device: str) ->
     batch.pixels, batch.jpegs = pixels if len(kept) == len(pixels) else pixels[kept], {}
     batch.names, batch.faces = [batch.names[row] for row in kept], [faces[row] for row in kept]
     return decoded
+
+
+def _by_cpu(jpeg: Jpeg, transform: Transform | FaceCrop) -> ModelInput | str:
+    """Return the network's input for a JPEG file, or why there is none."""
+    try:
+        return Reader(transform).read(jpeg.content)
+    except UnreadableImageError as error:
+        return str(error)
 
 
 def _parts(jpegs: dict[int, Jpeg]) -> Iterator[list[int]]:
@@ -136,14 +144,20 @@ def _parts(jpegs: dict[int, Jpeg]) -> Iterator[list[int]]:
         yield part
 
 
+def _is_plain_jpeg(file: ImageFile) -> bool:
+    try:
+        return named_jpeg(file) and plain_jpeg(read_bytes(file.path)) is not None
+    except UnreadableImageError:
+        return False
+
+
 def keeps_vectors(files: Sequence[ImageFile], backbone: Backbone) -> bool | None:
     """Return whether the first JPEGs keep their vectors if the GPU decodes them; None if there is no JPEG.
 
     They are compared in full precision. With a face detector, the median of the cosines counts: a grey level
     can move a box by pixels. A log line says why, if the CPU is to decode.
     """
-    plain = (file for file in filter(named_jpeg, files) if plain_jpeg(file.path))
-    jpegs = list(islice(plain, SAMPLE))
+    jpegs = list(islice(filter(_is_plain_jpeg, files), SAMPLE))
     if not jpegs:
         return None
     transform = backbone.transform

@@ -12,6 +12,7 @@ memory as a DataLoader's do.
 from __future__ import annotations
 
 import functools
+import hashlib
 import io
 import multiprocessing
 import os
@@ -29,15 +30,22 @@ from dataclasses import dataclass, field
 from itertools import accumulate, islice
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from get_images import ImageFile, UnreadableImageError, read_image
+from get_images import (
+    MOST_PIXELS,
+    ImageFile,
+    TooManyPixelsError,
+    UnreadableImageError,
+    decode_image,
+    open_image,
+    read_bytes,
+)
 from retrieval.backbones.transform import ModelInput
 from retrieval.errors import RunError
-from retrieval.machine import cores, keep_freed_memory
+from retrieval.machine import cores, keep_freed_memory, local_world_size, memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,13 +57,15 @@ FEW = 2000  # images: beside a GPU, threads read them while processes would star
 PIPE_BYTES = 2**22  # more go from a process to this one through shared memory, at 1.6 times the speed
 SHARED_MEMORY, BATCHES = Path("/dev/shm"), 64  # of Linux, which must have room for so many batches
 ORIENTATION = 0x0112  # EXIF's tag; 1 is upright
-MOST_PIXELS = 2**25  # of a photograph that a GPU decodes, 100 MB
+MOST_GPU_PIXELS = 2**25  # of a photograph that a GPU decodes, 100 MB
+BYTES_PER_PIXEL = 16  # while an image is read: PNG and JPEG take 10 to 16, JPEG 2000 19, WebP up to 25
+SHARE = 0.25  # of the memory: for what all readers decode at once, and as much for the one very large image
+_turn: Any = threading.Lock()  # of the very large images; processes that read share another
 
 
 class Jpeg(NamedTuple):
     """A JPEG file that a GPU can decode."""
 
-    path: Path
     content: bytes
     pixels: int
 
@@ -73,6 +83,7 @@ class Batch:
     unreadable: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0  # the processor's, for reading
     jpegs: dict[int, Jpeg] = field(default_factory=dict)
+    digests: dict[str, bytes] = field(default_factory=dict)  # of the bytes that were decoded, by name
 
     @classmethod
     def joined(cls, batches: list[Batch]) -> Batch:
@@ -91,6 +102,7 @@ class Batch:
                 for start, batch in zip(starts, batches, strict=False)
                 for row, jpeg in batch.jpegs.items()
             },
+            digests={name: digest for batch in batches for name, digest in batch.digests.items()},
         )
 
     def inputs(self) -> list[ModelInput]:
@@ -111,11 +123,13 @@ class Reader:
         start = time.thread_time()
         names: list[str] = []
         images: list[ModelInput | Jpeg] = []
-        unreadable = {}
+        unreadable, digests = {}, {}
         for file in files:
             try:
-                images.append(self.read(file.path))
+                content = read_bytes(file.path)
+                images.append(self.read(content))
                 names.append(file.name)
+                digests[file.name] = digest_of(content)
             except UnreadableImageError as error:
                 unreadable[file.name] = str(error)
         jpegs = {row: image for row, image in enumerate(images) if isinstance(image, Jpeg)}
@@ -127,13 +141,37 @@ class Reader:
         in_a_process = multiprocessing.parent_process() is not None
         if in_a_process and "torch" in sys.modules and _should_be_shared(pixels):  # dlib needs no torch
             pixels = sys.modules["torch"].from_numpy(pixels)  # which does not go through the pipe
-        return Batch(names, pixels, faces, unreadable, time.thread_time() - start, jpegs)
+        return Batch(names, pixels, faces, unreadable, time.thread_time() - start, jpegs, digests)
 
-    def read(self, path: Path) -> ModelInput | Jpeg:
-        """Return the network's input for a file, or its bytes if the GPU is to decode them."""
-        if self.leave_jpegs and (jpeg := plain_jpeg(path)):
+    def read(self, content: bytes) -> ModelInput | Jpeg:
+        """Return the network's input for a file's bytes, or these bytes if the GPU is to decode them.
+
+        Raises UnreadableImageError as decode_image does.
+        """
+        if self.leave_jpegs and (jpeg := plain_jpeg(content)):
             return jpeg
-        return self.transform(read_image(path, self.transform.enough))
+        return self.transform(_decode(content, self.transform.enough))
+
+
+def _decode(content: bytes, enough: int | None) -> np.ndarray:
+    """Decode an image; very large ones one at a time, since there is no memory for one in every reader."""
+    try:
+        return decode_image(content, enough, pixels_that_fit(cores()))
+    except TooManyPixelsError:
+        with _turn:
+            return decode_image(content, enough, pixels_that_fit(1))
+
+
+@functools.cache
+def pixels_that_fit(readers: int) -> int:
+    """Return how many pixels an image may have so that so many readers can decode one each at once."""
+    share = SHARE * memory() / local_world_size()
+    return min(MOST_PIXELS, int(share / readers / BYTES_PER_PIXEL))
+
+
+def digest_of(content: bytes) -> bytes:
+    """Return the SHA-256 of a file's bytes, under which the cache finds an image."""
+    return hashlib.sha256(content).digest()
 
 
 def named_jpeg(file: ImageFile) -> bool:
@@ -141,22 +179,18 @@ def named_jpeg(file: ImageFile) -> bool:
     return file.name.lower().endswith((".jpg", ".jpeg"))
 
 
-def plain_jpeg(path: Path) -> Jpeg | None:
-    """Return a JPEG file about which decoders agree but for a few grey levels; None for any other file.
+def plain_jpeg(content: bytes) -> Jpeg | None:
+    """Return a JPEG file about which decoders agree but for a few grey levels; None for any other bytes.
 
     It is whole, upright, grey or YCbCr with 8 bits, and not too large for a GPU's memory.
     """
-    try:
-        if not path.is_file():  # reading a pipe would block
-            return None
-        with open(path, "rb") as file:
-            start = file.read(2)
-            content = start + file.read() if start == b"\xff\xd8" else b""
-        whole = content.rstrip(b"\0").endswith(b"\xff\xd9")
-        pixels = _pixels_if_plain(content) if whole else 0
-    except (OSError, IndexError):
+    if not (content.startswith(b"\xff\xd8") and content.rstrip(b"\0").endswith(b"\xff\xd9")):
         return None
-    return Jpeg(path, content, pixels) if 0 < pixels <= MOST_PIXELS else None
+    try:
+        pixels = _pixels_if_plain(content)
+    except IndexError:
+        return None
+    return Jpeg(content, pixels) if 0 < pixels <= MOST_GPU_PIXELS else None
 
 
 def _pixels_if_plain(jpeg: bytes) -> int:
@@ -183,7 +217,7 @@ def _pixels_if_plain(jpeg: bytes) -> int:
 
 def _is_upright(jpeg: bytes) -> bool:
     try:
-        with Image.open(io.BytesIO(jpeg)) as image:
+        with open_image(io.BytesIO(jpeg)) as image:
             return image.getexif().get(ORIENTATION, 1) == 1
     except Exception:  # anything, on broken bytes: read_image says what is wrong
         return False
@@ -290,7 +324,8 @@ def _reader_processes(module: str) -> ProcessPoolExecutor:
         context.set_forkserver_preload([__name__, module])  # imported once for all readers
     else:
         context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(cores(), 61), mp_context=context, initializer=_start_reader)
+    start = functools.partial(_start_reader, context.Lock())
+    pool = ProcessPoolExecutor(min(cores(), 61), mp_context=context, initializer=start)
     try:
         with _without_main():
             _start_without_ctrl_c(pool)
@@ -336,7 +371,9 @@ def _start_without_ctrl_c(pool: ProcessPoolExecutor) -> None:
         raise KeyboardInterrupt
 
 
-def _start_reader() -> None:
+def _start_reader(turn: Any) -> None:
+    global _turn
+    _turn = turn
     keep_freed_memory(2**27)  # not the memory of a huge photograph
     os.environ["OMP_NUM_THREADS"] = "1"  # for torch, if it is imported later
     if "torch" in sys.modules:

@@ -5,6 +5,7 @@ An exported network is kept in the cache. One thread runs each batch, and severa
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import os
@@ -141,7 +142,8 @@ def export(backbone: Backbone) -> bytes:
 class NetworkFiles:
     """What earlier runs kept of one network, in the cache's folder; without a folder there is nothing.
 
-    A file holds the exported network (EXPORTED), or the reason why ONNX Runtime cannot run it (REFUSED).
+    A file holds the exported network (EXPORTED), or the reason why ONNX Runtime cannot run it (REFUSED). Its
+    first line is a digest of what follows, of the kind and of the key: only what has it is used.
     """
 
     folder: Path | None  # of the cache
@@ -156,12 +158,24 @@ class NetworkFiles:
         return self.folder is not None and self.path(kind).is_file()
 
     def read(self, kind: str) -> bytes:
-        """Return what an earlier run has written, b"" if none has, and mark the file as used."""
+        """Return what an earlier run has written, and mark the file as used.
+
+        Returns b"" if no run has, or, with a warning, if the file is not as it was written.
+        """
         if not self.exists(kind):
             return b""
+        file = self.path(kind)
         with suppress(OSError):  # the folder may be read-only
-            os.utime(self.path(kind))
-        return self.path(kind).read_bytes()
+            os.utime(file)
+        try:
+            digest, _, content = file.read_bytes().partition(b"\n")
+            if digest == self._digest(kind, content):
+                return content
+            reason = "it is not as it was written"
+        except OSError as error:
+            reason = error.strerror
+        log.warning("%s is not used, but made again: %s", file, reason)
+        return b""
 
     def write(self, kind: str, content: bytes) -> None:
         """Write a file for the next run; warn if that fails."""
@@ -170,9 +184,12 @@ class NetworkFiles:
         file = self.path(kind)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, content)
+            write_whole(file, self._digest(kind, content) + b"\n" + content)
         except OSError as error:
             log.warning("%s cannot be kept (%s): the next run makes it again", file, error.strerror)
+
+    def _digest(self, kind: str, content: bytes) -> bytes:
+        return hashlib.sha256(self.key + kind.encode() + content).hexdigest().encode()
 
 
 def exported_networks(folder: Path, unused_for: float = 0.0) -> list[Path]:

@@ -1,5 +1,6 @@
 """What a GPU decodes, played by the CPU: torchvision's decoder does the same there."""
 
+import hashlib
 import io
 from dataclasses import replace
 
@@ -78,7 +79,7 @@ def test_only_plain_jpegs_are_left_to_the_gpu(photographs, tmp_path):
     kinds = {"CMYK": PHOTO.convert("CMYK"), "rgb": PHOTO, "grey": PHOTO.convert("L")}
     for name, image in kinds.items():
         image.save(tmp_path / name, "JPEG", keep_rgb=name == "rgb")
-    assert {name: bool(plain_jpeg(tmp_path / name)) for name in kinds} == {
+    assert {name: bool(plain_jpeg((tmp_path / name).read_bytes())) for name in kinds} == {
         "CMYK": False, "rgb": False, "grey": True}  # fmt: skip
 
 
@@ -95,13 +96,27 @@ def test_a_file_that_the_gpu_refuses_is_decoded_by_the_cpu(photographs, monkeypa
     by_cpu = Reader(transform).read_group(photographs)
     monkeypatch.setattr(gpu_decoder, "PIXELS", 4 * 300 * 250)
     monkeypatch.setattr(gpu_decoder, "decode", decode)
-    photographs[3].path.write_bytes(b"changed meanwhile")
+    photographs[3].path.write_bytes(b"changed meanwhile")  # the bytes that were read count
     assert gpu_decoder.decode_on_gpu(by_gpu, transform, "cpu") == 5
-    assert by_gpu.names == [name for name in by_cpu.names if name != "3.jpg"]
-    assert by_gpu.unreadable["3.jpg"] == "not an image"
-    kept = [row for row, name in enumerate(by_cpu.names) if name != "3.jpg"]
-    difference = by_gpu.pixels.numpy().astype(int) - by_cpu.pixels[kept]
-    assert np.abs(difference).max() <= 1
+    assert by_gpu.names == by_cpu.names
+    assert by_gpu.digests == by_cpu.digests
+    assert by_gpu.digests["3.jpg"] == hashlib.sha256(refused).digest()
+    assert np.abs(by_gpu.pixels.numpy().astype(int) - by_cpu.pixels).max() <= 1
+
+
+def test_what_neither_the_gpu_nor_the_cpu_can_decode_is_unreadable(photographs, monkeypatch):
+    def decode(jpegs, device):
+        raise RuntimeError("Failed to decode jpeg stream: 2")
+
+    monkeypatch.setattr(gpu_decoder, "decode", decode)
+    content = photographs[3].path.read_bytes()
+    photographs[3].path.write_bytes(content[: content.index(b"\xff\xda")] + b"\xff\xd9")  # no scan
+    transform = Transform(32, "bicubic")
+    by_gpu = Reader(transform, leave_jpegs=True).read_group(photographs)
+    assert "3.jpg" in by_gpu.names
+    assert gpu_decoder.decode_on_gpu(by_gpu, transform, "cpu") == 0
+    assert by_gpu.names == [f"{n}.{'png' if n == 6 else 'jpg'}" for n in (0, 1, 2, 4, 5, 6, 7)]
+    assert by_gpu.unreadable["3.jpg"]
 
 
 @pytest.mark.parametrize("why", ["no decoder", "other vectors"])

@@ -1,4 +1,5 @@
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 from get_images import ImageFile, find_images
 from retrieval.backbones.face_crop import FaceCrop
 from retrieval.backbones.transform import ModelInput, Transform
+from retrieval.embedding import loader
 from retrieval.embedding.loader import PIPE_BYTES, read_batches
 
 
@@ -100,3 +102,31 @@ def test_processes_give_what_threads_give(tmp_path, monkeypatch, size):
     assert [batch.unreadable for batch in by_processes] == [batch.unreadable for batch in by_threads]
     for one, other in zip(by_processes, by_threads, strict=True):
         assert np.array_equal(one.pixels, other.pixels)
+
+
+def test_very_large_images_are_decoded_one_at_a_time(tmp_path, monkeypatch):
+    """Each reader has room for 50 pixels, one reader alone for 200."""
+    for name, side in {"small": 7, "large": 14, "larger": 14, "huge": 15}.items():
+        Image.new("L", (side, side), 9).save(tmp_path / f"{name}.png")
+    monkeypatch.setattr(loader, "cores", lambda: 4)
+    monkeypatch.setattr(loader, "memory", lambda: 200 * loader.BYTES_PER_PIXEL / loader.SHARE)
+    loader.pixels_that_fit.cache_clear()
+    at_once, most = [], []
+
+    def decode(content, enough, most_pixels, decode=loader.decode_image):
+        if most_pixels > 50:
+            at_once.append(1)
+            most.append(len(at_once))
+            time.sleep(0.01)
+            at_once.pop()
+        return decode(content, enough, most_pixels)
+
+    monkeypatch.setattr(loader, "decode_image", decode)
+    try:
+        batches = list(read_batches(find_images(tmp_path), Transform(2, "bicubic"), batch_size=1))
+    finally:
+        loader.pixels_that_fit.cache_clear()
+    assert [name for batch in batches for name in batch.names] == ["large.png", "larger.png", "small.png"]
+    reasons = {name: reason for batch in batches for name, reason in batch.unreadable.items()}
+    assert reasons == {"huge.png": "225 pixels: more than the 200 that fit into memory, so make it smaller"}
+    assert most == [1, 1, 1]

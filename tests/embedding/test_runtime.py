@@ -154,8 +154,39 @@ def test_a_broken_file_is_exported_again(tmp_path, caplog):
     content = file.read_bytes()
     file.write_bytes(content[:100])
     assert np.array_equal(settled(lazy(Small()), tmp_path).embed(images(3)), right)
-    assert "is broken" in caplog.text
+    assert "1.onnx is not used, but made again: it is not as it was written" in caplog.text
     assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("kind", ["flipped", "planted", "of another network", "without its digest"])
+def test_a_network_in_the_cache_that_was_changed_is_exported_again(tmp_path, caplog, kind):
+    right = settled(lazy(Small()), tmp_path).embed(images(3))
+    (file,) = tmp_path.rglob("*.onnx")
+    content = file.read_bytes()
+    other = Small()
+    with torch.no_grad():
+        other.conv.weight[0, 0] += 0.05
+    if kind == "flipped":  # in the weights: it still runs
+        at = content.index(lazy(Small()).load().network.conv.weight.detach().numpy().tobytes()) + 3
+        changed = content[:at] + bytes([content[at] ^ 0x40]) + content[at + 1 :]
+    elif kind == "of another network":
+        settled(lazy(other, b"4" * 32), tmp_path)
+        changed = next(path for path in file.parent.iterdir() if path != file).read_bytes()
+    else:
+        exported = onnx_runtime.export(lazy(other).load())
+        changed = content.partition(b"\n")[0] + b"\n" + exported if kind == "planted" else exported
+    file.write_bytes(changed)
+    assert np.array_equal(settled(lazy(Small()), tmp_path).embed(images(3)), right)
+    assert "not as it was written" in caplog.text
+    assert file.read_bytes() == content
+
+
+def test_a_refusal_that_is_no_text_is_tried_again(tmp_path, caplog):
+    settled(lazy(Untraceable()), tmp_path)
+    (file,) = tmp_path.rglob("*.refused")
+    file.write_bytes(b"\xff\xfe no UTF-8")
+    assert choose_runtime(lazy(Small()), ONNX, 10, 32, tmp_path).name == ONNX
+    assert "1.refused is not used, but made again" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_costs_the_next_run_an_export(tmp_path, caplog):
