@@ -15,7 +15,7 @@ from posixpath import basename
 import numpy as np
 
 from get_images import ImageFile, label_of
-from retrieval.errors import InputError
+from retrieval.errors import InputError, printable
 from retrieval.metrics import require_labels
 
 SHOWN = 3  # names in a sentence
@@ -124,10 +124,5 @@ def listed(what: str, names: list[str]) -> str:
     >>> listed("unknown queries", ["a", "b", "c", "d"])
     'unknown queries: 4 (a, b, c, …)'
     """
-    shown = ", ".join(_printable(name if len(name) <= 60 else f"{name[:59]}…") for name in names[:SHOWN])
+    shown = ", ".join(printable(name if len(name) <= 60 else f"{name[:59]}…") for name in names[:SHOWN])
     return f"{what}: {len(names)} ({shown}{', …' * (len(names) > SHOWN)})"
-
-
-def _printable(text: str) -> str:
-    """Escape what moves a terminal's cursor, reverses the writing, or is half a surrogate pair."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
