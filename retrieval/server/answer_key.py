@@ -17,6 +17,7 @@ import numpy as np
 from get_images import ImageFile, label_of
 from retrieval.errors import InputError, printable
 from retrieval.metrics import require_labels
+from retrieval.submission.protocol import NAMES_PER_QUERY
 
 SHOWN = 3  # names in a sentence
 
@@ -37,6 +38,13 @@ class AnswerKey:
     def ambiguous(self) -> set[str]:
         """The base names that several images of a side have: only the whole path tells which is meant."""
         return repeated(map(basename, self.queries)) | repeated(map(basename, self.gallery))
+
+    @cached_property
+    def most_bytes(self) -> int:
+        """The most bytes of a body: twice those of the longest right submission, and 64 kB more."""
+        longest = max(len(json.dumps(name)) for name in self.gallery)
+        names = sum(len(json.dumps(query)) + NAMES_PER_QUERY * (longest + 2) + 4 for query in self.queries)
+        return 2 * names + 2**16
 
     def public_queries(self, share: float, seed: int) -> tuple[str, ...]:
         """Draw a share of the queries, at least one, seeded."""

@@ -62,6 +62,7 @@ class _TimedAdapter(HTTPAdapter):
 
         class Timed(pool.ConnectionCls):
             def connect(self) -> None:
+                """Connect as urllib3 does, and start the timer."""
                 super().connect()
                 deadline.start(self.sock)
 

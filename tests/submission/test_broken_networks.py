@@ -1,4 +1,4 @@
-"""Hostile servers, and a sample of the campaign of which `python -m tests.torture.network` tries all kinds."""
+"""Hostile servers, and a sample of the campaign `python -m tests.torture.network`."""
 
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +10,8 @@ from torture.network import BEHAVIOURS, KINDS, MOMENTS, attempt
 
 SAMPLE = sorted(random.Random(0).sample(sorted(KINDS), 60))
 FELL = ["answer: two lengths", "100 Continue for ever", "drip headers after the status line",
-        "chunks that drip", "answer 307 to another port", "answer 308 to another host", "answer 307 to a password",
-        "answer: a reason of control characters"]  # fmt: skip
+        "chunks that drip", "answer 307 to another port", "answer 308 to another host",
+        "answer 307 to a password", "answer: a reason of control characters"]  # fmt: skip
 
 
 def test_every_behaviour_meets_every_moment():
