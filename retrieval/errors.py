@@ -29,6 +29,17 @@ class StopError(BaseException):
         self.status = status
 
 
+def printable(text: str) -> str:
+    """Escape what moves a terminal's cursor, reverses the writing, or is half a surrogate pair.
+
+    Text of others passes through it before it stands in a sentence.
+
+    >>> printable("No\\x1b[2J")
+    'No\\\\x1b[2J'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return the end of a sentence about an unknown name: the known name most like it, or nothing."""
     close = difflib.get_close_matches(word, known, n=1)

@@ -253,5 +253,6 @@ def _value_sentence(
     value = ",".join(map(str, value)) if isinstance(value, list) else str(value)
     default = "the argument" if value in arguments else f"the script's default for --{name}"
     where = origins.get(name, default)
-    shown = repr(value) if re.search(CONTROL, value) else f"'{value}'"
+    shown = re.sub(r"://\S*@", "://***@", value)  # a URL may hold a password
+    shown = repr(shown) if re.search(CONTROL, shown) else f"'{shown}'"
     return f"{where} is {shown}: {what}"

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
@@ -52,13 +52,37 @@ def _existing_folder(path: Path) -> Path:
     return path
 
 
-def _server_url(url: str) -> str:
+def masked(text: str) -> str:
+    """Hide the user name and the password of each URL in a text.
+
+    >>> masked("POST to http://team:secret@10.0.0.7:3001/retrieval/")
+    'POST to http://***@10.0.0.7:3001/retrieval/'
+    """
+    return re.sub(r"(?<=://)[^/?#\s]*@", "***@", text)
+
+
+class Url(str):
+    """A URL whose text is masked, so that no log, file or page can show its password.
+
+    Only who opens a connection takes the whole URL, `full`.
+    """
+
+    __slots__ = ("full",)
+
+    def __new__(cls, url: str) -> Self:
+        full = getattr(url, "full", url)
+        made = super().__new__(cls, masked(full))
+        made.full = full
+        return made
+
+
+def _server_url(url: str) -> Url:
     """Check a URL and strip the blanks around it. LOCAL and '' (send nothing) pass."""
     stripped = url.strip()
     if stripped != url:
-        log.warning("removed the blanks around the server's URL: %s", stripped)
+        log.warning("removed the blanks around the server's URL: %s", masked(stripped))
     if stripped == LOCAL:
-        return stripped
+        return Url(stripped)
     try:
         parts = urlsplit(stripped)
         valid = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
@@ -68,7 +92,7 @@ def _server_url(url: str) -> str:
         raise ValueError("a server's URL looks like http://10.0.0.7:3001/retrieval/")
     if stripped and parts.hostname == "host":
         raise ValueError("HOST stands for the name or the address of your server")
-    return stripped
+    return Url(stripped)
 
 
 def _not_blank(text: str) -> str:

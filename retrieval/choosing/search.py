@@ -337,12 +337,12 @@ class Search:
 
     def arguments(self, settings: Form) -> list[str]:
         """Return the arguments of the script that runs the best recipe, saves, sends and shows."""
-        given = {"recipe": self.folder / RECIPE, "group_token": settings.group_token.get_secret_value()}
+        given = {"recipe": self.folder / RECIPE, "group_token": settings.group_token.get_secret_value(),
+                 "server_url": settings.server_url.full}  # fmt: skip
         for name in (
             "query_dir",
             "gallery_dir",
             "output_dir",
-            "server_url",
             "group_name",
             "device",
             "cache_dir",

@@ -24,6 +24,7 @@ from retrieval.report.results import Results
 from retrieval.report.thumbnails import draw_matches
 from retrieval.report.viewer import Matches, page_data
 from retrieval.run import Outcome, Run
+from retrieval.settings import masked
 
 PAGE, SHEET = "report.html", "similar_images.png"
 TEMPLATES = Path(__file__).with_name("templates")
@@ -80,8 +81,8 @@ def _charts(results: Results, matches: Matches) -> list[Chart]:
 
 
 def _command(run: Run) -> str:
-    """Return the command line that started the run, with the token hidden."""
-    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    """Return the command line that started the run, with the token and a URL's password hidden."""
+    command = shlex.join(["python", Path(sys.argv[0]).name, *map(masked, sys.argv[1:])])
     token = run.settings.group_token.get_secret_value()
     return command.replace(token, str(run.settings.group_token)) if token else command
 

@@ -18,7 +18,7 @@ from retrieval.console import run_script  # first, since it checks that the pack
 
 # isort: split
 from get_images import find_query_and_gallery
-from retrieval.errors import StopError
+from retrieval.errors import RunError, StopError
 from retrieval.forms import Form
 from retrieval.server.answer_key import key_of_folders, key_of_table
 from retrieval.server.database import Database
@@ -58,6 +58,8 @@ class Settings(Form):
     """submissions per minute of a group"""
     per_address: PositiveInt | None = None
     """submissions per minute of a network address; a lecture hall may share an address (default: no limit)"""
+    behind_proxy: str | None = None
+    """address of a reverse proxy, such as 127.0.0.1, whose X-Forwarded-For is believed (default: nobody's)"""
 
 
 def main(form: Settings) -> None:
@@ -66,7 +68,8 @@ def main(form: Settings) -> None:
     key = key_of_table(form.answers, *images) if form.answers else key_of_folders(*images)
     public = key.public_queries(form.public_share, form.seed) if form.public_share else None
     tokens = read_tokens(form.tokens) if form.tokens else None
-    rules = Rules(form.closes_at, public, form.hide_scores, tokens, form.per_minute, form.per_address)
+    rules = Rules(form.closes_at, public, form.hide_scores, tokens, form.per_minute, form.per_address,
+                  form.behind_proxy)  # fmt: skip
     listening = listen(form.host, form.port)
     database = Database(form.database, key.digest(public))
     log.info("%d queries in %d gallery images of %d identities; %s holds %d submissions", len(key.queries),
@@ -75,6 +78,11 @@ def main(form: Settings) -> None:
     log.info("POST to %sretrieval/, and see %s in a browser; Ctrl-C ends", url, url)
     try:
         make_server(key, database, rules).run([listening])
+        if not database.in_place():
+            raise RunError(
+                f"{form.database} was deleted or replaced while the server ran: all submissions that it "
+                f"answered are in {database.rescue()}; start again with that as --database"
+            )
     finally:
         database.close()
 

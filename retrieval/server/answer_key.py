@@ -15,8 +15,9 @@ from posixpath import basename
 import numpy as np
 
 from get_images import ImageFile, label_of
-from retrieval.errors import InputError
+from retrieval.errors import InputError, printable
 from retrieval.metrics import require_labels
+from retrieval.submission.protocol import NAMES_PER_QUERY
 
 SHOWN = 3  # names in a sentence
 
@@ -37,6 +38,13 @@ class AnswerKey:
     def ambiguous(self) -> set[str]:
         """The base names that several images of a side have: only the whole path tells which is meant."""
         return repeated(map(basename, self.queries)) | repeated(map(basename, self.gallery))
+
+    @cached_property
+    def most_bytes(self) -> int:
+        """The most bytes of a body: twice those of the longest right submission, and 64 kB more."""
+        longest = max(len(json.dumps(name)) for name in self.gallery)
+        names = sum(len(json.dumps(query)) + NAMES_PER_QUERY * (longest + 2) + 4 for query in self.queries)
+        return 2 * names + 2**16
 
     def public_queries(self, share: float, seed: int) -> tuple[str, ...]:
         """Draw a share of the queries, at least one, seeded."""
@@ -124,10 +132,5 @@ def listed(what: str, names: list[str]) -> str:
     >>> listed("unknown queries", ["a", "b", "c", "d"])
     'unknown queries: 4 (a, b, c, …)'
     """
-    shown = ", ".join(_printable(name if len(name) <= 60 else f"{name[:59]}…") for name in names[:SHOWN])
+    shown = ", ".join(printable(name if len(name) <= 60 else f"{name[:59]}…") for name in names[:SHOWN])
     return f"{what}: {len(names)} ({shown}{', …' * (len(names) > SHOWN)})"
-
-
-def _printable(text: str) -> str:
-    """Escape what moves a terminal's cursor, reverses the writing, or is half a surrogate pair."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

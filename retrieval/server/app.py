@@ -9,7 +9,6 @@ import logging
 import re
 import sqlite3
 from base64 import b64encode
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from retrieval.html import render
 from retrieval.server.answer_key import AnswerKey
 from retrieval.server.database import Database, Standing
 from retrieval.server.endpoint import SAFE, SubmissionEndpoint, json_answer
+from retrieval.server.kept import Kept
 from retrieval.server.rules import Rules, moment
 from retrieval.submission.protocol import SHAPE, TOKEN
 
@@ -55,11 +55,14 @@ def make_app(key: AnswerKey, database: Database, rules: Rules) -> FastAPI:
         """Render a template, which may use `rules`, `moment` and `line`."""
         return render(TEMPLATES, template, rules=rules, line=_line, moment=moment, **values)
 
-    @lru_cache(maxsize=1)  # a hall full of browsers asks for the page, which seldom changes
-    def leaderboard_page(*_: object) -> bytes:
-        """Render the leaderboard. The arguments are a cache key: they change whenever the page does."""
+    def draw_leaderboard() -> Response:
+        """Answer with the leaderboard of now."""
         standings, queries = database.standings(rules.partly), rules.public if rules.partly else key.queries
-        return show("leaderboard.html", standings=standings, queries=len(queries), gallery=len(key.gallery))
+        return _page(
+            show("leaderboard.html", standings=standings, queries=len(queries), gallery=len(key.gallery))
+        )
+
+    board, board_as_csv = Kept(draw_leaderboard), Kept(lambda: _as_csv(database.standings(rules.partly)))
 
     @app.post("/retrieval/", summary="Score a submission", responses=REFUSALS)
     async def retrieval(request: Request) -> Response:
@@ -69,7 +72,7 @@ def make_app(key: AnswerKey, database: Database, rules: Rules) -> FastAPI:
     @app.get("/", response_class=HTMLResponse, summary="The leaderboard")
     def leaderboard(request: Request) -> Response:
         """Answer with the page, or with 304 if the browser has it already."""
-        answer = _page(leaderboard_page(database.version(), rules.partly, rules.closed))
+        answer = board.at(_state(database, rules))
         etag = answer.headers["ETag"]
         if request.headers.get("If-None-Match") == etag:
             return Response(status_code=304, headers=SAFE | {"ETag": etag})
@@ -78,13 +81,13 @@ def make_app(key: AnswerKey, database: Database, rules: Rules) -> FastAPI:
     @app.head("/leaderboard.csv", include_in_schema=False)
     @app.get("/leaderboard.csv", response_class=PlainTextResponse, summary="The leaderboard as a table")
     def table() -> Response:
-        return Response(_as_csv(database.standings(rules.partly)), headers=SAFE, media_type="text/csv")
+        return board_as_csv.at(_state(database, rules))
 
     @app.head("/submissions/{group:path}", include_in_schema=False)
     @app.get("/submissions/{group:path}", response_class=HTMLResponse, summary="A group's own history")
     def submissions(request: Request, group: str) -> Response:
         """Show the group's scores, and its refused submissions with the reasons."""
-        team = group or request.query_params.get("group", "")
+        team = database.known(group or request.query_params.get("group", ""))
         scored, refused = database.submissions_of(team, rules.partly), database.refused_of(team)
         page = show("submissions.html", team=team, scored=scored, refused=refused)
         return _page(page, 200 if scored or refused else 404)
@@ -135,14 +138,19 @@ async def _answer_database_error(_: Request, error: sqlite3.Error) -> Response:
 # ---- what the pages show --------------------------------------------------------------------------
 
 
-def _as_csv(standings: list[Standing]) -> str:
-    """Return the leaderboard as a CSV table."""
+def _state(database: Database, rules: Rules) -> tuple[int, bool, bool]:
+    """Return what changes whenever the leaderboard does."""
+    return database.version(), rules.partly, rules.closed
+
+
+def _as_csv(standings: list[Standing]) -> Response:
+    """Answer with the leaderboard as a CSV table."""
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["rank", "group", "score", "time", "submissions"])
     for rank, standing in enumerate(standings, 1):
         writer.writerow([rank, _no_formula(standing.team), standing.best, standing.when, standing.count])
-    return text.getvalue()
+    return Response(text.getvalue(), headers=SAFE, media_type="text/csv")
 
 
 def _no_formula(text: str) -> str:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sqlite3
 import threading
+import time
 import zlib
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from retrieval.errors import InputError
+from retrieval.server.group_names import folded
 
 SCHEMA = """
 BEGIN IMMEDIATE;
@@ -66,6 +69,10 @@ class Database:
         self._lock = threading.Lock()
         try:
             self._connection = self._open(competition)
+            self._file = os.stat(path)
+            self._spellings: dict[str, str] = {}
+            for (team,) in self._run("SELECT team FROM submissions UNION ALL SELECT team FROM refused"):
+                self.spelling(team)
         except sqlite3.Error as error:
             raise InputError(
                 f"{path} cannot be used as a database ({error}): give another --database"
@@ -102,11 +109,33 @@ class Database:
               ranks: bytes) -> tuple[str, int]:  # fmt: skip
         """Store a submission; return when its body first came from this group, and how often again since."""
         digest, packed = hashlib.sha256(body).hexdigest(), zlib.compress(body, 1)
-        return self._run(STORE, team, received, digest, packed, accuracy, public_accuracy, ranks)[0]
+        return self._write(STORE, team, received, digest, packed, accuracy, public_accuracy, ranks)[0]
 
     def refuse(self, team: str, received: str, status: int, reason: str) -> None:
         """Store a refused submission."""
-        self._run(REFUSE, team, received, status, reason[:1000])
+        self._write(REFUSE, team, received, status, reason[:1000])
+
+    def spelling(self, team: str) -> str:
+        """Return how the group wrote its name first: names that look the same are one group."""
+        return self._spellings.setdefault(folded(team), team)
+
+    def known(self, team: str) -> str:
+        """Return the spelling of a group that has submitted; of another one the name itself."""
+        return self._spellings.get(folded(team), team)
+
+    def in_place(self) -> bool:
+        """Return whether the file is the one that was opened: neither deleted nor replaced by another."""
+        try:
+            return os.path.samestat(os.stat(self.path), self._file)
+        except OSError:
+            return False
+
+    def rescue(self) -> Path:
+        """Write a copy of what the opened file holds, even if that was deleted; return the copy's path."""
+        copy = self.path.with_name(f"{self.path.stem}-{time.strftime('%Y%m%d-%H%M%S')}.sqlite")
+        with self._lock:
+            self._connection.execute("VACUUM INTO ?", [str(copy)])
+        return copy
 
     def close(self) -> None:
         """Close the file."""
@@ -145,6 +174,13 @@ class Database:
     def version(self) -> int:
         """Return a number that changes with every write."""
         return self._connection.total_changes
+
+    def _write(self, statement: str, *values: object) -> list[tuple]:
+        """Run a statement that writes. Raises sqlite3.Error if its row is not on the disk, in the file."""
+        rows = self._run(statement, *values)
+        if not self.in_place():
+            raise sqlite3.OperationalError(f"{self.path} was deleted or replaced")
+        return rows
 
     def _run(self, statement: str, *values: object) -> list[tuple]:
         """Run a statement in a transaction of its own, and return its rows."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import logging
 import math
@@ -18,13 +17,17 @@ from starlette.requests import ClientDisconnect
 
 from retrieval.server.answer_key import AnswerKey
 from retrieval.server.database import Database
+from retrieval.server.group_names import folded
 from retrieval.server.rules import Rules, moment
 from retrieval.server.scoring import RefusedError, judge, parse, score
 from retrieval.submission.protocol import TOKEN
 
-MOST_BYTES = 16 * 2**20  # of a body: a submission of 1455 queries has 0.6 MB
 SECONDS_FOR_A_BODY = 30
+MOST_READ = 16 * 2**20  # bytes; a client reads the answer 413 only if its body is read to the end
+MOST_REFUSED = 600  # bodies of an address in a minute, without tokens; a lecture hall may share an address
 MINUTE = 60  # seconds
+TOO_MANY = 429
+CLOSE = {"Connection": "close"}
 SAFE = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
 
 log = logging.getLogger("retrieval.server")
@@ -39,19 +42,31 @@ class SubmissionEndpoint:
         self.thread = anyio.CapacityLimiter(1)
         self.groups = RateLimit("group", rules.per_minute)
         self.addresses = RateLimit("address", rules.per_address or math.inf)
+        self.refused = RateLimit("address", MOST_REFUSED)
+        self.owners = {token: folded(group) for group, token in (rules.tokens or {}).items()}
 
     async def answer(self, request: Request) -> Response:
-        """Score and store a submission, or answer and log why it is refused."""
+        """Score and store a submission, or answer and log why it is refused.
+
+        What costs least comes first: the address, the time, the token, and only then the body.
+        """
+        address, owner = request.client.host if request.client else "", ""
         try:
-            self.addresses.count(request.client.host if request.client else "")
+            self.addresses.count(address)
             self._require_open()
-            body = await _read(request)
+            owner = self._owner(request.headers.get(TOKEN, ""))
+            if owner:
+                self.groups.count(owner)
+            else:
+                self.refused.check(address)
+            body = await _read(request, self.key.most_bytes)
             self._require_open()  # a body may take its time
             received = self.rules.now().isoformat(timespec="milliseconds")
-            token = request.headers.get(TOKEN, "")
-            reply = await anyio.to_thread.run_sync(self._score, body, received, token, limiter=self.thread)
+            reply = await anyio.to_thread.run_sync(self._score, body, received, owner, limiter=self.thread)
             return json_answer(reply)
         except RefusedError as refused:
+            if not owner and refused.status != TOO_MANY:
+                self.refused.add(address)
             log.info("refused with %d: %s", refused.status, refused)
             return json_answer({"detail": str(refused)}, refused.status, refused.headers)
         except asyncio.CancelledError:  # it may be on the disk already, and is then answered as a repeat
@@ -65,14 +80,23 @@ class SubmissionEndpoint:
         if self.rules.closed:
             raise RefusedError(f"the competition closed at {moment(self.rules.closes_at)}", 403)
 
-    def _score(self, body: bytes, received: str, token: str) -> dict[str, Any]:
+    def _owner(self, token: str) -> str:
+        """Return the folded name of the group whose token this is; '' where anybody may submit."""
+        if self.rules.tokens is not None and token not in self.owners:
+            raise RefusedError(f"the header {TOKEN} does not hold this group's token", 403)
+        return self.owners.get(token, "")
+
+    def _score(self, body: bytes, received: str, owner: str) -> dict[str, Any]:
         """Store a submission and return the reply, or store its refusal. Raises RefusedError."""
         submission = parse(body)
-        team = submission.group
-        self._admit(team, token)
+        if owner not in ("", folded(submission.group)):
+            raise RefusedError(f"the header {TOKEN} does not hold this group's token", 403)
+        if not owner:
+            self.groups.count(folded(submission.group))
+        team = self.database.spelling(submission.group)
         try:
             first = judge(submission, self.key)
-        except RefusedError as error:  # _admit has passed: the group itself sent it
+        except RefusedError as error:  # its token was right: the group itself sent it
             self.database.refuse(team, received, error.status, str(error))
             raise
         accuracy, _ = score(first, self.key)
@@ -84,14 +108,6 @@ class SubmissionEndpoint:
         if not self.rules.hide_scores:  # as the competition's server replies
             reply["scores"] = scores
         return reply | ({"repeat": True} if repeats else {})
-
-    def _admit(self, team: str, token: str) -> None:
-        """Raise RefusedError unless the group has sent its token, and may submit now."""
-        if self.rules.tokens is not None:
-            wanted = self.rules.tokens.get(team, "")
-            if not hmac.compare_digest(token.encode(), wanted.encode()) or not wanted:
-                raise RefusedError(f"the header {TOKEN} does not hold this group's token", 403)
-        self.groups.count(team)
 
 
 class RateLimit:
@@ -106,32 +122,43 @@ class RateLimit:
         self.ends = 0.0  # when this minute ends, by the monotonic clock
 
     def count(self, who: str) -> None:
-        """Count a submission. Raises RefusedError if there were too many in this minute."""
+        """Count a submission. Raises as check."""
+        self.check(who)
+        self.add(who)
+
+    def add(self, who: str) -> None:
+        """Count a submission in any case."""
+        self.counts[who] += 1
+
+    def check(self, who: str) -> None:
+        """Raise RefusedError if there were too many in this minute."""
         now = time.monotonic()
         if now >= self.ends:
             self.counts, self.ends = Counter(), now + MINUTE
         if self.counts[who] >= self.most:
             seconds = math.ceil(self.ends - now)
             sentence = f"more than {self.most} submissions a minute by this {self.kind}: wait {seconds} s"
-            raise RefusedError(sentence, 429, {"Retry-After": str(seconds)})
-        self.counts[who] += 1
+            raise RefusedError(sentence, TOO_MANY, {"Retry-After": str(seconds)})
 
 
-async def _read(request: Request) -> bytes:
-    """Read the body. Raises RefusedError if it is too large, too slow or breaks off."""
-    body = bytearray()
+async def _read(request: Request, most: int) -> bytes:
+    """Read the body. Raises RefusedError if it has more than `most` bytes, is too slow or breaks off."""
+    body, size = bytearray(), 0
     try:
         async with asyncio.timeout(SECONDS_FOR_A_BODY):
             async for part in request.stream():
-                body += part
-                if len(body) > MOST_BYTES:
-                    large = f"the body is larger than {MOST_BYTES / 2**20:g} MB"
-                    raise RefusedError(large, 413, {"Connection": "close"})
+                size += len(part)
+                if size <= most:
+                    body += part
+                elif size > MOST_READ:
+                    break
     except ClientDisconnect:
         raise RefusedError("the body broke off", 400) from None
     except TimeoutError:
         slow = f"the body did not come within {SECONDS_FOR_A_BODY} s"
-        raise RefusedError(slow, 408, {"Connection": "close"}) from None
+        raise RefusedError(slow, 408, CLOSE) from None
+    if size > most:
+        raise RefusedError(f"the body is larger than {most} bytes, twice what a submission takes", 413, CLOSE)
     return bytes(body)
 
 

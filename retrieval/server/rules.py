@@ -9,6 +9,7 @@ from pathlib import Path
 
 from retrieval.errors import InputError
 from retrieval.server.answer_key import read_pairs
+from retrieval.server.group_names import folded
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Rules:
     tokens: dict[str, str] | None = None  # group → token; None: anybody may submit
     per_minute: int = 60  # submissions of a group
     per_address: int | None = None  # submissions of an address in a minute
+    behind_proxy: str | None = None  # the proxy's address: its X-Forwarded-For tells who submits
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
 
     @property
@@ -43,9 +45,13 @@ def moment(when: datetime | str) -> str:
 def read_tokens(table: Path) -> dict[str, str]:
     """Read the token of each group from a CSV table of lines `group,token`. Raises InputError for others."""
     tokens: dict[str, str] = {}
+    groups: set[str] = set()
     for where, (group, token) in read_pairs(table, "group", "token"):
-        if group in tokens:
+        if folded(group) in groups:
             raise InputError(f"{where}: {group} has a token on an earlier line")
+        if token in tokens.values():
+            raise InputError(f"{where}: the token of {group} is another group's on an earlier line")
+        groups.add(folded(group))
         if not token.isascii() or not token.isprintable():  # no header could hold it
             raise InputError(f"{where}: the token of {group} is not of ASCII letters, digits and signs")
         tokens[group] = token

@@ -11,6 +11,7 @@ from typing import Any
 
 from retrieval.metrics import POINTS, competition_score, first_hit
 from retrieval.server.answer_key import AnswerKey, listed, repeated
+from retrieval.server.group_names import folded
 from retrieval.submission.protocol import NAMES_PER_QUERY, SHAPE, is_list_of_names
 
 LONGEST_GROUP = 100  # characters
@@ -71,7 +72,7 @@ def _check_shape(content: Any) -> Submission:
 def _is_readable(text: str) -> bool:
     """Return whether a text shows something, without control characters and halves of surrogate pairs."""
     kinds = {unicodedata.category(letter) for letter in text}
-    return not kinds & {"Cc", "Cs"} and any(kind[0] not in "CZ" for kind in kinds)
+    return not kinds & {"Cc", "Cs"} and any(kind[0] not in "CZ" for kind in kinds) and bool(folded(text))
 
 
 # ---- judge ----------------------------------------------------------------------------------------
@@ -83,6 +84,9 @@ def judge(submission: Submission, key: AnswerKey) -> dict[str, int]:
     The queries are in the key's order. Raises RefusedError, which names the first offenders, unless each
     query of the key has 1 to NAMES_PER_QUERY different gallery images.
     """
+    sent, asked = len(submission.images), len(key.queries)
+    if sent > 2 * asked:  # so many names are not looked at
+        raise RefusedError(f"{sent} queries, and the competition has {asked}: send each of them once")
     problems = _problems(submission.images, key)
     if problems:
         raise RefusedError("; ".join(problems))

@@ -44,16 +44,23 @@ def url_of(listening: socket.socket) -> str:
 
 
 def make_server(key: AnswerKey, database: Database, rules: Rules) -> uvicorn.Server:
-    """Return a server that is ready to run on a listening socket."""
+    """Return a server that is ready to run on a listening socket. It ends if the database loses its file."""
     import uvicorn
 
     from retrieval.server.app import make_app
+    from retrieval.server.connections import TimedProtocol
+
+    async def look_after_the_database() -> None:
+        server.should_exit = server.should_exit or not database.in_place()
 
     config = uvicorn.Config(
-        make_app(key, database, rules), log_config=None, access_log=False, server_header=False,
-        timeout_keep_alive=15, timeout_graceful_shutdown=LONGEST_END, backlog=2048,
+        make_app(key, database, rules), http=TimedProtocol, log_config=None, access_log=False,
+        server_header=False, proxy_headers=bool(rules.behind_proxy), forwarded_allow_ips=rules.behind_proxy,
+        timeout_graceful_shutdown=LONGEST_END, backlog=2048,
+        callback_notify=look_after_the_database, timeout_notify=1,
     )  # fmt: skip
-    return uvicorn.Server(config)
+    server = uvicorn.Server(config)
+    return server
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import ipaddress
 import json
 import logging
@@ -12,16 +13,21 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import unquote_to_bytes, urljoin, urlsplit
 
 import requests
 from urllib3.exceptions import HTTPError, NewConnectionError, ReadTimeoutError
 
+from retrieval.errors import printable
 from retrieval.files import write_whole
 from retrieval.run import Outcome, set_aside
+from retrieval.settings import Url, masked
+from retrieval.submission.deadline import Deadline
 from retrieval.submission.protocol import TOKEN
 
 REDIRECTS = 3
+MOST_REPLY = 16 * 2**20  # bytes; a reply to 1455 queries has some 0.1 MB
+TOO_SLOW = "did not end its answer in time"
 
 NOT_SENT = Outcome("saved", "scored by the folder labels (--custom_dataset): nothing was sent")
 
@@ -43,8 +49,9 @@ def send_submission(
 ) -> Outcome:
     """POST a saved submission and keep the server's reply beside it, as received, in reply.txt.
 
-    `token` is the group's, for a server that asks for one. `timeouts` are the seconds to connect, and the
-    seconds to wait for the answer and read it. If the connection is refused or reset, or the server answers
+    `url` may hold a user name and a password, which no sentence shows. `token` is the group's, for a server
+    that asks for one. `timeouts` are the seconds to connect, and the seconds from then until the answer has
+    been read to its end. If the connection is refused or reset, or the server answers
     with 5xx, the POST is repeated up to `retries` times, after 1, 2, 4, 8 … times `backoff` seconds; the log
     says whether an earlier POST may have been counted. The returned outcome tells of every failure of the
     network or the server and of Ctrl-C: none of them raises.
@@ -52,6 +59,7 @@ def send_submission(
     if not url:
         what = f"{path} is not sent: set SERVER_URL or --server_url, or send it with"
         return Outcome("saved", f"{what}\n    {command_to_send(path)}")
+    url = Url(url)
     body = path.read_bytes()
     submission = json.loads(body)
     _warn_of_folders(submission, url)
@@ -63,6 +71,7 @@ def send_submission(
             posting = True
             outcome, fate_now, again = _post(path, body, url, token, timeouts)
             posting = False
+            outcome = replace(outcome, sentence=printable(outcome.sentence))  # it holds the server's words
             fate = MAYBE_COUNTED if fate == MAYBE_COUNTED else fate_now
             if not again or attempt == retries:
                 break
@@ -78,11 +87,11 @@ def send_submission(
     return outcome
 
 
-def _warn_of_folders(submission: dict[str, Any], url: str) -> None:
+def _warn_of_folders(submission: dict[str, Any], url: Url) -> None:
     """Warn if names hold folders and the server is another machine: a competition knows base names only."""
     names = [*submission["images"], *chain(*submission["images"].values())]
     nested = [name for name in names if "/" in name]
-    if nested and not _is_loopback(urlsplit(url).hostname):
+    if nested and not _is_loopback(urlsplit(url.full).hostname):
         log.warning("names such as %s hold folders, and a competition's server knows base names only: "
                     "give it flat folders", nested[0])  # fmt: skip
 
@@ -100,49 +109,93 @@ def command_to_send(path: Path, url: str = "http://HOST:3001/retrieval/") -> str
 
 
 def _post(
-    path: Path, body: bytes, url: str, token: str, timeouts: tuple[float, float]
+    path: Path, content: bytes, url: Url, token: str, timeouts: tuple[float, float]
 ) -> tuple[Outcome, str, bool]:
     """POST once; return the outcome, the fate of the submission, and whether to try again.
 
-    A redirect by 307 or 308 asks for the same POST elsewhere, and is followed. After any other redirect the
-    submission may have been counted, so the client stops there and says so.
+    A redirect by 307 or 308 asks for the same POST elsewhere. It is followed on the same server only, because
+    the token and the submission are meant for nobody else. After any other redirect the submission may have
+    been counted, so the client stops there.
     """
     headers = {"Content-Type": "application/json"} | ({TOKEN: token} if token else {})
     # a proxy that the environment sets is not meant for this machine itself
-    proxies = {"no_proxy": "*"} if _is_loopback(urlsplit(url).hostname) else None
-    try:
-        for _ in range(1 + REDIRECTS):
-            response = requests.post(url, data=body, headers=headers, timeout=timeouts, stream=True,
-                                     allow_redirects=False, proxies=proxies)  # fmt: skip
-            if response.status_code not in (307, 308):
-                break
-            url = urljoin(url, response.headers.get("Location", ""))
-    except (requests.RequestException, ValueError) as error:  # ValueError: of a URL that leads nowhere
-        sentence, fate, again = _network_failure(error, url)
-        return Outcome("failed", sentence), fate, again
-    reply = bytearray()
-    try:
-        broken = _read_to_the_end(response, reply, timeouts[1])
-    finally:
-        _keep_reply(path.with_name("reply.txt"), bytes(reply))
-        response.close()
+    proxies = {"no_proxy": "*"} if _is_loopback(urlsplit(url.full).hostname) else None
+    options = {"headers": headers, "auth": _credentials(url), "proxies": proxies, "timeout": timeouts,
+               "stream": True, "allow_redirects": False}  # fmt: skip
+    sent = False  # whether the first byte of the body has left
+    for _ in range(1 + REDIRECTS):
+        body, reply = io.BytesIO(content), bytearray()
+        with Deadline(timeouts[1]) as deadline:
+            try:
+                response = deadline.session.post(url.full, data=body, **options)
+                broken = _read_to_the_end(response, reply)
+            except (requests.RequestException, ValueError) as error:  # ValueError: a URL that leads nowhere
+                sent = sent or body.tell() > 0  # the connection reads the body only to send it
+                sentence, again = _network_failure(error, url, sent, deadline.passed)
+                return Outcome("failed", sentence), MAYBE_COUNTED if sent else NOTHING_SENT, again
+            finally:
+                _keep_reply(path.with_name("reply.txt"), bytes(reply))
+        sent = True
+        target = _target_on_same_server(response, url)
+        if not target:
+            break
+        url = target
     turned_away = 400 <= response.status_code < 500 or response.status_code in (301, 307, 308)
     fate = REFUSED if turned_away else MAYBE_COUNTED
+    broken = TOO_SLOW if deadline.passed else broken
     return _read_reply(response, bytes(reply), broken), fate, response.status_code >= 500
 
 
-def _read_to_the_end(response: requests.Response, reply: bytearray, seconds: float) -> str:
+def _credentials(url: Url) -> tuple[bytes, bytes] | None:
+    """Return the user name and the password in a URL, for HTTP's basic authentication."""
+    parts = urlsplit(url.full)
+    if parts.username is None:
+        return None
+    return unquote_to_bytes(parts.username), unquote_to_bytes(parts.password or "")
+
+
+def _target_on_same_server(response: requests.Response, url: Url) -> Url | None:
+    """Return where a redirect by 307 or 308 leads, if that is the same scheme, host and port."""
+    location = response.headers.get("Location")
+    if response.status_code not in (307, 308) or not location:
+        return None
+    try:
+        target = Url(urljoin(url.full, location))
+        return target if _origin(target) == _origin(url) else None
+    except ValueError:  # the port is not a number, or a bracket is missing
+        return None
+
+
+def _advice(response: requests.Response) -> str:
+    """Return what to do about a redirect by 307 or 308 to another server, or ''."""
+    url = Url(response.url)
+    if response.status_code not in (307, 308) or _target_on_same_server(response, url):
+        return ""
+    try:
+        target = Url(urljoin(url.full, response.headers.get("Location", "")))
+    except ValueError:
+        return ""
+    return f", another server, which was sent nothing: if you trust it, give --server_url {target[:200]}"
+
+
+def _origin(url: Url) -> tuple[str, str | None, int | None]:
+    parts = urlsplit(url.full)
+    return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def _read_to_the_end(response: requests.Response, reply: bytearray) -> str:
     """Read the body into `reply`, however slowly it comes; return why it stayed incomplete, or ''."""
-    deadline = time.monotonic() + seconds
     try:
         while chunk := response.raw.read1(2**16, decode_content=True):
             reply += chunk
-            if time.monotonic() > deadline:
-                return "did not end its answer in time"
+            if len(reply) > MOST_REPLY:
+                return f"sent more than {MOST_REPLY / 2**20:g} MB"
     except ReadTimeoutError:
-        return "did not end its answer in time"
+        return TOO_SLOW
     except HTTPError as error:
         return f"broke its answer off ({_system_message(error)})"
+    finally:
+        response.close()
     return ""
 
 
@@ -156,25 +209,27 @@ def _keep_reply(path: Path, reply: bytes) -> None:
         log.warning("the server's reply cannot be kept in %s: %s", path, error.strerror)
 
 
-def _network_failure(error: Exception, url: str) -> tuple[str, str, bool]:
-    """Return a sentence about the failure, the fate of the submission, and whether to try again."""
+def _network_failure(error: Exception, url: Url, sent: bool, late: bool) -> tuple[str, bool]:
+    """Return a sentence about the failure, and whether to try again.
+
+    `sent` says whether a part of the submission has left, `late` whether the deadline has passed.
+    """
     wrapped = getattr(error.args[0] if error.args else None, "reason", None)
     cause = _system_message(error)
     match error:
         case requests.ConnectTimeout():
-            return f"nothing answers at {url} (check host, port and network)", NOTHING_SENT, True
-        case requests.Timeout():
-            return f"{url} took the submission and did not answer in time", MAYBE_COUNTED, False
+            return f"nothing answers at {url} (check host, port and network)", True
+        case _ if late or isinstance(error, requests.Timeout):
+            return f"{url} took the submission and did not answer in time", False
         case requests.exceptions.SSLError():
-            fate = MAYBE_COUNTED if "EOF" in str(error) else NOTHING_SENT
-            return f"there is no secure connection to {url} ({cause}; is it http:// there?)", fate, False
+            return f"there is no secure connection to {url} ({cause}; is it http:// there?)", False
         case requests.exceptions.ProxyError():
-            return f"the proxy in http_proxy or https_proxy failed ({cause})", NOTHING_SENT, True
+            return f"the proxy in http_proxy or https_proxy failed ({cause})", True
         case requests.ConnectionError() if isinstance(wrapped, NewConnectionError):
-            return f"{url} cannot be reached ({cause}; check host and port)", NOTHING_SENT, True
+            return f"{url} cannot be reached ({cause}; check host and port)", True
         case requests.ConnectionError():
-            return f"{url} broke the connection off ({cause})", MAYBE_COUNTED, True
-    return f"{url} cannot be opened ({error})", NOTHING_SENT, False
+            return f"{url} broke the connection off ({cause})", True
+    return f"{url} {'gave an answer that is not HTTP' if sent else 'cannot be opened'} ({error})", False
 
 
 def _system_message(error: BaseException | None) -> str:
@@ -188,14 +243,14 @@ def _system_message(error: BaseException | None) -> str:
 def _read_reply(response: requests.Response, content: bytes, broken: str) -> Outcome:
     """Return the outcome that a reply stands for, with the score if there is one."""
     status = response.status_code
-    answered = f"the server answered {status} {response.reason or ''}".strip()
+    answered = f"the server answered {status} {(response.reason or '')[:100]}".strip()
     try:
         reply = json.loads(content)
     except (ValueError, RecursionError):
         reply = None
     if 300 <= status < 400:
-        target = response.headers.get("Location")
-        return Outcome("failed", f"{answered}, and points to {target}", status=status)
+        target = masked(response.headers.get("Location", "nowhere")[:200])
+        return Outcome("failed", f"{answered}, and points to {target}{_advice(response)}", status=status)
     if not response.ok or not isinstance(reply, dict):
         hint = " (check the URL, down to its last slash)" if status == 404 else ""
         kind = f" and {broken}" if broken else ", but not with the JSON of a score" if response.ok else ""

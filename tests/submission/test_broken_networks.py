@@ -1,0 +1,81 @@
+"""Hostile servers, and a sample of the campaign `python -m tests.torture.network`."""
+
+import random
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import Server, answer
+from test_client import quiet, send
+from torture.network import BEHAVIOURS, KINDS, MOMENTS, attempt
+
+SAMPLE = sorted(random.Random(0).sample(sorted(KINDS), 60))
+FELL = ["answer: two lengths", "100 Continue for ever", "drip headers after the status line",
+        "chunks that drip", "answer 307 to another port", "answer 308 to another host",
+        "answer 307 to a password", "answer: a reason of control characters"]  # fmt: skip
+
+
+def test_every_behaviour_meets_every_moment():
+    assert len(KINDS) >= len(BEHAVIOURS) * len(MOMENTS) + 60 > 150
+
+
+def test_no_broken_network_costs_a_submission_or_tells_a_lie():
+    kinds = sorted({*SAMPLE, *FELL})
+    with ThreadPoolExecutor(8) as pool:
+        broken = dict(
+            zip(kinds, pool.map(lambda kind: attempt(kind, random.Random(kind)), kinds), strict=True)
+        )
+    assert {kind: sentences for kind, sentences in broken.items() if sentences} == {}
+
+
+def raw(start, line=b""):
+    """The behaviour of sending these bytes, and then a line now and then, without end."""
+
+    def behave(handler):
+        handler.wfile.write(start)
+        while line and not handler.server_stopped.wait(0.05):
+            handler.wfile.write(line)
+        handler.close_connection = True
+
+    return behave
+
+
+@pytest.mark.parametrize(("start", "line"), [
+    (b"", b"HTTP/1.1 100 Continue\r\n\r\n"),
+    (b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"),
+    (b"HTTP/1.1 200 OK\r\nX: ", b"y"),
+    (b"HTTP/1.1 200 OK\r\n\r\n", b" "),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5;", b"x"),
+    (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\n\x1f\x8b\x08\x08aaaaaa", b"x"),  # a name without end
+])  # fmt: skip
+def test_an_answer_has_one_deadline_whatever_drips(saved, start, line):
+    with quiet(Server(raw(start, line))) as server:
+        outcome = send(saved, server.url, timeouts=(1, 0.4))
+    assert "in time" in outcome.sentence
+    assert "the submission may have been counted" in outcome.sentence
+    assert len(server.received) == 1
+
+
+@pytest.mark.parametrize("head", [b"200 OK\r\nContent-Length: 1\r\nContent-Length: 2", b"two OK", b"\xff"])
+def test_an_answer_that_is_no_http_may_have_been_counted(saved, head):
+    with quiet(Server(raw(b"HTTP/1.1 " + head + b"\r\n\r\n"))) as server:
+        outcome = send(saved, server.url, retries=0)
+    assert "the submission may have been counted" in outcome.sentence
+    assert server.received[0][3] == saved.read_bytes()
+
+
+def test_a_password_in_the_url_is_used_and_shown_nowhere(saved, caplog):
+    with Server(answer(500, b"oops"), answer(404)) as server:
+        outcome = send(saved, server.url.replace("://", "://team:%C3%BC@"), retries=1)
+    assert [headers["Authorization"] for _, _, headers, _ in server.received] == ["Basic dGVhbTrDvA=="] * 2
+    shown = outcome.sentence + caplog.text
+    assert f"--server_url '{server.url.replace('://', '://***@')}'" in shown
+    assert "team" not in shown.replace("Team AAA", "")
+    assert "%C3" not in shown
+
+
+def test_no_terminal_gets_a_servers_control_characters(saved, caplog):
+    reasons = [f"HTTP/1.1 {status} \x1b[2J\x9b\r\nLocation: /\x07\r\n\r\n" for status in (503, 302)]
+    with quiet(Server(*(raw(reason.encode("latin-1")) for reason in reasons))) as server:
+        outcome = send(saved, server.url)
+    assert "302 \\x1b[2J\\x9b, and points to /\\x07" in outcome.sentence
+    assert all(c.isprintable() or c == "\n" for c in outcome.sentence + caplog.text)
