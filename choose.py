@@ -13,6 +13,7 @@ from pathlib import Path
 from retrieval.console import run_script  # first, since it checks that the packages are installed
 
 # isort: split
+from retrieval.choosing.recipes import Source
 from retrieval.choosing.settings import ChoosingSettings, Models
 from retrieval.settings import Folder, GroupName, NewFolder, PositiveAmount, ServerUrl
 
@@ -36,8 +37,9 @@ def main(settings: Settings) -> None:
     from retrieval.choosing.search import begin_search
     from retrieval.run import Run
 
-    with Run(settings) as run:
-        search = begin_search(run)  # from here on a valid submission is on the disk
+    with Run(settings) as run, begin_search(run) as search:  # from here on a valid submission is on the disk
+        if settings.send_first:
+            search.send_first(settings)
         search.try_networks()
         if settings.fine_tune:
             search.try_tuned(tune)
@@ -49,13 +51,14 @@ def main(settings: Settings) -> None:
         run_best(settings, search.arguments(settings))
 
 
-def tune(model: str, train_dir: Path, save_dir: Path, minutes: float) -> Path:
+def tune(source: Source, train_dir: Path, save_dir: Path, minutes: float, device: str) -> Path:
     """Fine-tune a network as fine_tuning.py does; return its checkpoint."""
     import fine_tuning
     from retrieval.forms import read_form
 
-    given = {"model": model, "train_dir": train_dir, "save_dir": save_dir, "minutes": f"{minutes:.2f}"}
-    arguments = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+    given = {"model": source.model, "crop": source.crop, "minutes": f"{minutes:.2f}"}
+    given |= {"train_dir": train_dir, "save_dir": save_dir, "device": device}
+    arguments = [f"--{name}={value}" for name, value in given.items()]
     fine_tuning.main(read_form(fine_tuning.Settings, [*arguments, "--overwrite"]))
     return save_dir / "fine_tuned_model.pth"
 

@@ -76,16 +76,16 @@ class Run:
         return self.settings.output_dir
 
     @rank_zero_only
-    def check_output_dir(self, queries: list[ImageFile], gallery: list[ImageFile]) -> None:
+    def check_output_dir(self, queries: list[ImageFile], gallery: list[ImageFile], *folders: Path) -> None:
         """Create the output folders, and write as many bytes into them as a submission of these images takes.
 
         A full disk or a read-only folder is thus noticed before the images are embedded. Raises InputError if
         a folder is a file, if another run writes into it, or if the next run would find this run's pictures
-        among the images; raises RunError if it cannot be written.
+        among the images, which may also lie in other `folders`; raises RunError if it cannot be written.
         """
-        crops = self.settings.save_crops
+        crops = getattr(self.settings, "save_crops", None)  # choose.py saves none
         written = {"output_dir": self.folder, "save_crops": crops}
-        for images in (self.settings.query_dir, self.settings.gallery_dir):
+        for images in (self.settings.query_dir, self.settings.gallery_dir, *folders):
             for flag, folder in written.items():
                 if folder and Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(images)):
                     raise InputError(

@@ -61,7 +61,7 @@ class Evidence:
         default_factory=lambda: (None, {}), init=False
     )
     _last: tuple[Any, list[Embeddings]] = field(default_factory=lambda: (None, []), init=False)
-    _points: dict[tuple[Recipe, int], np.ndarray] = field(default_factory=dict, init=False)
+    _points: dict[tuple[Recipe, int], np.ndarray] = field(default_factory=dict, init=False)  # of a day
 
     def owners(self, every: int = 1) -> list[str]:
         """Return who each query belongs to, day after day: identities, or images where classes are few.
@@ -73,11 +73,14 @@ class Evidence:
 
     def points(self, recipe: Recipe, every: int = 1) -> np.ndarray:
         """Return the points, 0 to 1000, of each query of each `every`-th day."""
-        if (recipe, every) not in self._points:
+        return np.concatenate([self._of_day(recipe, day) for day in range(0, len(self.days), every)])
+
+    def _of_day(self, recipe: Recipe, day: int) -> np.ndarray:
+        if (recipe, day) not in self._points:
             with quiet("retrieval.ranking"):  # which would tell of each fit
-                first = [first_hits(self._rank(recipe, day)) for day in self.days[::every]]
-            self._points[recipe, every] = points_of(np.concatenate(first))
-        return self._points[recipe, every]
+                first = first_hits(self._rank(recipe, self.days[day]))
+            self._points[recipe, day] = points_of(np.array(first))
+        return self._points[recipe, day]
 
     def _rank(self, recipe: Recipe, day: Day) -> Ranking:
         rows = day.queries, day.gallery, day.fit
@@ -129,10 +132,11 @@ class Evidence:
         return Step(recipe, score, score_interval, tries, best, gain, interval)
 
     def _can(self, recipe: Recipe, every: int, until: float) -> bool:
-        if time.perf_counter() > until:
-            return False
         try:
-            self.points(recipe, every)
+            for day in range(0, len(self.days), every):
+                if time.perf_counter() > until:
+                    return False
+                self._of_day(recipe, day)
         except (InputError, np.linalg.LinAlgError) as error:  # as of too few images for a fit
             log.info("  %s cannot be tried: %s", recipe, error)
             return False
@@ -140,11 +144,11 @@ class Evidence:
 
 
 @contextmanager
-def quiet(name: str) -> Iterator[None]:
-    """Let a logger tell of errors only, inside a `with` block."""
+def quiet(name: str, least: int = logging.ERROR) -> Iterator[None]:
+    """Let a logger tell of errors only, or of what is at `least` of a level, inside a `with` block."""
     logger = logging.getLogger(name)
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(least)
     try:
         yield
     finally:

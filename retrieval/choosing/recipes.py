@@ -60,7 +60,8 @@ class Recipe:
             settings = {"weights": self.source.checkpoint}
         settings["views"] = self.source.views
         if self.second:
-            crop = "" if self.second.crop == "auto" else f"@{self.second.crop}"
+            same = self.second.model == self.source.model  # then only the crop tells them apart
+            crop = f"@{self.second.crop}" if same or self.second.crop != "auto" else ""
             settings["fuse"] = [f"{self.second.model}{crop}={self.share:g}"]
         if self.means.learns:
             settings["train_dir"] = str(train_dir.absolute())

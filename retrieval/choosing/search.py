@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,6 @@ from typing import Any
 import numpy as np
 
 from get_images import ImageFile, find_images, find_query_and_gallery, label_of
-from retrieval.backbones.backbone import find_backbone
-from retrieval.backbones.views import with_views
 from retrieval.choosing.days import (
     Images,
     by_identity,
@@ -25,80 +22,79 @@ from retrieval.choosing.days import (
     rows_to_learn_from,
 )
 from retrieval.choosing.evidence import Evidence, Step, quiet, rank_recipe
+from retrieval.choosing.networks import Clock, Networks
 from retrieval.choosing.recipes import Recipe, Source, fusions, neighbours
 from retrieval.choosing.settings import source_of
 from retrieval.embedding.cache import Cache
-from retrieval.embedding.embed import embed, embed_with_notes
-from retrieval.embedding.runtime import Runtime, choose_runtime
 from retrieval.errors import InputError, RunError
 from retrieval.files import as_json, write_whole
 from retrieval.forms import Form
 from retrieval.metrics import require_labels
 from retrieval.ranking.projections import check_classes
 from retrieval.records import Embeddings, Ranking
-from retrieval.run import SUBMISSION, Run, log_outcome
+from retrieval.run import PER_RUN, SUBMISSION, Run, log_outcome, set_aside
 from retrieval.settings import LOCAL
-from retrieval.submission.client import send_submission
+from retrieval.submission.client import command_to_send, send_submission
 from retrieval.submission.submission_file import make_submission, write_submission
 
-RECIPE = "recipe.json"
+RECIPE, FIRST_REPLY = "recipe.json", "first_reply.txt"
 DAYS = 10  # that are drawn from the labelled images, by class: each has many queries
 DAYS_OF_PEOPLE = 100  # by identity: each has one query a person
 EVERY = 5  # each fifth of these days serves where many means are tried
 STEPS = 4  # that the search may take beside those to other networks
-PROBE = 64  # images by which a network's speed is measured
-SLACK = 1.3  # of a time that is foretold
-NEEDED = 2**22  # bytes on the disk, besides those of the names
-LAST = 25.0  # seconds kept for the last ranking, the report and the sending, and of those that pass until now
 
 log = logging.getLogger("retrieval.choosing")
 
 
-def begin_search(run: Run) -> Search:
-    """Find the images of a run of choose.py, and write the first submission; return the search.
+@contextmanager
+def begin_search(run: Run) -> Iterator[Search]:
+    """Find the images of a run of choose.py, and write the first submission; yield the search.
 
-    Raises InputError where the folders cannot be used, or the first networks cannot run.
+    After Ctrl-C a warning says what is there and how to go on. Raises InputError where the folders cannot be
+    used, RunError if no network runs.
     """
     settings = run.settings
     clock = Clock(settings.minutes)
+    check_send_first(settings)
     queries, gallery = find_query_and_gallery(settings.query_dir, settings.gallery_dir)
     images = Images(queries, gallery, find_images(settings.train_dir))
     check_classes([file.name for file in images.train])
     if settings.rehearse:
         images = hide_a_day(images, settings.matches, settings.seed)
+        check_classes([file.name for file in images.train])  # that are left
         queries, gallery = images.queries, images.gallery
         log.info("a rehearsal: a day of the labelled images is hidden from the search")
-    if settings.custom_dataset or settings.server_url == LOCAL:
+    elif settings.custom_dataset or settings.server_url == LOCAL:
         require_labels(queries, gallery)
-    names = [file.name for file in (*queries, *gallery)]
-    run.open_output_dir(NEEDED + 11 * len(json.dumps(names)))
+    run.check_output_dir(queries, gallery, settings.train_dir)
     log.info("found %d query, %d gallery and %d labelled images", *map(len, (queries, gallery, images.train)))
-    search = Search(images, list(map(source_of, settings.models)), clock, settings.output_dir,
-                    settings.train_dir, settings.group_name, Cache(settings.cache_dir), settings.device,
-                    settings.matches, settings.seed)  # fmt: skip
-    path = search.begin()
-    if settings.send_first and not settings.rehearse:
-        outcome = send_submission(path, settings.server_url, settings.group_token.get_secret_value())
-        log_outcome(outcome)
-        if (reply := path.with_name("reply.txt")).exists():  # of a submission that will be replaced
-            reply.replace(path.with_name("first_reply.txt"))
-    return search
+    networks = Networks(Cache(settings.cache_dir), clock, settings.device, len(images))
+    models = list(dict.fromkeys(map(source_of, settings.models)))
+    search = Search(images, models, clock, networks, settings.output_dir, settings.train_dir,
+                    settings.group_name, settings.matches, settings.seed)  # fmt: skip
+    try:
+        search.begin()
+        yield search
+        search._write_recipe()  # with the networks that were passed over last
+    except KeyboardInterrupt:
+        if search.best:
+            path = search.folder / SUBMISSION
+            log.warning("%s is valid, by %s; send it with\n    %s\nor go on with the same command: the "
+                        "vectors come from the cache then",
+                        path, search.best, command_to_send(path))  # fmt: skip
+        raise
 
 
-class Clock:
-    """The minutes of a search; `reserve` seconds of them are kept for its end."""
-
-    def __init__(self, minutes: float, reserve: float = LAST) -> None:
-        self.started = time.perf_counter()
-        self.end = self.started + 60 * minutes - reserve
-
-    @property
-    def left(self) -> float:
-        return self.end - time.perf_counter()
-
-    @property
-    def passed(self) -> float:
-        return time.perf_counter() - self.started
+def check_send_first(settings: Form) -> None:
+    """Raise InputError if the first submission is to be sent in a run that sends nothing to a server."""
+    for flag, given in {
+        "--rehearse": settings.rehearse,
+        "--custom_dataset": settings.custom_dataset,
+        "--server_url local": settings.server_url == LOCAL,
+        "no --server_url": not settings.server_url,
+    }.items():
+        if settings.send_first and given:
+            raise InputError(f"--send_first sends to a server, and with {flag} nothing is sent: leave it out")
 
 
 @dataclass
@@ -112,20 +108,18 @@ class Search:
     images: Images
     models: list[Source]  # the first one is the plain way, which stays unless another is shown to be better
     clock: Clock
+    networks: Networks
     folder: Path
     train_dir: Path
     group_name: str
-    cache: Cache
-    device: str = "auto"
     matches: int | None = None  # gallery images of an identity; None: by the look of the gallery
     seed: int = 0
-    plain: Recipe = field(init=False)
-    best: Recipe = field(init=False)
+    plain: Recipe | None = field(default=None, init=False)  # None: there is no submission yet
+    best: Recipe | None = field(default=None, init=False)
     evidence: Evidence | None = field(default=None, init=False)
     steps: list[Step] = field(default_factory=list)
     passed_over: dict[str, str] = field(default_factory=dict)  # networks, and why
     _of_day: dict[Source, tuple[Embeddings, Embeddings]] = field(default_factory=dict)
-    _runtimes: dict[Source, Runtime] = field(default_factory=dict)
 
     @property
     def tests(self) -> int:
@@ -134,55 +128,80 @@ class Search:
 
     # ---- the stages
 
-    def begin(self) -> Path:
-        """Rank with the first network that runs, and write the first submission; return its path.
+    def begin(self) -> None:
+        """Rank with the first network that runs, and write the first submission.
 
-        Raises InputError or RunError, as the last network did, if none runs.
+        The files of an earlier run move to earlier/ then. Raises RunError if no network runs.
         """
         for source in self.models:
             try:
-                self.best = self.plain = Recipe(source)
+                self.networks.look_for_faces(source, self.images.train)
                 queries, gallery = self._embed_day(source)
                 break
             except (InputError, RunError) as error:
                 self._pass_over(source, error)
-                last = error
         else:
-            raise last
-        ranking = rank_recipe(self.best, [(queries, gallery, None)], self._device(source))
+            raise RunError("no network of --models can be used, for the reasons above: give others, such as "
+                           "efficientnet_lite0, whose weights come with a package")  # fmt: skip
+        ranking = rank_recipe(Recipe(source), [(queries, gallery, None)], self._device(source))
+        set_aside(self.folder, (*PER_RUN, RECIPE, FIRST_REPLY))
         path = write_submission(ranking, self.group_name, self.folder)
+        self.best = self.plain = Recipe(source)
         self._write_recipe()
         log.info("%.0f s: %s holds a valid submission by %s", self.clock.passed, path, self.best)
-        return path
+
+    def send_first(self, settings: Form) -> None:
+        """Send the first submission, and keep the reply. A failure is logged, and the search goes on.
+
+        Raises KeyboardInterrupt after Ctrl-C.
+        """
+        path = self.folder / SUBMISSION
+        outcome = send_submission(path, settings.server_url, settings.group_token.get_secret_value())
+        log_outcome(outcome)
+        if (reply := path.with_name("reply.txt")).exists():  # of a submission that will be replaced
+            reply.replace(path.with_name(FIRST_REPLY))
+        if outcome.word == "interrupted":
+            raise KeyboardInterrupt
 
     def try_networks(self) -> None:
-        """Embed the labelled images with each network, and take the steps that pay."""
+        """Embed the labelled images with each network, and take the steps that pay.
+
+        Without those of the plain way nothing can be compared with it, and it stays.
+        """
+        if not self._add(self.plain.source):
+            log.warning("%s stays, since nothing can be compared with it: give more --minutes, or another "
+                        "network as the first of --models", self.plain)  # fmt: skip
+            return
+        self._climb()
         for source in self.models:
-            if str(source) in self.passed_over:
-                continue
-            if self._add(source) and (source == self.best.source or self._step_to(source)):
+            waits = source != self.plain.source and str(source) not in self.passed_over
+            if waits and self._add(source) and self._step_to(source):
                 self._climb()
 
-    def try_tuned(self, tune: Callable[[str, Path, Path, float], Path]) -> None:
+    def try_tuned(self, tune: Callable[[Source, Path, Path, float, str], Path]) -> None:
         """Fine-tune the best network on a part of the labelled images, and try it on days of the others.
 
-        `tune(model, folder, save_dir, minutes)` returns the checkpoint. If the tuned network is taken, all
-        days from here on show images that it has not learnt from.
+        `tune(source, folder, save_dir, minutes, device)` returns the checkpoint. If the tuned network is
+        taken, all days from here on show images that it has not learnt from.
         """
+        if not self.evidence:
+            return
         source, train = self.best.source, self.images.train
         learn = rows_to_learn_from([file.name for file in train], seed=self.seed)
         rest = np.setdiff1d(np.arange(len(train)), learn)
-        folder = self.folder / "tuning"
+        folder, before = self.folder / "tuning", (self.images, self.evidence)
+        vectors = {other: of_other.some(rest) for other, of_other in self.evidence.vectors.items()}
         try:
+            self.clock.require_time()
+            self._draw_days(vectors[source])  # raises InputError if too few images are left for it
             link([train[row] for row in learn], folder / "train")
-            checkpoint = tune(source.model, folder / "train", folder / "checkpoint", self.clock.left / 120)
+            minutes = self.clock.left / 60 / 2
+            checkpoint = tune(source, folder / "train", folder / "checkpoint", minutes, self.networks.device)
         except (InputError, RunError) as error:
             self._pass_over(source._replace(checkpoint="tuned"), error)
+            self.images, self.evidence = before
             return
-        before = self.images, self.evidence
-        vectors = {other: of_other.some(rest) for other, of_other in self.evidence.vectors.items()}
         self.images = replace(self.images, train=[train[row] for row in rest])
-        self._draw_days(vectors[source])
         self.evidence.vectors |= vectors
         tuned = Source(source.model, checkpoint=str(checkpoint.absolute()))
         if self._add(tuned) and self._step_to(tuned):
@@ -193,19 +212,22 @@ class Search:
     def try_views(self) -> None:
         """Try the mean of each image's vector and its mirror image's."""
         flipped = self.best.source._replace(views="flip")
-        if self._add(flipped) and self._step([Recipe(flipped, self.best.means)]):
+        if self.evidence and self._add(flipped) and self._step([Recipe(flipped, self.best.means)]):
             self._climb()
 
     def try_fusions(self) -> None:
         """Try to fuse each other network with the best."""
-        for others in fusions(self.best, list(self.evidence.vectors)).values():
+        for others in fusions(self.best, list(self.evidence.vectors) if self.evidence else []).values():
             self._step(others)
 
     # ---- steps
 
     def _step_to(self, source: Source) -> bool:
         """Take another network if it pays: without means, which have to pay again, or else with the same."""
-        return self._step([Recipe(source)]) or self._step([Recipe(source, self.best.means)])
+        means = self.best.means
+        if source.checkpoint:  # it has learnt from the labels
+            means = replace(means, projection=None, cover=False)
+        return self._step([Recipe(source)]) or self._step([Recipe(source, means)])
 
     def _climb(self) -> None:
         while self._step(neighbours(self.best, self.matches), EVERY if len(self.evidence.days) > DAYS else 1):
@@ -213,16 +235,19 @@ class Search:
 
     def _step(self, others: list[Recipe], every: int = 1) -> bool:
         """Compare recipes with the best one so far, on each `every`-th day; take the best if that pays."""
-        others = [other for other in dict.fromkeys(others) if other != self.best]
+        known = set(self.evidence.vectors)  # not those that were passed over
+        others = [
+            other for other in dict.fromkeys(others) if other != self.best and known.issuperset(other.sources)
+        ]
         if len(self.steps) == self.tests or self.clock.left < 0:
             return False
         step = self.evidence.step(self.best, others, self.tests, self.clock.end, every, self.seed)
         if not step.tries:
             return False
-        self.steps.append(step)
         self._show(step)
         if step.pays and not self._adopt(step.best):
             return False
+        self.steps.append(step)
         self._write_recipe()
         return step.pays
 
@@ -238,11 +263,14 @@ class Search:
 
     def _adopt(self, recipe: Recipe) -> bool:
         """Rank the day's queries by a recipe, and replace the submission in one piece."""
-        try:
-            ranking = self.rank(recipe)
-        except (InputError, RunError) as error:
-            self._pass_over(recipe.source, error)
-            return False
+        for source in recipe.sources:
+            try:
+                self._embed_day(source)
+            except (InputError, RunError) as error:
+                self._pass_over(source, error)
+                del self.evidence.vectors[source]  # so that it is not fused with another network
+                return False
+        ranking = self.rank(recipe)
         write_whole(self.folder / SUBMISSION, as_json(make_submission(ranking, self.group_name)))
         self.best = recipe
         log.info("%.0f s: the submission is now by %s", self.clock.passed, recipe)
@@ -251,22 +279,21 @@ class Search:
     def rank(self, recipe: Recipe) -> Ranking:
         """Rank the day's queries by a recipe. Raises as the embedding of its networks."""
         of_day = [self._embed_day(source) for source in recipe.sources]
-        train = [self.evidence.vectors[source] for source in recipe.sources]
+        train = [self.evidence.vectors[source] if recipe.means.learns else None for source in recipe.sources]
         members = [(*pair, of_train) for pair, of_train in zip(of_day, train, strict=True)]
         return rank_recipe(recipe, members, self._device(recipe.source))
 
     # ---- vectors
 
     def _add(self, source: Source) -> bool:
-        """Embed the labelled images, unless the network fails or the time is too short for it."""
+        """Embed the labelled images, unless the network fails, finds no faces, or would take too long."""
         try:
-            seconds = self._foretell(source)
-            if seconds > self.clock.left:
-                raise RunError(
-                    f"it would take about {seconds:.0f} s, and {max(0, self.clock.left):.0f} are left"
-                )
-            with quiet("retrieval.embedding"):  # which has told of the same images before
-                vectors = embed(self.images.train, self._runtime(source), "labelled images", cache=self.cache)
+            self.clock.require_time()
+            self.networks.look_for_faces(source, self.images.train)
+            of_day = 0 if source in self._of_day else len(self.images.queries) + len(self.images.gallery)
+            self.networks.fill_cache(source, self.images.train, of_day)
+            with quiet("retrieval.embedding", logging.WARNING):  # not that all come from the cache
+                vectors = self.networks.embed(source, self.images.train, "labelled images")
         except (InputError, RunError) as error:
             self._pass_over(source, error)
             return False
@@ -283,7 +310,7 @@ class Search:
             log.info("the gallery looks as if an identity had %d images in it (--matches says otherwise)",
                      self.matches)  # fmt: skip
         elif self.matches is None:
-            self.matches = len(gallery.names) // len(set(map(label_of, vectors.names)))
+            self.matches = max(1, len(gallery.names) // len(set(map(label_of, vectors.names))))
         share = len(queries.names) / (len(queries.names) + len(gallery.names))
         count = DAYS_OF_PEOPLE if identities else DAYS
         days = draw_days(vectors.names, self.matches, share, count, self.seed)
@@ -292,42 +319,14 @@ class Search:
         log.info("drew %d days with %d queries and %d gallery images, of %s", count, len(days[0].queries),
                  len(days[0].gallery), kind)  # fmt: skip
 
-    def _foretell(self, source: Source) -> float:
-        """Return about how many seconds a network needs for all images, by the speed of a few of them."""
-        runtime, train = self._runtime(source), self.images.train
-        notes = embed_with_notes(train[:PROBE], runtime, "labelled images", None, self.cache)[1]  # loads it
-        if len(notes.without_face) > min(PROBE, len(train)) / 2:
-            raise InputError(f"it looks for faces, and found none in {len(notes.without_face)} of the first "
-                             f"{min(PROBE, len(train))} images")  # fmt: skip
-        start = time.perf_counter()
-        embed_with_notes(train[PROBE : 2 * PROBE], runtime, "labelled images", None, self.cache)
-        each = (time.perf_counter() - start) / PROBE
-        left = len(self.images.train) - 2 * PROBE
-        left += 0 if source in self._of_day else len(self.images.queries) + len(self.images.gallery)
-        return SLACK * each * max(0, left)
-
     def _embed_day(self, source: Source) -> tuple[Embeddings, Embeddings]:
         if source not in self._of_day:
-            runtime = self._runtime(source)
-            gallery = embed(self.images.gallery, runtime, "gallery images", cache=self.cache)
-            self._of_day[source] = embed(self.images.queries, runtime, "queries", cache=self.cache), gallery
+            gallery = self.networks.embed(source, self.images.gallery, "gallery images")
+            self._of_day[source] = self.networks.embed(source, self.images.queries, "queries"), gallery
         return self._of_day[source]
 
-    def _runtime(self, source: Source) -> Runtime:
-        if source not in self._runtimes:
-            if source.checkpoint:
-                from retrieval.backbones.fine_tuned import find_fine_tuned  # imports torch
-
-                backbone = find_fine_tuned(Path(source.checkpoint), self.device)
-            else:
-                backbone = find_backbone(source.model, self.device, crop=source.crop)
-            backbone = with_views(backbone, views=source.views)
-            count = len(self.images)
-            self._runtimes[source] = choose_runtime(backbone, "auto", count, None, self.cache.folder)
-        return self._runtimes[source]
-
     def _device(self, source: Source) -> str:
-        return self._runtimes[source].backbone.device
+        return self.networks.runtime(source).backbone.device
 
     def _pass_over(self, source: Source, error: Exception) -> None:
         self.passed_over[str(source)] = str(error)
@@ -348,7 +347,7 @@ class Search:
             "cache_dir",
         ):
             given[name] = getattr(settings, name)
-        arguments = [part for name, value in given.items() for part in (f"--{name}", str(value))]
+        arguments = [f"--{name}={value}" for name, value in given.items()]  # a group may be called -a
         return [*arguments, *(["--custom_dataset"] if settings.custom_dataset else [])]
 
     def _write_recipe(self) -> None:

@@ -1,0 +1,97 @@
+"""Networks and the minutes that are left in; the vectors of images, if the time is enough for them, out."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from get_images import ImageFile
+from retrieval.backbones.backbone import find_backbone
+from retrieval.backbones.views import with_views
+from retrieval.choosing.recipes import Source
+from retrieval.embedding.cache import Cache
+from retrieval.embedding.embed import embed, embed_with_notes
+from retrieval.embedding.runtime import Runtime, choose_runtime
+from retrieval.errors import InputError, RunError
+from retrieval.records import Embeddings
+
+PROBE = 64  # images by which a network's speed is first measured
+SLACK = 1.3  # of a time that is foretold
+LAST = 25.0  # seconds kept for the last ranking, the report and the sending, and of those that pass until now
+
+
+class Clock:
+    """The minutes of a search; `reserve` seconds of them are kept for its end."""
+
+    def __init__(self, minutes: float, reserve: float = LAST) -> None:
+        self.started = time.perf_counter()
+        self.end = self.started + 60 * minutes - reserve
+
+    @property
+    def left(self) -> float:
+        return self.end - time.perf_counter()
+
+    @property
+    def passed(self) -> float:
+        return time.perf_counter() - self.started
+
+    def require_time(self) -> None:
+        """Raise RunError if the time is over."""
+        if self.left <= 0:
+            raise RunError("no time is left for it: give more --minutes")
+
+
+@dataclass
+class Networks:
+    """The networks of a search, each found once; the cache keeps every vector that they make."""
+
+    cache: Cache
+    clock: Clock
+    device: str  # as --device
+    images: int  # in all, for each network
+    _runtimes: dict[Source, Runtime] = field(default_factory=dict, init=False)
+
+    def runtime(self, source: Source) -> Runtime:
+        """Return what runs a network. Raises as find_backbone and find_fine_tuned."""
+        if source not in self._runtimes:
+            if source.checkpoint:
+                from retrieval.backbones.fine_tuned import find_fine_tuned  # imports torch
+
+                backbone = find_fine_tuned(Path(source.checkpoint), self.device)
+            else:
+                backbone = find_backbone(source.model, self.device, crop=source.crop)
+            backbone = with_views(backbone, views=source.views)
+            self._runtimes[source] = choose_runtime(backbone, "auto", self.images, None, self.cache.folder)
+        return self._runtimes[source]
+
+    def embed(self, source: Source, images: list[ImageFile], kind: str) -> Embeddings:
+        """Embed images, or take their vectors from the cache. Raises as `runtime` and `embed`."""
+        return embed(images, self.runtime(source), kind, cache=self.cache)
+
+    def look_for_faces(self, source: Source, labelled: list[ImageFile]) -> None:
+        """Raise InputError if a network looks for faces and finds none in most of the first images."""
+        runtime, some = self.runtime(source), labelled[:PROBE]
+        if runtime.backbone.transform.detects_faces:
+            notes = embed_with_notes(some, runtime, "labelled images", None, self.cache)[1]
+            if len(notes.without_face) > len(some) / 2:
+                raise InputError(f"it looks for faces, and found none in {len(notes.without_face)} of the "
+                                 f"first {len(some)} labelled images")  # fmt: skip
+
+    def fill_cache(self, source: Source, labelled: list[ImageFile], others: int) -> None:
+        """Embed labelled images in parts, each as large as all before it.
+
+        Raises RunError if the rest of them, and `others` after them, would take longer than the time that is
+        left, by the speed of a part. Neither loading the network nor images in the cache count.
+        """
+        runtime, done, size = self.runtime(source), 0, PROBE
+        while done < len(labelled):
+            part, loaded, start = labelled[done : done + size], runtime.seconds["load"], time.perf_counter()
+            notes = embed_with_notes(part, runtime, "labelled images", None, self.cache)[1]
+            spent = time.perf_counter() - start - (runtime.seconds["load"] - loaded)
+            size = done = done + len(part)
+            made = len(part) - notes.cached
+            seconds = SLACK * spent / max(1, made) * (len(labelled) - done + others)
+            if 2 * made >= len(part) and seconds > self.clock.left:
+                raise RunError(f"the rest of its images would take about {seconds:.0f} s, and "
+                               f"{max(0, self.clock.left):.0f} s are left")  # fmt: skip
