@@ -37,7 +37,8 @@ def until_closed(url, start, part=b"", pause=0.02):
 # ---- groups that look the same
 
 LOOKALIKES = ["TEAM É", "team é", "Team E\u0301", "Ｔｅａｍ É", "Te\u200bam É", "Team\u3000É", "Team  É",
-              "Te\u00adam É", "Team É\ufe0f", "\u2066Team É\u2069", "Team\u115f É", "Team E\u200d\u0301"]  # fmt: skip
+              "Te\u00adam É", "Team É\ufe0f", "\u2066Team É\u2069", "Team\u115f É",
+              "Team E\u200d\u0301"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LOOKALIKES)

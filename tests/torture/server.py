@@ -2,8 +2,8 @@
 
     python -m tests.torture.server --seed 0 --minutes 1
 
-Whatever comes, every body gets a sentence or a score, the health page answers meanwhile, a right submission is
-scored as always, and lookalikes of a name are one group.
+Whatever comes, every body gets a sentence or a score, the health page answers meanwhile, a right submission
+is scored as always, and lookalikes of a name are one group.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ if __package__ == "tests.torture":  # as a command; in the tests, the folder tes
 else:
     from torture.campaign import run
 
+INVISIBLE, ENCODINGS = "\u200b\u3164\u00ad \u115f\ufe0f", ("utf-16", "utf-32", "utf-8-sig")
 KEY = AnswerKey(
     {f"q{n}.jpg": f"person {n % 50}" for n in range(300)},
     {f"g{n}.jpg": f"person {n % 50}" for n in range(1000)},
@@ -98,8 +99,8 @@ BODIES = {
     "too large": lambda rng: b" " * (KEY.most_bytes + rng.randrange(1, 2**21)),
     "blanks": many(b"", b" ", b"{}"),
     "a long group": lambda rng: submission("x" * rng.randrange(101, 10**4)),
-    "an invisible group": lambda rng: submission("".join(rng.choices("\u200b\u3164\u00ad \u115f\ufe0f", k=5))),
-    "another encoding": lambda rng: submission().decode().encode(rng.choice(["utf-16", "utf-32", "utf-8-sig"])),
+    "an invisible group": lambda rng: submission("".join(rng.choices(INVISIBLE, k=5))),
+    "another encoding": lambda rng: submission().decode().encode(rng.choice(ENCODINGS)),
 }  # fmt: skip
 
 
@@ -128,12 +129,15 @@ def drip(connection, rng, data):
 CLIENTS = {
     "a half head": lambda connection, rng: connection.sendall(head(5)[: rng.randrange(1, 60)]),
     "a head that drips": lambda connection, rng: drip(connection, rng, head(5, b"X-A: b\r\n" * 30)),
-    "a head without end": lambda connection, rng: [connection.sendall(b"X: " + b"y" * 2**14) for _ in range(50)],
-    "a half body": lambda connection, rng: connection.sendall(head(9000) + submission()[: rng.randrange(9000)]),
+    "a head without end": lambda connection, rng: [connection.sendall(b"X: " + b"y" * 2**14)
+                                                   for _ in range(50)],
+    "a half body": lambda connection, rng: connection.sendall(
+        head(9000) + submission()[: rng.randrange(9000)]),
     "a body that drips": lambda connection, rng: drip(connection, rng, head(500) + b"{" * 100),
     "odd chunks": lambda connection, rng: connection.sendall(
         b"POST /retrieval/ HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
-        + rng.choice([b"xyz\r\n", b"-1\r\n", b"5;" + b"x" * 10**5, b"ffffffffffffffff\r\n", b"1\r\n{\r\n0\r\nX: y"])),
+        + rng.choice([b"xyz\r\n", b"-1\r\n", b"5;" + b"x" * 10**5, b"ffffffffffffffff\r\n",
+                      b"1\r\n{\r\n0\r\nX: y"])),
     "two lengths": lambda connection, rng: connection.sendall(head(5, b"Content-Length: 9\r\n") + b"{}   "),
     "a length and chunks": lambda connection, rng: connection.sendall(
         head(5, b"Transfer-Encoding: chunked\r\n") + b"0\r\n\r\nGET / HTTP/1.1\r\n\r\n"),
@@ -232,10 +236,12 @@ def patient_server():
     before = endpoint.SECONDS_FOR_A_BODY, connections.SECONDS_FOR_A_HEAD, endpoint.MOST_REFUSED
     endpoint.SECONDS_FOR_A_BODY, connections.SECONDS_FOR_A_HEAD, endpoint.MOST_REFUSED = 1, 1, 10**9
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            with local_server(KEY, Path(folder) / "c.sqlite", Rules(per_minute=10**9)) as url:
-                requests.post(url, data=submission(GROUP), timeout=60)
-                yield url
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            local_server(KEY, Path(folder) / "c.sqlite", Rules(per_minute=10**9)) as url,
+        ):
+            requests.post(url, data=submission(GROUP), timeout=60)
+            yield url
     finally:
         endpoint.SECONDS_FOR_A_BODY, connections.SECONDS_FOR_A_HEAD, endpoint.MOST_REFUSED = before
 
