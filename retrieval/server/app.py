@@ -56,11 +56,9 @@ def make_app(key: AnswerKey, database: Database, rules: Rules) -> FastAPI:
         return render(TEMPLATES, template, rules=rules, line=_line, moment=moment, **values)
 
     def draw_leaderboard() -> Response:
-        """Answer with the leaderboard of now."""
         standings, queries = database.standings(rules.partly), rules.public if rules.partly else key.queries
-        return _page(
-            show("leaderboard.html", standings=standings, queries=len(queries), gallery=len(key.gallery))
-        )
+        counts = {"queries": len(queries), "gallery": len(key.gallery)}
+        return _page(show("leaderboard.html", standings=standings, **counts))
 
     board, board_as_csv = Kept(draw_leaderboard), Kept(lambda: _as_csv(database.standings(rules.partly)))
 
