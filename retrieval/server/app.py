@@ -55,12 +55,12 @@ def make_app(key: AnswerKey, database: Database, rules: Rules) -> FastAPI:
         """Render a template, which may use `rules`, `moment` and `line`."""
         return render(TEMPLATES, template, rules=rules, line=_line, moment=moment, **values)
 
-    def draw_leaderboard() -> Response:
+    def _draw_leaderboard() -> Response:
         standings, queries = database.standings(rules.partly), rules.public if rules.partly else key.queries
         counts = {"queries": len(queries), "gallery": len(key.gallery)}
         return _page(show("leaderboard.html", standings=standings, **counts))
 
-    board, board_as_csv = Kept(draw_leaderboard), Kept(lambda: _as_csv(database.standings(rules.partly)))
+    board, board_as_csv = Kept(_draw_leaderboard), Kept(lambda: _as_csv(database.standings(rules.partly)))
 
     @app.post("/retrieval/", summary="Score a submission", responses=REFUSALS)
     async def retrieval(request: Request) -> Response:
