@@ -15,7 +15,8 @@ from hub import lay_in_hub
 from retrieval.datasets.layouts import INTEL
 
 # The pages whose commands are run.
-RUN = ("README.md", "docs/tutorial.md", "docs/backbones.md", "docs/fine_tuning.md", "docs/fusion.md")
+RUN = ("README.md", "docs/tutorial.md", "docs/backbones.md", "docs/fine_tuning.md", "docs/fusion.md",
+       "docs/choosing.md")  # fmt: skip
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
 MAKEFILE = " ".join((ROOT / "Makefile").read_text().replace("\\\n", " ").split())
 
@@ -34,7 +35,7 @@ def commands_of(page):
 @pytest.fixture
 def project(few, sample, tmp_path):
     """A copy of the project with a few digits at the places that the pages name."""
-    for name in ("get_images.py", "model_not_tuned.py", "fine_tuning.py", "model_fine_tuned.py", "retrieval",
+    for name in ("get_images.py", "model_not_tuned.py", "fine_tuning.py", "model_fine_tuned.py", "choose.py", "retrieval",
                  "supcon", ".env.example"):  # fmt: skip
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
     shutil.copytree(few, tmp_path / "data" / "sample" / "test")
@@ -42,6 +43,9 @@ def project(few, sample, tmp_path):
     with zipfile.ZipFile(tmp_path / "handed_out.zip", "w") as archive:
         for path in few.glob("*/*/*.png"):
             archive.write(path, f"test/{path.parts[-3]}/{path.name}")
+        for label in "0123":
+            for path in sorted((sample / "train" / label).iterdir())[:6]:
+                archive.write(path, f"train/{label}/{path.name}")
     with zipfile.ZipFile(tmp_path / "intel.zip", "w") as archive:
         for digit, label in enumerate(INTEL):
             for part, count in (("train", 6), ("test", 4)):
@@ -76,7 +80,7 @@ def weights_of_the_study(folder):
 def test_every_command_of_the_pages_runs(project):
     """In their order, each once; the test below runs `make demo`, on the whole sample.
 
-    Placeholders become real: HOST a server of the test, and the epochs one.
+    Placeholders become real: HOST a server of the test, the epochs one, and the minutes one.
     """
     env = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
     env |= weights_of_the_study(project)
@@ -86,6 +90,7 @@ def test_every_command_of_the_pages_runs(project):
         for command in commands:
             command = command.replace("http://HOST:3001/retrieval/", server.url)
             command = re.sub(r"--epochs \d+", "--epochs 1", command)
+            command = re.sub(r"--minutes \d+", "--minutes 1", command)
             ended = subprocess.run(
                 ["bash", "-c", command], cwd=project, env=env, capture_output=True, text=True
             )
@@ -94,8 +99,8 @@ def test_every_command_of_the_pages_runs(project):
 
     recipe = read_fine_tuned(project / "checkpoints" / "intel" / "fine_tuned_model.pth")[0]
     assert (recipe.word, recipe.mean) == ("simclr", (0, 0, 0))  # its input is not normalised
-    assert len(server.received) == 3  # the README's submission, the tutorial's, and the same one again
-    assert server.received[1][3] == server.received[2][3]
+    assert len(server.received) == 4  # the README's two submissions, the tutorial's, and the same one again
+    assert server.received[2][3] == server.received[3][3]
 
 
 def test_the_python_of_the_readme_runs(project):
