@@ -242,7 +242,7 @@ class RetrievalSettings(Form):
     Exported networks are still cached. An interrupted run starts anew.
     """
     verify_cache: bool = False
-    """read every image, even if its size and time have not changed"""
+    """read every image, even if its size and times have not changed"""
     save_crops: NewFolder | None = None
     """folder to save the network input of each image in, as PNG"""
     save_embeddings: bool = False

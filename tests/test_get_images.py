@@ -334,7 +334,7 @@ def test_an_image_with_more_pixels_than_the_memory_holds_is_a_sentence(tmp_path)
         decode_image(content, most_pixels=29_999)
 
 
-def test_of_a_jpeg_the_pixels_that_are_decoded_count(tmp_path):
+def test_a_jpeg_counts_by_the_pixels_that_are_decoded(tmp_path):
     """But a progressive one is in memory as a whole."""
     image = Image.effect_noise((1000, 800), 50)
     image.save(tmp_path / "plain.jpg")

@@ -78,7 +78,7 @@ class Cache:
     """
 
     folder: Path
-    verify: bool = False  # True: read every image again, even if its size and time have not changed
+    verify: bool = False  # True: read every image again, even if its size and times have not changed
     connection: sqlite3.Connection | None = field(default=None, init=False)
     warned: bool = field(default=False, init=False)  # of a row that is not as it was written
     # One thread reads and writes for runs, in order. The caller does not wait for a write, nor does a GPU.
@@ -169,11 +169,12 @@ class Cache:
                 sound.append(tuple(row[:-1]))
             else:
                 damaged.append((rowid,))
+        if damaged:
+            self.write(f"DELETE FROM {table} WHERE rowid = ?", damaged)
         if damaged and not self.warned:
             self.warned = True
             log.warning("rows of the cache %s are damaged: they are deleted, and their images embedded again",
                         self.folder / FILE)  # fmt: skip
-        self.write(f"DELETE FROM {table} WHERE rowid = ?", damaged)
         return sound
 
     def _digests(self, files: list[ImageFile]) -> dict[str, bytes]:

@@ -146,20 +146,19 @@ class Reader:
     def read(self, content: bytes) -> ModelInput | Jpeg:
         """Return the network's input for a file's bytes, or these bytes if the GPU is to decode them.
 
-        Raises UnreadableImageError as decode_image does.
+        Very large images are read one at a time, since there is no memory for one in every reader. Raises
+        UnreadableImageError as decode_image does.
         """
         if self.leave_jpegs and (jpeg := plain_jpeg(content)):
             return jpeg
-        return self.transform(_decode(content, self.transform.enough))
+        try:
+            return self._input(content, readers=cores())
+        except TooManyPixelsError:
+            with _turn:
+                return self._input(content, readers=1)
 
-
-def _decode(content: bytes, enough: int | None) -> np.ndarray:
-    """Decode an image; very large ones one at a time, since there is no memory for one in every reader."""
-    try:
-        return decode_image(content, enough, pixels_that_fit(cores()))
-    except TooManyPixelsError:
-        with _turn:
-            return decode_image(content, enough, pixels_that_fit(1))
+    def _input(self, content: bytes, readers: int) -> ModelInput:
+        return self.transform(decode_image(content, self.transform.enough, pixels_that_fit(readers)))
 
 
 @functools.cache

@@ -9,15 +9,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, by_torch, run_here
-from PIL import Image
-from torch import nn
+from conftest import ROOT, run_here
+from corner import corner, embedded, paint, painted, runtime_of
 
 import get_images
 from get_images import find_images
 from retrieval.backbones import backbone as backbones
 from retrieval.backbones import filling
-from retrieval.backbones.backbone import Backbone, LazyBackbone, find_backbone, load_backbone
+from retrieval.backbones.backbone import LazyBackbone, find_backbone, load_backbone
 from retrieval.backbones.detectors import DETECTORS
 from retrieval.backbones.transform import Transform
 from retrieval.backbones.zoo import PRETRAINED
@@ -29,48 +28,14 @@ from retrieval.embedding.runtime import choose_runtime
 from retrieval.errors import InputError
 
 
-class Corner(nn.Module):
-    """The channels of the first pixel, times a weight; it counts the images it sees."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(3))
-        self.seen = 0
-
-    def forward(self, images):
-        self.seen += len(images)
-        return images[:, :, 0, 0] * self.weight
-
-
 @pytest.fixture
 def backbone():
-    return Backbone(Corner(), 3, Transform(2, "bicubic"), (0, 0, 0), (1, 1, 1), "corner")
+    return corner()
 
 
 @pytest.fixture
 def files(tmp_path):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for name in range(7):
-        paint(folder / f"{name}.png", name + 1)
-    return find_images(folder)
-
-
-def paint(path, level):
-    """An image of one colour, written long ago."""
-    Image.new("RGB", (3, 5), (level, 2 * level, 200)).save(path)
-    os.utime(path, (1e9, 1e9))
-
-
-def runtime_of(backbone, batch=1):
-    return by_torch(backbone, batch, repr(backbone.network.weight.tolist()).encode())
-
-
-def embedded(files, backbone, folder, **how):
-    """The vectors, and how many images the network saw for them."""
-    before = backbone.network.seen
-    vectors = embed(files, runtime_of(backbone), cache=Cache(folder, **how)).vectors
-    return vectors, backbone.network.seen - before
+    return painted(tmp_path / "images")
 
 
 def test_a_second_run_embeds_nothing_and_gives_the_same_bits(files, backbone, tmp_path, caplog):
@@ -119,73 +84,6 @@ def test_a_file_of_one_look_is_noticed_by_its_bytes_if_asked(files, backbone, tm
     assert not np.array_equal(verified[0], before[0])
 
 
-@pytest.mark.parametrize("verify", [False, True])
-def test_a_file_that_changes_after_it_was_looked_up_does_not_poison_the_cache(
-    files, backbone, tmp_path, monkeypatch, verify
-):
-    right = embed(files, runtime_of(backbone)).vectors
-    content = files[0].path.read_bytes()
-
-    def digests(cache, files, digests=Cache.digests):
-        found = digests(cache, files)
-        paint(files[0].path, 99)
-        return found
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Cache, "digests", digests)
-        changed, _ = embedded(files, backbone, tmp_path / "cache", verify=verify)
-    assert not np.array_equal(changed[0], right[0])  # the picture that was read
-    files[0].path.write_bytes(content)
-    os.utime(files[0].path, (1e9, 1e9))
-    after, seen = embedded(files, backbone, tmp_path / "cache", verify=verify)
-    assert np.array_equal(after, right)
-    assert seen == 1  # this one had never been embedded
-
-
-# Each of these values in the place of a right one; the vectors of Corner have 12 bytes.
-WRONG = {
-    "5 bytes": "vector = x'0102030405'",
-    "4 numbers": "vector = zeroblob(16)",
-    "no number": "vector = x'0000c07f0000c07f0000c07f'",
-    "NULL": "vector = NULL",
-    "text": "vector = 'a text'",
-    "text not UTF-8": "vector = CAST(x'fffefdfcfbfafffefdfcfbfa' AS TEXT)",
-    "integer": "vector = 3",
-    "another's": "vector = (SELECT vector FROM vectors ORDER BY vector LIMIT 1)",
-    "face": "face = 'no'",
-    "checksum": "checksum = NULL",
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-def test_a_wrong_row_is_deleted_and_its_image_embedded_again(files, backbone, tmp_path, caplog, wrong):
-    before, _ = embedded(files, backbone, tmp_path / "cache")
-    with sqlite3.connect(tmp_path / "cache" / FILE) as connection:
-        connection.execute(f"UPDATE vectors SET {WRONG[wrong]} WHERE rowid IN (3, 5)")
-    connection.close()
-    after, seen = embedded(files, backbone, tmp_path / "cache")
-    assert np.array_equal(after, before)
-    assert seen in (1, 2)  # `another's` may be its own
-    assert caplog.text.count("are damaged") == 1
-    assert embedded(files, backbone, tmp_path / "cache")[1] == 0
-    assert caplog.text.count("are damaged") == 1
-
-
-@pytest.mark.parametrize("value", ["NULL", "x'01'", "'text'", "(SELECT digest FROM files LIMIT 1)"])
-def test_a_wrong_digest_of_a_file_gives_no_image_the_vector_of_another(
-    files, backbone, tmp_path, value, caplog, monkeypatch
-):
-    monkeypatch.setattr(caches, "JUST_WRITTEN", -1e9)
-    before, _ = embedded(files, backbone, tmp_path / "cache")
-    with sqlite3.connect(tmp_path / "cache" / FILE) as connection:
-        connection.execute(f"UPDATE files SET digest = {value}")
-    connection.close()
-    after, seen = embedded(files, backbone, tmp_path / "cache")
-    assert np.array_equal(after, before)
-    assert seen == 0
-    assert "are damaged" in caplog.text
-
-
 def test_a_wrong_crop_is_made_again(files, backbone, tmp_path, read, caplog):
     first = embed(files, seeing(backbone, read), cache=Cache(tmp_path / "cache"))
     with sqlite3.connect(tmp_path / "cache" / FILE) as connection:
@@ -197,27 +95,6 @@ def test_a_wrong_crop_is_made_again(files, backbone, tmp_path, read, caplog):
     assert np.array_equal(again.vectors, first.vectors)
     assert len(read) == 1
     assert "are damaged" in caplog.text
-
-
-@pytest.mark.parametrize("seconds", [-(2**40), 2**33, 2**33 + 2**31])
-def test_a_file_of_another_age_is_embedded(files, backbone, tmp_path, seconds):
-    try:
-        os.utime(files[0].path, (seconds, seconds))
-    except (OSError, OverflowError):
-        pytest.skip("the file system has no such time")
-    embedded(files, backbone, tmp_path / "cache")
-    assert embedded(files, backbone, tmp_path / "cache")[1] == 0
-
-
-def test_the_command_lists_a_cache_of_wrong_values(files, backbone, tmp_path):
-    embedded(files, backbone, tmp_path / "cache")
-    with sqlite3.connect(tmp_path / "cache" / FILE) as connection:
-        connection.execute("UPDATE makers SET what = NULL, used = 'never'")
-        connection.execute("UPDATE vectors SET vector = NULL")
-    connection.close()
-    ended = run_here("-m", "retrieval.embedding", "--cache_dir", "cache", cwd=tmp_path)
-    assert ended.returncode == 0
-    assert ": 7 images, 0.0 MB, used 1970" in ended.stdout
 
 
 def test_a_file_that_was_just_written_is_read_again(files, backbone, tmp_path):
@@ -391,7 +268,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_itself(files, backbone
 def test_two_runs_at_once(files, tmp_path):
     program = (
         "import sys; from pathlib import Path; from test_cache import *\n"
-        "network = Backbone(Corner(), 3, Transform(2, 'bicubic'), (0, 0, 0), (1, 1, 1), 'corner')\n"
+        "network = corner()\n"
         "files = find_images(sys.argv[1])\n"
         "for number in range(20):\n"
         "    with torch.no_grad(): network.network.weight[0] = 1 + number\n"
