@@ -215,6 +215,21 @@ def test_a_rehearsal_with_a_server_of_the_runs_own(few):
     assert b"secret-word" not in written + ended.stdout.encode() + ended.stderr.encode()
 
 
+@AFTER_A_FIRST_RUN
+def test_no_file_of_a_run_and_no_line_shows_a_password(few, tmp_path):
+    with Server(answer(404)) as server:
+        url = server.url.replace("://", "://team:secret-word@")
+        ended = run_here(
+            "model_not_tuned.py", *FOLDERS, "--server_url", url, "--output_dir", tmp_path, cwd=few
+        )
+    assert ended.returncode == 1
+    assert "***@127.0.0.1" in ended.stderr
+    assert server.received[0][2]["Authorization"] == "Basic dGVhbTpzZWNyZXQtd29yZA=="
+    assert (tmp_path / "report.html").exists()
+    written = b"".join(path.read_bytes() for path in tmp_path.iterdir() if path.is_file())
+    assert b"secret-word" not in written + ended.stdout.encode() + ended.stderr.encode()
+
+
 def test_a_rehearsal_without_labels_is_refused_before_the_work(flat):
     ended = run_here("model_not_tuned.py", *FOLDERS, "--server_url", "local", cwd=flat)
     assert ended.returncode == 2

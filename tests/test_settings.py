@@ -181,6 +181,19 @@ def test_what_is_no_url(url):
         read("--server_url", url)
 
 
+def test_a_password_in_the_servers_url_is_shown_nowhere(caplog):
+    form = read("--server_url", " https://team:secret@10.0.0.7/x/@me ")
+    assert form.server_url.full == "https://team:secret@10.0.0.7/x/@me"
+    shown = "https://***@10.0.0.7/x/@me"
+    assert form.model_dump()["server_url"] == form.model_dump(mode="json")["server_url"] == shown
+    assert [str(form.server_url), f"{form.server_url}", repr(form.server_url)] == [shown, shown, repr(shown)]
+    assert "secret" not in repr(form) + form.model_dump_json() + caplog.text
+    for wrong in ("http://team:secret@HOST/", "http://team:sec/ret@10.0.0.7/", "ftp://team:secret@10.0.0.7/"):
+        with pytest.raises(InputError) as refused:
+            read("--server_url", wrong)
+        assert "sec" not in str(refused.value)
+
+
 def test_the_placeholder_of_the_readme_is_no_server():
     with pytest.raises(InputError, match="HOST stands for the name or the address of your server"):
         read("--server_url", "http://HOST:3001/retrieval/")

@@ -45,22 +45,30 @@ class TimedProtocol(HttpToolsProtocol):
         if self.head is not None:
             self.head += len(data)
             if self.head > MOST_BYTES_OF_A_HEAD:
-                self.transport.abort()
+                self._end()
 
     def on_headers_complete(self) -> None:
-        """Begin to answer."""
+        """Begin to answer; end the connection if the request before has no answer yet, as from no browser."""
+        if self.cycle and not self.cycle.response_complete:
+            self._end()
+            return
         self.head = None
         self._end_after(SECONDS_FOR_AN_ANSWER)
         super().on_headers_complete()
 
     def on_response_complete(self) -> None:
-        """Wait for the next head, unless a request has come already."""
+        """Wait for the next head, and longer if the answer still has to be read."""
         super().on_response_complete()
-        if self.cycle.response_complete:
-            self.head = 0
-            self._end_after(SECONDS_FOR_A_HEAD)
+        self.head = 0
+        unread = self.transport.get_write_buffer_size()
+        self._end_after(SECONDS_FOR_AN_ANSWER if unread else SECONDS_FOR_A_HEAD)
 
     def _end_after(self, seconds: float) -> None:
         if self.timer:
             self.timer.cancel()
-        self.timer = self.loop.call_later(seconds, self.transport.abort)
+        self.timer = self.loop.call_later(seconds, self._end)
+
+    def _end(self) -> None:
+        if self.cycle:
+            self.cycle.disconnected = True  # otherwise it would write to the connection that has ended
+        self.transport.abort()
