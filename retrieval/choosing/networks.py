@@ -82,7 +82,8 @@ class Networks:
         """Embed labelled images in parts, each as large as all before it.
 
         Raises RunError if the rest of them, and `others` after them, would take longer than the time that is
-        left, by the speed of a part. Neither loading the network nor images in the cache count.
+        left, by the speed of a part after the first, which warms up. Neither loading the network nor images
+        in the cache count.
         """
         runtime, done, size = self.runtime(source), 0, PROBE
         while done < len(labelled):
@@ -92,6 +93,7 @@ class Networks:
             size = done = done + len(part)
             made = len(part) - notes.cached
             seconds = SLACK * spent / max(1, made) * (len(labelled) - done + others)
-            if 2 * made >= len(part) and seconds > self.clock.left:
+            warm = done > PROBE or done == len(labelled)
+            if warm and 2 * made >= len(part) and seconds > self.clock.left:
                 raise RunError(f"the rest of its images would take about {seconds:.0f} s, and "
                                f"{max(0, self.clock.left):.0f} s are left")  # fmt: skip

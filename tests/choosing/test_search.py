@@ -244,16 +244,16 @@ def fill(minutes, others=0):
 
 
 def test_a_network_that_would_take_too_long_is_passed_over_with_both_numbers(slow):
-    with pytest.raises(RunError, match=r"would take about 122 s, and 84 s are left"):
-        fill(2)  # 936 images · 0.1 s · 1.3, and 120 − 30 − 6.4 s
-    assert slow.parts == [64]
+    with pytest.raises(RunError, match=r"would take about 113 s, and 77 s are left"):
+        fill(2)  # 872 images · 0.1 s · 1.3, and 120 − 30 − 12.8 s
+    assert slow.parts == [64, 64]
 
 
 def test_the_images_of_the_day_count_too(slow):
     fill(3)
     assert slow.parts == [64, 64, 128, 256, 488]
     slow.parts.clear()
-    with pytest.raises(RunError, match="would take about 252 s"):
+    with pytest.raises(RunError, match="would take about 243 s"):
         fill(4, others=1000)
 
 
