@@ -53,13 +53,7 @@ def test_it_shows_what_was_chosen_each_step_and_every_try(browser, chosen):
     browser.open(chosen.as_uri())
     told = " ".join(" ".join(browser.texts("#why > p")).split())
     assert f"choose.py chose {BETTER} in place of the plain way, {PLAIN}." in told
-<<<<<<< ours
-    assert (
-        "On 10 days drawn from the labelled images, which also chose it, it scores 843.2 [820, 866]" in told
-    )
-=======
     assert "10 days drawn from the labelled images, which also chose it, it scores 843.2 [820, 866]" in told
->>>>>>> theirs
     assert "corrected for 7 tests" in told
     assert "80 right gallery images" in told
     steps = [" ".join(text.split()) for text in browser.texts("#why > .scroll tbody tr")]
