@@ -90,6 +90,7 @@ def test_the_interval_widens_with_the_number_of_steps():
     assert often.gain == once.gain
 
 
+@pytest.mark.slow
 def test_with_shuffled_labels_the_plain_way_stays():
     """20 searches among all means, with labels that mean nothing: at least 19 have to stay."""
     stays = 0
