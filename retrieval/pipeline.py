@@ -203,7 +203,7 @@ def save(
     metrics = {"backbone": backbone.model_name, "tuned": backbone.trained is not None}
     metrics |= {"names": run.write_names(queries.names, gallery.names)}
     metrics |= measure(ranking, queries, gallery, run.settings.top_k) | search
-    metrics |= spread_of(ranking, gallery.own)
+    metrics |= spread_of(ranking, queries)
     if metrics["collapsed"]:
         log.warning("%s", why_collapsed(metrics))
     path = write_submission(ranking, run.settings.group_name, run.folder)

@@ -30,7 +30,7 @@ def source_of(text: str) -> Source:
     """Read MODEL or MODEL@CROP. Raises ValueError for a crop that there is not, InputError for a model.
 
     >>> source_of("clip@loose")
-    Source(model='clip', crop='loose', views='none')
+    Source(model='clip', crop='loose', views='none', checkpoint='')
     """
     model, at, crop = text.partition("@")
     if at and crop not in CROPS:

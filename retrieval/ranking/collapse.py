@@ -18,17 +18,17 @@ CLOSE = 1 - 1e-5  # mean cosine: what is left beyond are rounding errors
 QUERIES, GALLERY = 4, 20  # fewer images may well have the same nearest ones
 
 
-def spread_of(ranking: Ranking, gallery: Embeddings) -> dict[str, Any]:
+def spread_of(ranking: Ranking, queries: Embeddings) -> dict[str, Any]:
     """Return how far a ranking tells images apart, for metrics.json.
 
-    `mean_cosine` is that of two gallery images; `same_images` the share of the queries that get the most
-    frequent list; `spread` the median over the queries of the first cosine less the last; `collapsed`
-    whether the ranking is of no use.
+    `mean_cosine` is that of two queries, which every process has; `same_images` the share of the queries that
+    get the most frequent list; `spread` the median over the queries of the first cosine less the last;
+    `collapsed` whether the ranking is of no use.
     """
     readable = (ranking.cosines != 0).any(1)  # the other queries have the gallery in its order
     lists = Counter(map(tuple, ranking.rows[readable, :10].tolist()))
     same = lists.most_common(1)[0][1] / len(ranking.queries)
-    cosine = mean_cosine(gallery.vectors)
+    cosine = mean_cosine(queries.vectors)
     many = len(ranking.queries) >= QUERIES and len(ranking.gallery) >= GALLERY
     spread = float(np.median(ranking.cosines[:, 0] - ranking.cosines[:, -1]))
     collapsed = many and (same >= SAME or cosine >= CLOSE)
@@ -39,7 +39,7 @@ def in_words(spread: dict[str, Any]) -> str:
     """Return why a ranking is of no use, and what to look at."""
     return (
         f"the network hardly tells these images apart: {100 * spread['same_images']:.0f} % of the queries "
-        f"get the same images, and the mean cosine of the gallery is {spread['mean_cosine']:.5f}. Its "
+        f"get the same images, and the mean cosine of two queries is {spread['mean_cosine']:.5f}. Its "
         "weights were loaded wrongly, its training diverged, or the images show nothing (--save_crops shows "
         "them)"
     )
