@@ -158,6 +158,7 @@ WRONG = (
 )
 
 
+@pytest.mark.slow
 def test_a_recipe_that_was_changed_anywhere_loads_or_is_a_sentence(networks, tmp_path):
     """Each field, and each of its transform, with each of many wrong values."""
     file, state, recipe = tmp_path / "changed.pth", networks[1].state_dict(), asdict(RECIPE)
