@@ -22,7 +22,6 @@ from retrieval.backbones.fine_tuned import (
     MIXED,
     Mapped,
     Recipe,
-    load_fine_tuned,
     write_checkpoint,
     write_fine_tuned,
 )
@@ -37,13 +36,12 @@ from supcon.checkpoints import BEST, BEST_EPOCH, CURVE, HISTORY
 from supcon.layers import share_of_rate
 from supcon.state import TrainingState, save
 from supcon.steps import StepInputs, planned_steps, step, with_views
-from supcon.validation import COLLAPSED, Candidate, best_of, candidates, is_better, mixed, validate
+from supcon.validation import COLLAPSED, best_of, candidates, check_written, is_better, mixed, validate
 
 MANY_SKIPPED = 0.1  # share of an epoch's steps
 SAVE_EVERY = 300  # seconds
 FIRST_STEPS = 3  # which have to change the weights
 TRACKED = ("top_1", "top_3", "score", "mean_cosine")  # metrics that a tracker gets
-SCORE_TOLERANCE = 5.0  # points: a GPU need not give the same bits twice
 
 log = logging.getLogger("retrieval.training")
 
@@ -283,24 +281,13 @@ def choose(training: TrainingState) -> None:
     }
     recipe = recipe_of(training, metrics, chosen.embedding, chosen.weight)
     write_fine_tuned(folder / BEST, recipe, network, joined)
-    _check(training, chosen)
+    check_written(folder / BEST, chosen, training.validation, training.device)
     progress.chosen, progress.kept = progress.epoch, chosen.metrics["score"]
     save(training)
     training.tracking.log({"chosen": _tracked(chosen.metrics)})
     write_whole(folder / CURVE, curves(progress.history, progress.untuned).png)
     _log_before_and_after(progress.untuned, chosen.metrics)
     log.info("wrote %s", folder / BEST)
-
-
-def _check(training: TrainingState, chosen: Candidate) -> None:
-    """Raise RunError if the written checkpoint does not retrieve as well as the chosen candidate."""
-    file = training.settings.save_dir / BEST
-    score = validate(training.validation, load_fine_tuned(file, training.device))["score"]
-    if abs(score - chosen.metrics["score"]) > SCORE_TOLERANCE:
-        raise RunError(
-            f"{file} scores {score:.0f} on the validation images where {chosen} scored "
-            f"{chosen.metrics['score']:.0f}: do not use it, and report this"
-        )
 
 
 def _log_before_and_after(untuned: dict[str, Any], tuned: dict[str, Any]) -> None:

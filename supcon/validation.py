@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from retrieval.backbones.backbone import Backbone
-from retrieval.backbones.fine_tuned import ALONE, JOINED, MIXED, Shrunk, how, join
+from retrieval.backbones.fine_tuned import ALONE, JOINED, MIXED, Shrunk, how, join, load_fine_tuned
 from retrieval.backbones.timm_zoo import with_input_size
 from retrieval.embedding.torch_runtime import embed_what_fits
+from retrieval.errors import RunError
 from retrieval.metrics import compare, metrics_of
 from retrieval.ranking.exact import rank
 from retrieval.records import Embeddings, Ranking
@@ -25,6 +27,8 @@ LAMBDAS = (0.25, 0.5, 1.0, 2.0, 4.0)  # weights of the tuned embedding beside th
 USUAL, CAREFUL, NEAREST = 2.0, 0.5, 0.25  # λ that best_of chooses from
 ALPHAS = (0.25, 0.5, 0.75)  # shares of the tuned weights in a mix: WiSE-FT (Wortsman et al. 2022)
 COLLAPSED = 0.98  # mean cosine of two images' embeddings
+SAMPLE = 64  # validation images
+SAME = 0.999  # cosine of an image's embeddings: a GPU need not give the same bits twice
 KEEP = 10  # ranked images of each query: the score needs ten
 
 
@@ -72,10 +76,14 @@ def vectors_of(images: Tensor, backbone: Backbone) -> Tensor:
 
 def validate(validation: Validation, backbone: Backbone) -> dict[str, Any]:
     """Return the metrics of a network, and the mean cosine of two images."""
+    return metrics_of_vectors(validation, *embed(validation, backbone))
+
+
+def embed(validation: Validation, backbone: Backbone) -> tuple[Tensor, Tensor | None]:
+    """Embed the validation images, and their views if there are any, as unit vectors on the CPU."""
     size = backbone.transform.size
-    images = vectors_of(validation.images[size], backbone)
     views = vectors_of(validation.views[size], backbone) if validation.views else None
-    return metrics_of_vectors(validation, images, views)
+    return vectors_of(validation.images[size], backbone), views
 
 
 def metrics_of_vectors(validation: Validation, images: Tensor, views: Tensor | None) -> dict[str, Any]:
@@ -114,6 +122,7 @@ class Candidate:
     embedding: str  # as in Recipe
     weight: float
     metrics: dict[str, Any]
+    first: Tensor  # the embeddings of the first SAMPLE validation images
 
     def __str__(self) -> str:
         """Return the way to embed, in words."""
@@ -122,19 +131,22 @@ class Candidate:
 
 def candidates(validation: Validation, untuned: Backbone, tuned: Backbone) -> list[Candidate]:
     """Validate every way to embed: the tuned network alone, joined or mixed with the untuned one."""
-    found = [Candidate(ALONE, 1.0, validate(validation, tuned))]
+    found = []
+
+    def _add(embedding: str, weight: float, images: Tensor, views: Tensor | None = None) -> None:
+        metrics = metrics_of_vectors(validation, images, views)
+        found.append(Candidate(embedding, weight, metrics, images[:SAMPLE]))
+
+    _add(ALONE, 1.0, *embed(validation, tuned))
+    for weight in ALPHAS:
+        _add(MIXED, weight, *embed(validation, mixed(untuned, tuned, weight)))
     size = untuned.transform.size
     beside = replace(untuned, network=Shrunk(tuned.network, tuned.transform.size))
     of_both = []
     for pixels in filter(None, (validation.images, validation.views)):
         of_both.append([vectors_of(pixels[size], backbone) for backbone in (untuned, beside)])
-    for weight in ALPHAS:
-        metrics = validate(validation, mixed(untuned, tuned, weight))
-        found.append(Candidate(MIXED, weight, metrics))
     for weight in LAMBDAS:
-        images, *views = [join(*both, weight) for both in of_both]
-        metrics = metrics_of_vectors(validation, images, views[0] if views else None)
-        found.append(Candidate(JOINED, weight, metrics))
+        _add(JOINED, weight, *[join(*both, weight) for both in of_both])
     return found
 
 
@@ -151,6 +163,16 @@ def mixed(untuned: Backbone, tuned: Backbone, share: float) -> Backbone:
             if name in start:
                 parameter.copy_(torch.lerp(start[name], end[name], share))
     return replace(tuned, network=network)
+
+
+def check_written(file: Path, chosen: Candidate, validation: Validation, device: str) -> None:
+    """Raise RunError if a written checkpoint does not embed as the candidate that was chosen."""
+    backbone = load_fine_tuned(file, device)
+    vectors = vectors_of(validation.images[backbone.transform.size][:SAMPLE], backbone)
+    cosine = functional.cosine_similarity(vectors, chosen.first).min()
+    if not cosine > SAME:
+        raise RunError(f"{file} does not embed as {chosen} did on the validation images (a cosine of "
+                       f"{cosine:.3f}): do not use it, and report this")  # fmt: skip
 
 
 def best_of(found: list[Candidate], untuned: dict[str, Any], by_view: bool = False) -> Candidate:

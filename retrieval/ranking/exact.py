@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 IMAGES = 8192  # gallery images in a chunk; more where k is large
 TILE, TILE_ON_GPU = 2**21, 2**24  # products of a query and an image in memory: 8 and 64 MiB
-PIECE, PIECE_ON_GPU = 2**15, 2**23  # components of pairs at a time: a core's cache holds them; a GPU is busy
+PIECE, PIECE_ON_GPU = 2**17, 2**23  # components of pairs at a time: a core's cache holds them; a GPU is busy
 UNIT = 1e-5  # a squared length within this of 1 differs from 1 by float32 rounding only
 SMALL = 2**36  # multiply-adds, about a second on two cores
+MANY = 32  # a float64 product of all pairs takes as long as the exact cosines of a 32nd of them
 ONE = 2.0**62  # as an integer, the cosine of equal vectors
 
 log = logging.getLogger("retrieval.ranking")
@@ -123,9 +124,11 @@ def _search(
         for first, some in chunks(queries.vectors, max(1, library.tile // (images + k))):
             some = _unit(queries, first, some, library)
             part = slice(first, first + len(some))
-            products = library.multiply(some, vectors)
-            products[:, library.put(zeros[-1])] = -np.inf
-            near = _candidates(products, cosines[part, -1], k, vectors.shape[1], library.xp)
+            worst = cosines[part, -1]
+            near = _candidates(some, vectors, zeros[-1], worst, k, library)
+            if near.sum() > max(2 * k * len(some), len(some) * len(vectors) // MANY):
+                doubles = library.double(some), library.double(vectors)
+                near = _candidates(*doubles, zeros[-1], worst, k, library)
             pairs = library.xp.where(near.reshape(-1))[0]  # flat: numpy takes a tenth of the time
             owners = pairs // len(vectors)  # the query of each candidate
             columns = pairs - owners * len(vectors)
@@ -150,17 +153,21 @@ def _unit(embeddings: Embeddings, start: int, vectors: np.ndarray, library: _Lib
     return vectors if (squares == 1).all() else vectors / squares[:, None] ** 0.5
 
 
-def _candidates(products: Any, worst: Any, k: int, dimension: int, xp: Any) -> Any:
-    """Return which of the `products` (queries, images) may be among the k best of a query.
+def _candidates(queries: Any, vectors: Any, zeros: np.ndarray, worst: Any, k: int, library: _Library) -> Any:
+    """Return as (queries, images) which images may be among the k best of a query; never the rows of `zeros`.
 
-    `worst` are the k-th best cosines so far. The float32 product of unit vectors of dimension d, summed in
-    any order, is within γ = d·u/(1 − d·u) of their cosine, u = 2⁻²⁴ (Higham, Accuracy and Stability of
-    Numerical Algorithms, 2002, §3.1). So an image whose product is more than γ below the k-th best cosine so
-    far, or more than 2γ below the k-th highest product of these images, is not among the best k.
+    `worst` are the k-th best cosines so far. The product of unit vectors of dimension d, summed in any order,
+    is within γ = d·u/(1 − d·u) of their cosine, u = 2⁻²⁴ in float32 and 2⁻⁵³ in float64 (Higham, Accuracy and
+    Stability of Numerical Algorithms, 2002, §3.1). So an image whose product is more than γ below the k-th
+    best cosine so far, or more than 2γ below the k-th highest product of these images, is not among the best.
     """
-    d = dimension + 8  # a little more: lengths are 1 within rounding, and `floor` is rounded
-    gamma = d * 2.0**-24 / (1 - d * 2.0**-24)
-    floor = xp.asarray(worst - gamma, dtype=xp.float32)
+    xp = library.xp
+    products = library.multiply(queries, vectors)
+    products[:, library.put(zeros)] = -np.inf
+    d = vectors.shape[1] + 8  # a little more: lengths are 1 within rounding, and `floor` is rounded
+    u = xp.finfo(products.dtype).eps / 2
+    gamma = d * u / (1 - d * u)
+    floor = xp.asarray(worst - gamma, dtype=products.dtype)
     near = products >= floor[:, None]
     many = near.sum(1) > k
     if many.any():
@@ -210,6 +217,10 @@ class _Library(NamedTuple):
     def take(self, array: Any) -> np.ndarray:
         """Return an array of the library as a numpy array."""
         return array if self.xp is np else array.cpu().numpy()
+
+    def double(self, array: Any) -> Any:
+        """Return an array of the library in float64."""
+        return self.xp.asarray(array, dtype=self.xp.float64)
 
     def full(self, shape: tuple[int, int], value: float, dtype: str) -> Any:
         """Return a new array of the library."""

@@ -147,6 +147,21 @@ def test_the_candidates_are_enough_where_everything_is_close(seed):
     assert ranking.rows[0].tolist() == np.argsort(-cosines, kind="stable")[:10].tolist()
 
 
+@pytest.mark.parametrize("side", [1, -1])
+def test_vectors_of_a_collapsed_network_take_few_exact_cosines(side, monkeypatch):
+    """Cosines of ±1 that differ by 1e-8, less than float32 can promise; a few images cannot be read."""
+    random = np.random.default_rng(4)
+    base = random.normal(size=512)
+    queries = unit(base + 1e-4 * random.normal(size=(40, 512)))
+    vectors = unit(side * base + 1e-4 * random.normal(size=(600, 512)))
+    vectors[[3, 77, 500]] = 0
+    queries, gallery = (Embeddings([str(row) for row in range(len(x))], x) for x in (queries, vectors))
+    pairs, update = [], exact._update
+    monkeypatch.setattr(exact, "_update", lambda *args: (pairs.append(len(args[3])), update(*args)))
+    assert rank(queries, gallery, 10).names() == by_sorting(queries, gallery, 10)
+    assert 400 <= sum(pairs) < 500  # ten of each query; float32 alone leaves all 24 000
+
+
 def test_many_unreadable_gallery_images_push_no_readable_one_out():
     gallery = embeddings([[0, 0]] * 15 + [[-1, 0], [-1, 1]], "g")
     assert rank(embeddings([[1, 0]], "q"), gallery, 2).names() == {"q0": ["g16", "g15"]}

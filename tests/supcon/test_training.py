@@ -14,7 +14,7 @@ import torch
 from conftest import SMALL, assert_same, begun, settings_of
 
 from retrieval.backbones.backbone import package_versions
-from retrieval.backbones.fine_tuned import ALONE, JOINED, load_fine_tuned, read_fine_tuned
+from retrieval.backbones.fine_tuned import ALONE, JOINED, MIXED, load_fine_tuned, read_fine_tuned
 from retrieval.errors import InputError, RunError
 from supcon import state, steps, training
 from supcon.batches import Split, find_and_split
@@ -142,7 +142,7 @@ def test_whatever_embedding_is_chosen_the_checkpoint_has_the_score_of_the_choice
 def test_the_usual_way_to_embed_gives_way_to_what_is_shown_to_be_better():
     def candidate(embedding, weight, right):
         points = [1000] * right + [0] * (100 - right)
-        return Candidate(embedding, weight, {"score": 10.0 * right, "points": points})
+        return Candidate(embedding, weight, {"score": 10.0 * right, "points": points}, torch.empty(0))
 
     untuned = candidate("", 0, 50).metrics
     nearest, careful = candidate(JOINED, 0.25, 55), candidate(JOINED, 0.5, 60)
@@ -285,13 +285,20 @@ def test_of_epochs_that_validation_cannot_tell_apart_the_latest_is_kept(tiny, tm
     assert run.progress.highest["score"] == 600.0
 
 
-def test_a_file_that_does_not_embed_as_it_was_chosen_is_refused(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("embedding", [ALONE, MIXED, JOINED])
+def test_a_file_that_does_not_embed_as_it_was_chosen_is_refused(embedding, tiny, tmp_path, monkeypatch):
+    """The untuned network is written in the place of the tuned one."""
     settings = settings_of(tiny, tmp_path, epochs=1)
     run = begun(settings)
     training.fit(run)
-    real = training.validate
-    monkeypatch.setattr(training, "validate", lambda *arguments: real(*arguments) | {"score": 3.0})
-    with pytest.raises(RunError, match=r"fine_tuned_model\.pth scores 3 on the validation images where"):
+    real, untuned = training.write_fine_tuned, run.untuned.network.state_dict()
+    monkeypatch.setattr(
+        training, "write_fine_tuned", lambda *arguments: real(*arguments[:2], untuned, arguments[3])
+    )
+    monkeypatch.setattr(
+        training, "best_of", lambda found, *_, **__: [c for c in found if c.embedding == embedding][-1]
+    )
+    with pytest.raises(RunError, match=r"fine_tuned_model\.pth does not embed as .*a cosine of 0\.[0-9]+"):
         training.choose(run)
 
 
