@@ -6,7 +6,7 @@ INSTALLED := $(VENV)/installed
 
 PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo check lint test format
+.PHONY: demo check lint test format audit
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python -m retrieval.datasets sample --out data/sample
@@ -27,9 +27,17 @@ format: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-$(INSTALLED): requirements.txt tests/requirements.txt
+# Known holes of the packages, and how many packages no reachable database knows.
+audit: $(INSTALLED)
+	$(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/python -m pip install -q --disable-pip-version-check pip-audit
+	@$(VENV)/audit/bin/pip-audit --progress-spinner off --disable-pip --require-hashes -r requirements.lock \
+		> $(VENV)/audit/found; status=$$?; grep -v "could not be audited" $(VENV)/audit/found; \
+		echo "$$(grep -c 'could not be audited' $(VENV)/audit/found) of the packages are in no database that was reached"; \
+		exit $$status
+
+$(INSTALLED): requirements.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 14) or \
 		sys.exit("Python %d.%d is not supported: make PYTHON=python3.12 takes another one (3.11 to 3.14)" % v)'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --disable-pip-version-check -r requirements.txt -r tests/requirements.txt
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --require-hashes -r requirements.lock
 	@touch $@

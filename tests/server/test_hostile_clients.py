@@ -12,11 +12,11 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 from hall import body_of, images, key_of, post, process, raw, table
-from torture.server import KINDS, attempt, patient_server
 
 from retrieval.server import connections, endpoint, kept
 from retrieval.server.database import Database
 from retrieval.server.group_names import folded
+from tests.torture.server import KINDS, attempt, patient_server
 
 pytestmark = pytest.mark.slow
 HEAD = b"POST /retrieval/ HTTP/1.1\r\nHost: x\r\n"

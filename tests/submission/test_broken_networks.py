@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from conftest import Server, answer
 from test_client import quiet, send
-from torture.network import BEHAVIOURS, KINDS, MOMENTS, attempt
+
+from tests.torture.network import BEHAVIOURS, KINDS, MOMENTS, attempt
 
 SAMPLE = sorted(random.Random(0).sample(sorted(KINDS), 60))
 FELL = ["answer: two lengths", "100 Continue for ever", "drip headers after the status line",

@@ -1,6 +1,6 @@
 """Damaged and planted caches in; the vectors of a run without a cache, and a warning where one is due.
 
-    python -m tests.torture.cache --seed 0 --minutes 1 [--log cases.jsonl]
+    python -m tests.torture.cache --seed 0 --minutes 1
 
 A case damages the cache of an earlier run: values of rows, bits of the SQLite file or of an exported network,
 files of other content. Then it embeds the images again. It fails if an error comes out, or if a vector
@@ -31,7 +31,7 @@ from retrieval.backbones.transform import Transform
 from retrieval.embedding.cache import FILE
 from retrieval.embedding.embed import embed
 from retrieval.embedding.onnx_runtime import export
-from tests.torture.images import run_campaign
+from tests.torture.campaign import run_generated
 
 IMAGES = 12
 WRONG = ("NULL", "3", "-0.5", "'text'", "CAST(x'fffe' AS TEXT)", "x''", "x'0102030405'", "zeroblob(16)",
@@ -191,4 +191,4 @@ def _without_vectors(cache: Path) -> None:
 
 if __name__ == "__main__":
     logging.getLogger("retrieval").addHandler(logging.NullHandler())
-    sys.exit(run_campaign(campaign, __doc__))
+    sys.exit(run_generated("cache", campaign))

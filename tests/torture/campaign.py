@@ -1,15 +1,18 @@
-"""Kinds of cases, and a function that tries one, in; a line for each case, and the failures, out."""
+"""Cases, and what tries them, in; a line for each case, and the failures, out."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import random
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-SECONDS = 60
+Outcome = dict[str, Any]  # "case" names what was tried, "failed" says whether a promise did not hold
 
 
 def run(name: str, kinds: Sequence[str], attempt: Callable[[str, random.Random], list[str]]) -> int:
@@ -17,27 +20,56 @@ def run(name: str, kinds: Sequence[str], attempt: Callable[[str, random.Random],
 
     `attempt(kind, rng)` returns a sentence for each promise that did not hold. Every case has a generator of
     its own, made of the seed and the case's number: --seed S --first N --minutes 0 repeats the case N alone.
-    Prints each failure and the count of cases, writes a line a case to --out, and returns the exit status.
+    Returns the exit status.
     """
-    parser = argparse.ArgumentParser(prog=f"python -m tests.torture.{name}")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=1)
+    parser = _parser(name)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
-    parser.add_argument("--out", type=Path, default=Path("results/torture"), help="folder of the lines")
     given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
-    end, number, failed = time.monotonic() + SECONDS * given.minutes, given.first, 0
-    with open(given.out / f"{name}.jsonl", "w") as lines:
+
+    def _outcomes() -> Iterator[Outcome]:
+        end, number = time.monotonic() + 60 * given.minutes, given.first
         while number == given.first or time.monotonic() < end:
             kind, started = kinds[number % len(kinds)], time.monotonic()
             broken = attempt(kind, random.Random(f"{given.seed} {number}"))
-            case = {"case": number, "seed": given.seed, "kind": kind, "broken": broken}
-            lines.write(json.dumps(case | {"seconds": round(time.monotonic() - started, 2)}) + "\n")
-            lines.flush()
-            if broken:
-                failed += 1
-                print(f"case {number}, {kind}: {'; '.join(broken)}")
+            took = round(time.monotonic() - started, 2)
+            yield {
+                "number": number,
+                "case": kind,
+                "failed": bool(broken),
+                "broken": broken,
+                "seconds": took,
+            }
             number += 1
-    cases = number - given.first
-    print(f"{name}: {cases} cases of {min(cases, len(kinds))} kinds, {failed} failed (seed {given.seed})")
-    return 1 if failed else 0
+
+    return _record(name, given, _outcomes())
+
+
+def run_generated(name: str, campaign: Callable[[int, float, Path], Iterator[Outcome]]) -> int:
+    """Run a campaign that yields outcomes from a seed, minutes and a folder; return the exit status."""
+    given = _parser(name).parse_args()
+    warnings.simplefilter("ignore")  # Pillow's, of broken metadata
+    with tempfile.TemporaryDirectory() as folder:
+        return _record(name, given, campaign(given.seed, given.minutes, Path(folder)))
+
+
+def _parser(name: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m tests.torture.{name}")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=1)
+    parser.add_argument("--out", type=Path, default=Path("results/torture"), help="folder of the lines")
+    return parser
+
+
+def _record(name: str, given: argparse.Namespace, outcomes: Iterator[Outcome]) -> int:
+    """Write a line for each outcome, print the failures and the count, and return the exit status."""
+    given.out.mkdir(parents=True, exist_ok=True)
+    count = failed = 0
+    with open(given.out / f"{name}.jsonl", "w", encoding="utf-8") as lines:
+        for outcome in outcomes:
+            line = json.dumps({"seed": given.seed} | outcome)
+            print(line, file=lines, flush=True)
+            if outcome["failed"]:
+                print(line, flush=True)
+            count, failed = count + 1, failed + outcome["failed"]
+    print(f"{name}: {count} cases, {failed} failed (seed {given.seed})")
+    return int(bool(failed))

@@ -1,6 +1,6 @@
 """Damaged, odd and hostile image files in; each is read, or refused with a sentence.
 
-    python -m tests.torture.images --seed 0 --minutes 1 [--log cases.jsonl]
+    python -m tests.torture.images --seed 0 --minutes 1
 
 A case is a file: an image in one of Pillow's formats and modes, cut, with flipped bits, with metadata of
 chance, a bomb, a special file, or one that vanishes or changes while it is read. A reader reads it, as in a
@@ -10,7 +10,6 @@ that takes longer than SECONDS. One seed gives the same cases in the same order.
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import os
@@ -19,7 +18,6 @@ import sys
 import tempfile
 import threading
 import time
-import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from itertools import cycle
@@ -32,6 +30,7 @@ from PIL import Image
 from get_images import FORMATS, ImageFile, find_images
 from retrieval.backbones.transform import Transform
 from retrieval.embedding.loader import Reader
+from tests.torture.campaign import run_generated
 
 READER = Reader(Transform(64, "bicubic"))
 SECONDS = 20  # of one case: none of them takes one on an idle machine
@@ -292,27 +291,5 @@ def _changing(rng: np.random.Generator) -> Iterator[Case]:
 # ---- the command line -----------------------------------------------------------------------------
 
 
-def run_campaign(campaign: Callable[..., Iterator[dict[str, Any]]], description: str) -> int:
-    """Run a campaign by the flags of its command; return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, default=1.0)
-    parser.add_argument("--log", type=Path, default=os.devnull, help="a file for one line of JSON a case")
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")  # Pillow's, of broken metadata
-    count = failures = 0
-    with tempfile.TemporaryDirectory() as folder, open(arguments.log, "w", encoding="utf-8") as log:
-        for outcome in campaign(arguments.seed, arguments.minutes, Path(folder)):
-            print(json.dumps(outcome), file=log, flush=True)
-            count += 1
-            if outcome["failed"]:
-                failures += 1
-                print(json.dumps(outcome), flush=True)
-    print(f"{count} cases, {failures} failures (seed {arguments.seed})")
-    return int(bool(failures))
-
-
 if __name__ == "__main__":
-    sys.exit(run_campaign(campaign, __doc__))
+    sys.exit(run_generated("images", campaign))

@@ -23,11 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from retrieval.submission.client import MAYBE_COUNTED, NOTHING_SENT, REFUSED, send_submission
-
-if __package__ == "tests.torture":  # as a command; in the tests, the folder tests/ is where imports begin
-    from tests.torture.campaign import run
-else:
-    from torture.campaign import run
+from tests.torture.campaign import run
 
 SCORE = b'{"accuracy": 698.0}'
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(SCORE)

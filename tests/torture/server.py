@@ -27,11 +27,7 @@ from retrieval.server.answer_key import AnswerKey
 from retrieval.server.group_names import folded
 from retrieval.server.rules import Rules
 from retrieval.server.serve import local_server
-
-if __package__ == "tests.torture":  # as a command; in the tests, the folder tests/ is where imports begin
-    from tests.torture.campaign import run
-else:
-    from torture.campaign import run
+from tests.torture.campaign import run
 
 KEY = AnswerKey(
     {f"q{n}.jpg": f"person {n % 50}" for n in range(300)},

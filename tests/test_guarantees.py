@@ -1,0 +1,61 @@
+"""docs/guarantees.md, docs/licences.md and requirements.lock, beside what they speak of."""
+
+import re
+from datetime import date
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from docs import guarantees, licences
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", guarantees.PROMISES)
+def test_every_campaign_has_its_row_and_its_last_run_had_no_failure(name):
+    (line,) = [line for line in PAGE.splitlines() if f"| `{name}`: " in line]
+    result = line.split(" | ")[2]
+    assert line == guarantees.row(name, result)
+    assert re.fullmatch(r"[1-9]\d* cases, 0 failed \(seed \d+, 20\d\d-\d\d-\d\d\)", result)
+    assert find_spec(f"tests.torture.{name}"), f"tests/torture/{name}.py is missing"
+
+
+def test_a_new_result_replaces_the_last_one_of_its_campaign_alone():
+    lines = {"cache": [{"seed": 5, "failed": False}, {"seed": 5, "failed": True}]}
+    changed = guarantees.page(PAGE, lines, date(2030, 1, 2)).splitlines()
+    new = [line for line, old in zip(changed, PAGE.splitlines(), strict=True) if line != old]
+    assert new == [guarantees.row("cache", "2 cases, 1 failed (seed 5, 2030-01-02)")]
+
+
+def test_every_test_that_a_promise_names_is_there():
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", PAGE)
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}" in (ROOT / file).read_text(encoding="utf-8"), f"{file} has no {test}"
+
+
+def test_the_lock_holds_the_versions_of_both_requirements():
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    for file in ("requirements.txt", "tests/requirements.txt"):
+        for name, version in re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / file).read_text(), re.M):
+            locked = name.lower().replace("_", "-")
+            assert f"\n{locked}=={version} " in lock, (
+                f"{file} has {name} {version}: write requirements.lock anew"
+            )
+
+
+def test_every_locked_file_has_a_digest():
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    packages = re.split(r"^(?=[a-z0-9])", lock, flags=re.M)[1:]
+    assert len(packages) > 100
+    assert [package for package in packages if "--hash=sha256:" not in package] == []
+
+
+def test_the_page_of_licences_names_every_locked_package_and_every_network():
+    page = (ROOT / "docs" / "licences.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"[\w.-]+", page.partition("## Packages")[2]))
+    elsewhere = {"cffi", "colorama", "httpx2-jsfetch", "pycparser"}  # other systems'
+    assert set(licences.locked_packages()) - listed <= elsewhere
+    assert licences.page().partition("## Packages")[0] == page.partition("## Packages")[0]
