@@ -96,8 +96,8 @@ def check_days(names: list[str], days: list[Day]) -> None:
     count = len(set(owners_of(names, days)))
     if count < FEW_IDENTITIES:
         raise InputError(
-            f"--train_dir holds {len(names)} images, of which days drawn from it have only {count} different "
-            f"queries, and fewer than {FEW_IDENTITIES} show nothing: give more labelled images, or rank by "
+            f"days drawn from {len(names)} images of --train_dir have only {count} different queries, and "
+            f"fewer than {FEW_IDENTITIES} show nothing: give more labelled images, or run "
             "model_not_tuned.py, which chooses nothing"
         )
 
