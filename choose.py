@@ -43,8 +43,8 @@ def main(settings: Settings) -> None:
         search.try_networks()
         if settings.fine_tune:
             search.try_tuned(tune)
-        search.try_views()
         search.try_fusions()
+        search.try_views()
         if settings.rehearse:
             tell_rehearsal(search, find_images(settings.train_dir))
     if not settings.rehearse:

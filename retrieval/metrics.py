@@ -299,22 +299,29 @@ def compare(points: ArrayLike, with_points: ArrayLike) -> tuple[float, list[floa
     return float(difference.mean()), _mean_interval(difference)
 
 
+def independent(labels: list[str]) -> list:
+    """Return what a bootstrap draws for each query: its identity, or itself where labels are few classes.
+
+    >>> independent(["a", "b", "a"])
+    [0, 1, 2]
+    """
+    return labels if len(set(labels)) >= FEW_IDENTITIES else list(range(len(labels)))
+
+
 def compare_identities(
-    points: np.ndarray, with_points: np.ndarray, labels: list[str], tests: int = 1, samples: int = 10_000
+    points: np.ndarray, with_points: np.ndarray, owners: list, tests: int = 1, samples: int = 10_000
 ) -> tuple[float, list[float]]:
-    """Do as compare, but draw identities, since the queries of one identity are right or wrong together.
+    """Do as compare, but draw owners: the points of one owner, such as a person, are right or wrong together.
 
-    The interval is at 95 %, or higher if this is one of several `tests` (Bonferroni). With fewer than
-    FEW_IDENTITIES labels, as with classes of scenes, queries are drawn.
+    `owners` has the owner of each entry of the points. The interval is at 95 %, or higher if this is one of
+    several `tests` (Bonferroni).
 
-    >>> compare_identities(np.array([1000, 1000, 0, 0]), np.zeros(4), ["a", "a", "b", "b"])[0]
-    500.0
+    >>> compare_identities(np.array([1000, 1000, 0, 0]), np.zeros(4), ["a", "a", "b", "b"])
+    (500.0, [0.0, 1000.0])
     """
     difference = np.array(points, dtype=float) - np.array(with_points, dtype=float)
-    identities, owners = np.unique(labels, return_inverse=True)
-    if len(identities) < FEW_IDENTITIES:
-        owners = np.arange(len(labels))
-    sums = np.stack([np.bincount(owners, difference), np.bincount(owners)], axis=1)  # (identities, 2)
+    _, owners = np.unique(owners, return_inverse=True)
+    sums = np.stack([np.bincount(owners, difference), np.bincount(owners)], axis=1)  # (owners, 2)
     different, counts = np.unique(sums, axis=0, return_counts=True)
     drawn = np.random.default_rng(0).multinomial(counts.sum(), counts / counts.sum(), size=samples)
     totals, queries = (drawn @ different).T

@@ -10,6 +10,7 @@ import numpy as np
 
 from get_images import ImageFile, label_of
 from retrieval.errors import InputError
+from retrieval.metrics import FEW_IDENTITIES
 from retrieval.records import Embeddings, readable_rows
 
 ENOUGH_IDENTITIES = 20  # with two images: then a day shows other people than those that a fit has seen
@@ -25,6 +26,11 @@ class Images:
     queries: list[ImageFile]
     gallery: list[ImageFile]
     train: list[ImageFile]  # labelled
+
+    @property
+    def share(self) -> float:
+        """Return the share of the queries among the images of the day."""
+        return len(self.queries) / (len(self.queries) + len(self.gallery))
 
     def __len__(self) -> int:
         return len(self.queries) + len(self.gallery) + len(self.train)
@@ -74,6 +80,26 @@ def draw_days(names: list[str], matches: int, share: float, count: int, seed: in
         )
         days.append(draw._replace(half=half))
     return days
+
+
+def owners_of(names: list[str], days: list[Day]) -> list[str]:
+    """Return who each query belongs to, day after day: a person, or an image where there are few classes.
+
+    An owner's queries of several days are right or wrong together, so the bootstrap draws owners.
+    """
+    of_name = label_of if by_identity(names) else str
+    return [of_name(names[row]) for day in days for row in day.queries]
+
+
+def check_days(names: list[str], days: list[Day]) -> None:
+    """Raise InputError if the queries of all days have fewer than FEW_IDENTITIES owners."""
+    count = len(set(owners_of(names, days)))
+    if count < FEW_IDENTITIES:
+        raise InputError(
+            f"days drawn from {len(names)} images of --train_dir have only {count} different queries, and "
+            f"fewer than {FEW_IDENTITIES} show nothing: give more labelled images, or run "
+            "model_not_tuned.py, which chooses nothing"
+        )
 
 
 def _day_by_identity(
@@ -148,8 +174,7 @@ def hide_a_day(images: Images, matches: int | None, seed: int) -> Images:
     The others are what the search may learn from. Half of the identities with a single image are on the day.
     """
     files = images.train
-    share = len(images.queries) / (len(images.queries) + len(images.gallery))
-    day = draw_days([file.name for file in files], matches or MATCHES, share, 1, seed + 1)[0]
+    day = draw_days([file.name for file in files], matches or MATCHES, images.share, 1, seed + 1)[0]
     alone = _alone(files)
     kept = np.random.default_rng(seed).permutation(alone)[: len(alone) // 2]
     gallery = np.setdiff1d(day.gallery, kept)

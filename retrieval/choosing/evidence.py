@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from get_images import label_of
-from retrieval.choosing.days import Day, by_identity
+from retrieval.choosing.days import Day, owners_of
 from retrieval.choosing.recipes import Recipe, Source
 from retrieval.errors import InputError
 from retrieval.metrics import compare_identities, first_hits, points_of
@@ -48,6 +47,19 @@ class Step(NamedTuple):
     def pays(self) -> bool:
         return self.interval[0] > 0
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return the step as recipe.json holds it, and as retrieval/report/choice.py reads it."""
+        return {
+            "before": str(self.before),
+            "score": self.score,
+            "score_interval": self.score_interval,
+            "best": str(self.best),
+            "taken": self.pays,
+            "gain_held_out": self.gain,
+            "gain_held_out_interval": self.interval,
+            "tries": [tried._asdict() | {"recipe": str(tried.recipe)} for tried in self.tries],
+        }
+
 
 @dataclass
 class Evidence:
@@ -64,12 +76,8 @@ class Evidence:
     _points: dict[tuple[Recipe, int], np.ndarray] = field(default_factory=dict, init=False)  # of a day
 
     def owners(self, every: int = 1) -> list[str]:
-        """Return who each query belongs to, day after day: identities, or images where classes are few.
-
-        What belongs together is right or wrong together, and is drawn together by the bootstrap.
-        """
-        of_name = label_of if by_identity(self.names) else str
-        return [of_name(self.names[row]) for day in self.days[::every] for row in day.queries]
+        """Return who each query of each `every`-th day belongs to, as owners_of."""
+        return owners_of(self.names, self.days[::every])
 
     def points(self, recipe: Recipe, every: int = 1) -> np.ndarray:
         """Return the points, 0 to 1000, of each query of each `every`-th day."""

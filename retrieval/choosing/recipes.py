@@ -43,6 +43,11 @@ class Recipe:
     def sources(self) -> list[Source]:
         return [self.source, self.second] if self.second else [self.source]
 
+    def flipped(self) -> Recipe:
+        """Return this recipe with the mirror images' vectors in the mean, by each of its networks."""
+        own, *second = [source._replace(views="flip") for source in self.sources]
+        return replace(self, source=own, second=second[0] if second else None)
+
     def __str__(self) -> str:
         """Return the recipe in words, such as 0.7 dlib + 0.3 facenet + whiten."""
         means = [
@@ -90,10 +95,10 @@ def neighbours(recipe: Recipe, matches: int) -> list[Recipe]:
 
 
 def fusions(recipe: Recipe, sources: list[Source]) -> dict[Source, list[Recipe]]:
-    """Return the recipes that fuse another network with this one, for each network with the same views."""
+    """Return the recipes that fuse each other network with this one, without the means that would reorder."""
     means = replace(recipe.means, **ORDERS)
     return {
         source: [Recipe(recipe.source, means, source, share) for share in SHARES]
         for source in sources
-        if source not in recipe.sources and source.views == recipe.source.views
+        if source not in recipe.sources
     }

@@ -7,10 +7,10 @@ import logging
 import numpy as np
 
 from get_images import ImageFile, label_of
-from retrieval.choosing.days import by_identity, hidden_name
+from retrieval.choosing.days import hidden_name
 from retrieval.choosing.recipes import Recipe
 from retrieval.choosing.search import Search
-from retrieval.metrics import compare_identities, first_hit, points_of
+from retrieval.metrics import compare, first_hit, points_of
 
 log = logging.getLogger("retrieval.choosing")
 
@@ -22,9 +22,6 @@ def tell_rehearsal(search: Search, labelled: list[ImageFile]) -> None:
     """
     label_of_name = {hidden_name(file): label_of(file.name) for file in labelled}
     wanted = [label_of_name[file.name] for file in search.images.queries]
-    owners = (
-        wanted if by_identity([file.name for file in labelled]) else [f.name for f in search.images.queries]
-    )
 
     def _points(recipe: Recipe) -> np.ndarray:
         ranking = search.rank(recipe)
@@ -32,20 +29,17 @@ def tell_rehearsal(search: Search, labelled: list[ImageFile]) -> None:
         return points_of(np.array([first_hit(*pair) for pair in zip(wanted, rows, strict=True)]))
 
     plain, chosen = _points(search.plain), _points(search.best)
-    score, (low, high) = compare_identities(chosen, np.zeros(len(chosen)), owners)
+    score, (low, high) = compare(chosen, np.zeros(len(chosen)))
     log.info("rehearsal: the hidden day of %d queries would have scored %.1f [%.0f, %.0f] by %s",
              len(wanted), score, low, high, search.best)  # fmt: skip
-    log.info("  the plain way, %s, would have scored %.1f: %+.1f [%+.1f, %+.1f]", search.plain, plain.mean(),
-             *_flat(compare_identities(chosen, plain, owners)))  # fmt: skip
+    gain, (low, high) = compare(chosen, plain)
+    log.info("  the plain way, %s, would have scored %.1f: %+.1f [%+.1f, %+.1f]",
+             search.plain, plain.mean(), gain, low, high)  # fmt: skip
     for step in search.steps:
         if step.best == step.before:
             continue
-        gain, (low, high) = compare_identities(_points(step.best), _points(step.before), owners)
+        gain, (low, high) = compare(_points(step.best), _points(step.before))
         held = "held" if low > 0 else "hurt" if high < 0 else "cannot be told from noise"
         did = "took" if step.pays else "left"
         log.info("  %s %s for %s: promised %+.1f, and gave %+.1f [%+.1f, %+.1f], which %s",
                  did, step.best, step.before, step.gain, gain, low, high, held)  # fmt: skip
-
-
-def _flat(gain: tuple[float, list[float]]) -> tuple[float, float, float]:
-    return gain[0], *gain[1]

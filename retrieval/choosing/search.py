@@ -8,23 +8,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from get_images import ImageFile, find_images, find_query_and_gallery, label_of
 from retrieval.choosing.days import (
+    MATCHES,
     Images,
     by_identity,
+    check_days,
     draw_days,
     hide_a_day,
     matches_in,
     rows_to_learn_from,
 )
 from retrieval.choosing.evidence import Evidence, Step, quiet, rank_recipe
-from retrieval.choosing.networks import Clock, Networks
+from retrieval.choosing.networks import Clock, Networks, reserve
 from retrieval.choosing.recipes import Recipe, Source, fusions, neighbours
-from retrieval.choosing.settings import source_of
+from retrieval.choosing.settings import check_send_first, source_of
+from retrieval.distributed import several
 from retrieval.embedding.cache import Cache
 from retrieval.errors import InputError, RunError
 from retrieval.files import as_json, write_whole
@@ -35,9 +37,9 @@ from retrieval.records import Embeddings, Ranking
 from retrieval.run import PER_RUN, SUBMISSION, Run, log_outcome, set_aside
 from retrieval.settings import LOCAL
 from retrieval.submission.client import command_to_send, send_submission
-from retrieval.submission.submission_file import make_submission, write_submission
+from retrieval.submission.submission_file import make_submission
 
-RECIPE, FIRST_REPLY = "recipe.json", "first_reply.txt"
+RECIPE, FIRST_REPLY, TUNING = "recipe.json", "first_reply.txt", "tuning"
 DAYS = 10  # that are drawn from the labelled images, by class: each has many queries
 DAYS_OF_PEOPLE = 100  # by identity: each has one query a person
 EVERY = 5  # each fifth of these days serves where many means are tried
@@ -51,33 +53,36 @@ def begin_search(run: Run) -> Iterator[Search]:
     """Find the images of a run of choose.py, and write the first submission; yield the search.
 
     After Ctrl-C a warning says what is there and how to go on. Raises InputError where the folders cannot be
-    used, RunError if no network runs.
+    used, or under torchrun with several processes; RunError if no network runs.
     """
     settings = run.settings
-    clock = Clock(settings.minutes)
+    if several():
+        raise InputError("choose.py searches in one process: start it with python, and without torchrun")
     check_send_first(settings)
     queries, gallery = find_query_and_gallery(settings.query_dir, settings.gallery_dir)
     images = Images(queries, gallery, find_images(settings.train_dir))
     check_classes([file.name for file in images.train])
     if settings.rehearse:
         images = hide_a_day(images, settings.matches, settings.seed)
-        check_classes([file.name for file in images.train])  # that are left
         queries, gallery = images.queries, images.gallery
         log.info("a rehearsal: a day of the labelled images is hidden from the search")
     elif settings.custom_dataset or settings.server_url == LOCAL:
         require_labels(queries, gallery)
+    names = [file.name for file in images.train]  # in a rehearsal: those that are left
+    check_days(names, draw_days(names, settings.matches or MATCHES, images.share, DAYS, settings.seed))
     run.check_output_dir(queries, gallery, settings.train_dir)
     log.info("found %d query, %d gallery and %d labelled images", *map(len, (queries, gallery, images.train)))
+    clock = Clock(settings.minutes, reserve(len(queries) + len(gallery)))
     networks = Networks(Cache(settings.cache_dir), clock, settings.device, len(images))
     models = list(dict.fromkeys(map(source_of, settings.models)))
     search = Search(images, models, clock, networks, settings.output_dir, settings.train_dir,
-                    settings.group_name, settings.matches, settings.seed)  # fmt: skip
+                    settings.group_name, settings.matches, settings.seed, settings.rehearse)  # fmt: skip
     try:
         search.begin()
         yield search
         search._write_recipe()  # with the networks that were passed over last
     except KeyboardInterrupt:
-        if search.best:
+        if search.best and not search.rehearsal:
             path = search.folder / SUBMISSION
             log.warning("%s is valid, by %s; send it with\n    %s\nor go on with the same command: the "
                         "vectors come from the cache then",
@@ -85,24 +90,12 @@ def begin_search(run: Run) -> Iterator[Search]:
         raise
 
 
-def check_send_first(settings: Form) -> None:
-    """Raise InputError if the first submission is to be sent in a run that sends nothing to a server."""
-    for flag, given in {
-        "--rehearse": settings.rehearse,
-        "--custom_dataset": settings.custom_dataset,
-        "--server_url local": settings.server_url == LOCAL,
-        "no --server_url": not settings.server_url,
-    }.items():
-        if settings.send_first and given:
-            raise InputError(f"--send_first sends to a server, and with {flag} nothing is sent: leave it out")
-
-
 @dataclass
 class Search:
     """A search for the best recipe. Call its methods in their order, and stop whenever you like.
 
     From `begin` on, submission.json in `folder` is valid: each better recipe replaces it in one piece, and
-    recipe.json beside it.
+    recipe.json beside it. A rehearsal writes only recipe.json.
     """
 
     images: Images
@@ -114,6 +107,7 @@ class Search:
     group_name: str
     matches: int | None = None  # gallery images of an identity; None: by the look of the gallery
     seed: int = 0
+    rehearsal: bool = False
     plain: Recipe | None = field(default=None, init=False)  # None: there is no submission yet
     best: Recipe | None = field(default=None, init=False)
     evidence: Evidence | None = field(default=None, init=False)
@@ -129,7 +123,7 @@ class Search:
     # ---- the stages
 
     def begin(self) -> None:
-        """Rank with the first network that runs, and write the first submission.
+        """Rank with the first network that runs, and write the first submission and its recipe.
 
         The files of an earlier run move to earlier/ then. Raises RunError if no network runs.
         """
@@ -144,11 +138,13 @@ class Search:
             raise RunError("no network of --models can be used, for the reasons above: give others, such as "
                            "efficientnet_lite0, whose weights come with a package")  # fmt: skip
         ranking = rank_recipe(Recipe(source), [(queries, gallery, None)], self._device(source))
-        set_aside(self.folder, (*PER_RUN, RECIPE, FIRST_REPLY))
-        path = write_submission(ranking, self.group_name, self.folder)
+        set_aside(self.folder, (*PER_RUN, RECIPE, FIRST_REPLY, TUNING))
+        self._write_submission(ranking)
         self.best = self.plain = Recipe(source)
         self._write_recipe()
-        log.info("%.0f s: %s holds a valid submission by %s", self.clock.passed, path, self.best)
+        if not self.rehearsal:
+            log.info("%.0f s: %s holds a valid submission by %s",
+                     self.clock.passed, self.folder / SUBMISSION, self.best)  # fmt: skip
 
     def send_first(self, settings: Form) -> None:
         """Send the first submission, and keep the reply. A failure is logged, and the search goes on.
@@ -189,7 +185,7 @@ class Search:
         source, train = self.best.source, self.images.train
         learn = rows_to_learn_from([file.name for file in train], seed=self.seed)
         rest = np.setdiff1d(np.arange(len(train)), learn)
-        folder, before = self.folder / "tuning", (self.images, self.evidence)
+        folder, before = self.folder / TUNING, (self.images, self.evidence)
         vectors = {other: of_other.some(rest) for other, of_other in self.evidence.vectors.items()}
         try:
             self.clock.require_time()
@@ -209,16 +205,20 @@ class Search:
         else:
             self.images, self.evidence = before
 
-    def try_views(self) -> None:
-        """Try the mean of each image's vector and its mirror image's."""
-        flipped = self.best.source._replace(views="flip")
-        if self.evidence and self._add(flipped) and self._step([Recipe(flipped, self.best.means)]):
-            self._climb()
-
     def try_fusions(self) -> None:
         """Try to fuse each other network with the best."""
         for others in fusions(self.best, list(self.evidence.vectors) if self.evidence else []).values():
             self._step(others)
+
+    def try_views(self) -> None:
+        """Try the mean of each image's vector and its mirror image's, by every network of the best recipe.
+
+        This comes after the fusions, which need no new vectors. So no mirror image is embedded by a network
+        that is not in the recipe.
+        """
+        flipped = self.best.flipped()
+        if self.evidence and all(map(self._add, flipped.sources)) and self._step([flipped]):
+            self._climb()
 
     # ---- steps
 
@@ -270,10 +270,10 @@ class Search:
                 self._pass_over(source, error)
                 del self.evidence.vectors[source]  # so that it is not fused with another network
                 return False
-        ranking = self.rank(recipe)
-        write_whole(self.folder / SUBMISSION, as_json(make_submission(ranking, self.group_name)))
+        self._write_submission(self.rank(recipe))
         self.best = recipe
-        log.info("%.0f s: the submission is now by %s", self.clock.passed, recipe)
+        log.info("%.0f s: the %s is now by %s",
+                 self.clock.passed, "choice" if self.rehearsal else "submission", recipe)  # fmt: skip
         return True
 
     def rank(self, recipe: Recipe) -> Ranking:
@@ -303,7 +303,7 @@ class Search:
         return True
 
     def _draw_days(self, vectors: Embeddings) -> None:
-        queries, gallery = self._of_day[self.best.source]
+        gallery = self._of_day[self.best.source][1]
         identities = by_identity(vectors.names)
         if self.matches is None and identities:
             self.matches = matches_in(gallery, vectors)
@@ -311,9 +311,9 @@ class Search:
                      self.matches)  # fmt: skip
         elif self.matches is None:
             self.matches = max(1, len(gallery.names) // len(set(map(label_of, vectors.names))))
-        share = len(queries.names) / (len(queries.names) + len(gallery.names))
         count = DAYS_OF_PEOPLE if identities else DAYS
-        days = draw_days(vectors.names, self.matches, share, count, self.seed)
+        days = draw_days(vectors.names, self.matches, self.images.share, count, self.seed)
+        check_days(vectors.names, days)
         self.evidence = Evidence(vectors.names, days, self._device(self.best.source))
         kind = "other people than those that a fit sees" if identities else "the classes that a fit sees"
         log.info("drew %d days with %d queries and %d gallery images, of %s", count, len(days[0].queries),
@@ -334,18 +334,16 @@ class Search:
 
     # ---- what is kept
 
+    def _write_submission(self, ranking: Ranking) -> None:
+        """Check and write a submission; in a rehearsal, whose image names are made up, write none."""
+        if not self.rehearsal:
+            write_whole(self.folder / SUBMISSION, as_json(make_submission(ranking, self.group_name)))
+
     def arguments(self, settings: Form) -> list[str]:
         """Return the arguments of the script that runs the best recipe, saves, sends and shows."""
         given = {"recipe": self.folder / RECIPE, "group_token": settings.group_token.get_secret_value(),
                  "server_url": settings.server_url.full}  # fmt: skip
-        for name in (
-            "query_dir",
-            "gallery_dir",
-            "output_dir",
-            "group_name",
-            "device",
-            "cache_dir",
-        ):
+        for name in ("query_dir", "gallery_dir", "output_dir", "group_name", "device", "cache_dir"):
             given[name] = getattr(settings, name)
         arguments = [f"--{name}={value}" for name, value in given.items()]  # a group may be called -a
         return [*arguments, *(["--custom_dataset"] if settings.custom_dataset else [])]
@@ -353,16 +351,11 @@ class Search:
     def _write_recipe(self) -> None:
         """Write the best recipe so far, for --recipe, and what was tried on the way to it."""
         kept = {"recipe": str(self.best), "settings": self.best.settings(self.train_dir)}
-        kept |= {"passed_over": self.passed_over, "steps": [_step_as_dict(step) for step in self.steps]}
+        kept |= {"passed_over": self.passed_over, "steps": [step.as_dict() for step in self.steps]}
         if self.steps:
             score, interval = self.evidence.score(self.best)
-            kept |= {"score_on_drawn_days": score, "score_interval": interval}
-            kept |= {
-                "days": len(self.evidence.days),
-                "matches": self.matches,
-                "seed": self.seed,
-                "tests": self.tests,
-            }
+            kept |= {"score_on_drawn_days": score, "score_interval": interval, "matches": self.matches,
+                     "days": len(self.evidence.days), "seed": self.seed, "tests": self.tests}  # fmt: skip
         write_whole(self.folder / RECIPE, as_json(kept, indent=2))
 
 
@@ -377,16 +370,3 @@ def link(files: list[ImageFile], folder: Path) -> None:
             path.symlink_to(file.path.absolute())
         except OSError:  # as on Windows, where links need a privilege
             shutil.copyfile(file.path, path)
-
-
-def _step_as_dict(step: Step) -> dict[str, Any]:
-    return {
-        "before": str(step.before),
-        "score": step.score,
-        "score_interval": step.score_interval,
-        "best": str(step.best),
-        "taken": step.pays,
-        "gain_held_out": step.gain,
-        "gain_held_out_interval": step.interval,
-        "tries": [tried._asdict() | {"recipe": str(tried.recipe)} for tried in step.tries],
-    }

@@ -10,9 +10,11 @@ from pydantic import AfterValidator
 from retrieval.backbones.zoo import known_model_name
 from retrieval.choosing.recipes import Source
 from retrieval.command_line import Metavar
+from retrieval.errors import InputError
 from retrieval.forms import Form
 from retrieval.settings import (
     CACHE_DIR,
+    LOCAL,
     Device,
     Folder,
     GroupName,
@@ -68,7 +70,7 @@ class ChoosingSettings(Form):
     fine_tune: bool = False
     """also fine-tune the best network, in half of the time that is left then"""
     rehearse: bool = False
-    """hide a day in --train_dir, choose without it, and say what it would have scored; nothing is sent
+    """hide a day in --train_dir, choose without it, and say what it would have scored; write no submission
 
     Of the folders of queries and gallery only the share of queries counts.
     """
@@ -90,3 +92,15 @@ class ChoosingSettings(Form):
     """device of the networks: cuda, mps, cpu, or auto, the first that is available"""
     cache_dir: NewFolder = CACHE_DIR
     """cache of embeddings, faces and exported networks: a search that was stopped goes on from it"""
+
+
+def check_send_first(settings: ChoosingSettings) -> None:
+    """Raise InputError if the first submission is to be sent in a run that sends nothing to a server."""
+    for flag, given in {
+        "--rehearse": settings.rehearse,
+        "--custom_dataset": settings.custom_dataset,
+        "--server_url local": settings.server_url == LOCAL,
+        "no --server_url": not settings.server_url,
+    }.items():
+        if settings.send_first and given:
+            raise InputError(f"--send_first sends to a server, and with {flag} nothing is sent: leave it out")

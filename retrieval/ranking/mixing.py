@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from get_images import label_of
-from retrieval.metrics import FEW_IDENTITIES, compare_identities, points_of
+from retrieval.metrics import compare_identities, independent, points_of
 from retrieval.ranking.fusion import Normalisation, RunVectors, first_right
 
 SHARES = np.arange(10) / 10  # that a run may get of the sum of weights
@@ -37,7 +37,7 @@ def choose_mix(
     run is taken only if a paired bootstrap over identities puts this gain above 0, corrected for the number
     of runs tried; then its share is the best one of all queries.
     """
-    labels = [label_of(name) for name in runs[0].queries.names]
+    owners = independent([label_of(name) for name in runs[0].queries.names])
     identity = np.eye(len(runs)).tolist()
     alone = points_of(first_right(runs, identity, normalisation))  # (runs, queries)
     order = np.argsort(-alone.mean(1), kind="stable")
@@ -46,36 +46,34 @@ def choose_mix(
     for run in order[1:]:
         mixes = [((1 - share) * weights + share * np.array(identity[run])).tolist() for share in SHARES]
         points = points_of(first_right(runs, mixes, normalisation))  # (shares, queries)
-        gain, interval = held_out_gain(points, labels, tests=len(runs) - 1, seed=seed)
+        gain, interval = held_out_gain(points, owners, tests=len(runs) - 1, seed=seed)
         share = float(SHARES[points.mean(1).argmax()]) if interval[0] > 0 else 0.0
         weights = (1 - share) * weights + share * np.array(identity[run])
         tried.append({"run": names[run], "alone": float(alone[run].mean()), "share": share, "gain": gain,
                       "gain_interval": interval, "points_by_share": points.mean(1).tolist()})  # fmt: skip
         log.info("%s scores %.1f alone; beside the others it gains %+.1f [%+.1f, %+.1f] on held-out halves: "
                  "share %g", names[run], alone[run].mean(), gain, *interval, share)  # fmt: skip
-    return Mix(weights.round(6).tolist(), tried, _on_labelled(runs, weights, normalisation, labels))
+    return Mix(weights.round(6).tolist(), tried, _on_labelled(runs, weights, normalisation, owners))
 
 
 def held_out_gain(
-    points: np.ndarray, labels: list[str], tests: int = 1, seed: int = 0
+    points: np.ndarray, owners: list, tests: int = 1, seed: int = 0
 ) -> tuple[float, list[float]]:
     """Return the gain of choosing among the rows of `points` (choices, queries) over the first row.
 
-    A choice is made on a half of the identities and scored on the other half, and the reverse, in SPLITS
-    random splits: so the gain is that of the best choice, but no query has a say in its own choice. The
-    interval is that of compare_identities, corrected for the number of `tests`.
+    A choice is made on a half of the `owners` of the queries, such as people, and scored on the other half,
+    and the reverse, in SPLITS random splits: so the gain is that of the best choice, but no query has a say
+    in its own choice. The interval is that of compare_identities, corrected for the number of `tests`.
     """
-    held_out = np.mean([_held_out(points, _half(labels, seed + split)) for split in range(SPLITS)], axis=0)
-    return compare_identities(held_out, points[0], labels, tests)
+    held_out = np.mean([_held_out(points, _half(owners, seed + split)) for split in range(SPLITS)], axis=0)
+    return compare_identities(held_out, points[0], owners, tests)
 
 
-def _half(labels: list[str], seed: int) -> np.ndarray:
-    """Return which queries are in the first half: a random half of the identities, or of the queries."""
-    identities, owners = np.unique(labels, return_inverse=True)
-    if len(identities) < FEW_IDENTITIES:
-        owners = np.arange(len(labels))
-    count = owners.max() + 1
-    return np.isin(owners, np.random.default_rng(seed).permutation(count)[: count // 2])
+def _half(owners: list, seed: int) -> np.ndarray:
+    """Return which queries are in the first half: those of a random half of the owners."""
+    different, rows = np.unique(owners, return_inverse=True)
+    count = len(different)
+    return np.isin(rows, np.random.default_rng(seed).permutation(count)[: count // 2])
 
 
 def _held_out(points: np.ndarray, half: np.ndarray) -> np.ndarray:
@@ -89,16 +87,16 @@ def _held_out(points: np.ndarray, half: np.ndarray) -> np.ndarray:
 
 
 def _on_labelled(
-    runs: list[RunVectors], weights: np.ndarray, normalisation: Normalisation, labels: list[str]
+    runs: list[RunVectors], weights: np.ndarray, normalisation: Normalisation, owners: list
 ) -> dict[str, Any]:
     """Return the scores of the mix and of equal weights, on the labelled queries that chose the mix."""
     equal = [1 / len(runs)] * len(runs)
     chosen, equally = points_of(first_right(runs, [weights.tolist(), equal], normalisation))
-    difference, interval = compare_identities(equally, chosen, labels)
+    difference, interval = compare_identities(equally, chosen, owners)
     log.info("on the labelled queries, which chose it, the mix scores %.1f; equal weights score %.1f, "
              "%+.1f [%+.1f, %+.1f]", chosen.mean(), equally.mean(), difference, *interval)  # fmt: skip
     return {
-        "queries": len(labels),
+        "queries": len(owners),
         "score": float(chosen.mean()),
         "equal_weights_score": float(equally.mean()),
         "equal_weights_difference": difference,

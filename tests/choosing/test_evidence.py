@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from conftest import vectors_of
 
-from retrieval.choosing.days import draw_days
+from retrieval.choosing.days import check_days, draw_days, owners_of
 from retrieval.choosing.evidence import Evidence, rank_recipe
 from retrieval.choosing.recipes import Recipe, Source, fusions, neighbours
+from retrieval.errors import InputError
 from retrieval.metrics import first_hits, points_of
 from retrieval.ranking.means import Means
 from retrieval.records import Embeddings
@@ -88,6 +89,17 @@ def test_the_interval_widens_with_the_number_of_steps():
     once, often = (evidence.step(Recipe(BAD), [Recipe(GOOD)], tests, LATER) for tests in (1, 20))
     assert often.interval[0] < once.interval[0]
     assert often.gain == once.gain
+
+
+def test_queries_of_several_days_count_once_for_each_image():
+    """Two scenes of six images, drawn ten times: 20 queries of at most 12 images, which are the evidence."""
+    names = [f"{scene}/{image}.jpg" for scene in "ab" for image in range(6)]
+    days = draw_days(names, 1, 0.3, 10)
+    owners = owners_of(names, days)
+    assert len(owners) == 20
+    assert set(owners) <= set(names)
+    with pytest.raises(InputError, match=f"only {len(set(owners))} different queries, and fewer than 20"):
+        check_days(names, days)
 
 
 @pytest.mark.slow

@@ -43,12 +43,18 @@ def test_a_fused_similarity_keeps_its_order():
     assert not any({"hubs", "rerank", "cover"} & set(means) for means in changed(fused))
 
 
-def test_fusions_are_with_networks_of_the_same_views():
-    flipped = CLIP._replace(views="flip")
-    found = fusions(Recipe(DLIB, Means(hubs=10, whiten=True)), [DLIB, CLIP, flipped])
+def test_fusions_are_with_the_other_networks():
+    found = fusions(Recipe(DLIB, Means(hubs=10, whiten=True)), [DLIB, CLIP])
     assert list(found) == [CLIP]
     assert {(other.second, other.means) for other in found[CLIP]} == {(CLIP, Means(whiten=True))}
     assert [other.share for other in found[CLIP]] == [0.1, 0.2, 0.3, 0.4, 0.5]
+
+
+def test_the_mirror_images_are_seen_by_all_networks_of_a_recipe():
+    means = Means(whiten=True)
+    seen_by_both = Recipe(Source("dlib", views="flip"), means, Source("clip", "loose", "flip"), 0.3)
+    assert Recipe(DLIB, means, CLIP, 0.3).flipped() == seen_by_both
+    assert Recipe(DLIB).flipped() == Recipe(Source("dlib", views="flip"))
 
 
 def test_a_recipe_as_the_settings_of_a_script(tmp_path):

@@ -38,7 +38,10 @@ def files(name, count, people=range(PEOPLE)):
 
 
 class MadeUp:
-    """Networks that see each person as a direction, with a noise of their own; `fails` are (model, kind)."""
+    """Networks that see each person as a direction, with a noise of their own; `fails` are (model, kind).
+
+    The noises `tuned` and `flip` are those of a fine-tuned network, and of mirror images.
+    """
 
     def __init__(self, fails=(), **noises):
         self.noises, self.fails, self.asked, self.device = noises, fails, Counter(), "cpu"
@@ -48,7 +51,8 @@ class MadeUp:
         if (source.model, kind) in self.fails:
             raise RunError(f"{source} fails at the {kind}")
         centres = np.random.default_rng(0).normal(size=(PEOPLE, 12))
-        noise = self.noises["tuned" if source.checkpoint else source.model]
+        kind_of_noise = "tuned" if source.checkpoint else source.views
+        noise = self.noises.get(kind_of_noise, self.noises[source.model])
         random = np.random.default_rng(sum(map(ord, f"{source} {kind}")))
         return vectors_of({file.name: centres[int(file.path.parts[0])] + noise * random.normal(size=12)
                            for file in images})  # fmt: skip
@@ -66,8 +70,8 @@ class MadeUp:
 
 def search_of(folder, made_up, models=None, train=None, minutes=10, seed=0):
     images = Images(files("q", 1), files("g", 2), train or files("t", 5))
-    models = [Source(model) for model in models or made_up.noises if model != "tuned"]
-    return Search(images, models, Clock(minutes, 0), made_up, folder, folder / "train", "Team AAA", 2, seed)
+    models = [Source(model) for model in models or made_up.noises if model not in ("tuned", "flip")]
+    return Search(images, models, Clock(minutes), made_up, folder, folder / "train", "Team AAA", 2, seed)
 
 
 def run(search, tune=None):
@@ -76,8 +80,8 @@ def run(search, tune=None):
     search.try_networks()
     if tune:
         search.try_tuned(tune)
-    search.try_views()
     search.try_fusions()
+    search.try_views()
     return search
 
 
@@ -120,6 +124,34 @@ def test_nothing_is_embedded_or_ranked_twice(tmp_path, monkeypatch):
     assert set(made_up.asked.values()) == {1}
 
 
+def test_fusions_are_tried_before_the_mirror_images_which_pay(tmp_path):
+    search = run(search_of(tmp_path, MadeUp(good=1.6, other=2.0, flip=0.2)))
+    assert search.best.source.views == "flip"
+    tried = [[tried.recipe for tried in step.tries] for step in search.steps]
+    fused = [step for step, recipes in enumerate(tried) if any(recipe.second for recipe in recipes)]
+    flipped = [step for step, recipes in enumerate(tried) if recipes[0].source.views == "flip"]
+    assert fused[0] < flipped[0]
+
+
+def test_the_mirror_images_are_seen_by_both_networks_of_a_fusion(tmp_path):
+    search = search_of(tmp_path, MadeUp(good=1.0, other=1.1))
+    search.begin()
+    assert search._add(GOOD)
+    assert search._add(OTHER)
+    fused = Recipe(GOOD, second=OTHER, share=0.5)
+    assert search._adopt(fused)
+    search.try_views()
+    assert [tried.recipe for tried in search.steps[0].tries] == [fused.flipped()]
+
+
+def test_a_rehearsal_writes_no_submission(tmp_path):
+    search = search_of(tmp_path, MadeUp(bad=3.0, good=0.4))
+    search.rehearsal = True
+    run(search)
+    assert search.best.source.model == "good"
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.json"]
+
+
 def test_if_the_first_network_fails_the_next_is_the_plain_way(tmp_path, caplog):
     search = run(search_of(tmp_path, MadeUp([("bad", "gallery images")], bad=1.0, faces=1.0, good=1.0)))
     assert search.plain == Recipe(GOOD)
@@ -145,7 +177,7 @@ def test_after_the_minutes_nothing_is_tried_and_the_first_submission_stays(tmp_p
     search = run(search_of(tmp_path, made_up, minutes=0), tune=pytest.fail)
     assert (search.best, search.steps) == (Recipe(BAD), [])
     assert {kind for _, kind, _ in made_up.asked} == {"queries", "gallery images"}
-    assert "no time is left for it: give more --minutes" in caplog.text
+    assert "no time is left for it, with 0 s kept for the last run: give more --minutes" in caplog.text
     read_submission(tmp_path / "submission.json")
 
 
@@ -172,11 +204,11 @@ def test_a_network_that_fails_when_it_is_to_be_taken_ends_no_search(tmp_path):
 
 
 def test_too_few_images_for_other_days_end_no_search(tmp_path):
-    pairs = [ImageFile(f"{name}/{n}.jpg", Path(f"{person}/{n}"))
-             for person, name in enumerate("abc") for n in range(3)]  # fmt: skip
-    search = search_of(tmp_path, MadeUp(good=0.5), train=pairs)
-    run(search, tune=pytest.fail)  # 2 of 3 images of each class would be learnt, and no pair is left
-    assert "to choose by them takes two classes or more" in search.passed_over["good fine-tuned"]
+    few = [ImageFile(f"{name}/{n}.jpg", Path(f"{person}/{n}"))
+           for person, name in enumerate("abc") for n in range(20)]  # fmt: skip
+    search = search_of(tmp_path, MadeUp(good=0.5), train=few)
+    run(search, tune=pytest.fail)  # 14 of 20 images of each class would be learnt, and 18 images are left
+    assert "days drawn from 18 images of --train_dir have only" in search.passed_over["good fine-tuned"]
 
 
 def test_a_tuned_network_gets_no_means_that_fit_to_images_it_has_seen(tmp_path):
@@ -240,7 +272,7 @@ def slow(monkeypatch):
 
 
 def fill(minutes, others=0):
-    Networks(None, Clock(minutes, 0), "cpu", 1000).fill_cache(GOOD, files("t", 25), others)  # 1000 images
+    Networks(None, Clock(minutes), "cpu", 1000).fill_cache(GOOD, files("t", 25), others)  # 1000 images
 
 
 def test_a_network_that_would_take_too_long_is_passed_over_with_both_numbers(slow):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import vectors_of
 
-from retrieval.metrics import compare_identities, points_of
+from retrieval.metrics import compare_identities, independent, points_of
 from retrieval.ranking.fusion import RunVectors, first_right
 from retrieval.ranking.mixing import _half, choose_mix
 
@@ -54,7 +54,7 @@ def test_the_halves_are_of_identities_and_of_queries_where_there_are_few():
     assert (half[:30] == half[30:60]).all()
     assert (_half(labels, 0) == half).all()
     assert (_half(labels, 1) != half).any()
-    few = _half([str(n % 3) for n in range(90)], 0)
+    few = _half(independent([str(n % 3) for n in range(90)]), 0)
     assert few.sum() == 45
     assert not (few[:30] == few[30:60]).all()
 
@@ -73,3 +73,11 @@ def test_the_interval_is_that_of_a_bootstrap_over_identities():
     assert interval == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=12)
     wider = compare_identities(points, others, labels, tests=5)[1]
     assert wider[0] < interval[0] < interval[1] < wider[1]
+
+
+def test_few_owners_are_drawn_and_not_their_queries():
+    """Two images, seen on 50 days each: a draw takes one of them twice, or both."""
+    points, owners = np.repeat([1000, 0], 50), ["a"] * 50 + ["b"] * 50
+    assert compare_identities(points, np.zeros(100), owners) == (500, [0, 1000])
+    of_queries = compare_identities(points, np.zeros(100), list(range(100)))[1]
+    assert 400 <= of_queries[0] < of_queries[1] <= 600  # 500 ± 1.96 · 50
