@@ -59,9 +59,9 @@ def rank_zero_only(function: Callable[..., Any]) -> Callable[..., Any]:
     return _on_rank_zero
 
 
-def progress_bar(total: int, what: str, **options: Any) -> tqdm:
-    """Return a tqdm progress bar for `total` images; only rank 0 shows it."""
-    return tqdm(total=total, desc=what, unit="image", disable=rank() != 0, **options)
+def progress_bar(total: int, what: str, unit: str = "image", **options: Any) -> tqdm:
+    """Return a tqdm progress bar for `total` images, or other units; only rank 0 shows it."""
+    return tqdm(total=total, desc=what, unit=unit, disable=rank() != 0, **options)
 
 
 def shard(count: int) -> slice:

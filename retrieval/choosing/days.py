@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
-from get_images import ImageFile, label_of
+from get_images import ImageFile, find_images, find_query_and_gallery, label_of
+from retrieval.choosing.settings import ChoosingSettings
 from retrieval.errors import InputError
-from retrieval.metrics import FEW_IDENTITIES
+from retrieval.metrics import FEW_IDENTITIES, require_labels
+from retrieval.ranking.projections import check_classes
 from retrieval.records import Embeddings, readable_rows
+from retrieval.settings import LOCAL
 
 ENOUGH_IDENTITIES = 20  # with two images: then a day shows other people than those that a fit has seen
 MOST = 2000  # images of a day
 MATCHES = 2  # images of an identity in a hidden day's gallery, unless --matches says otherwise
 HALVES = 10  # ways to leave a half for a fit, which takes long
+DAYS = 10  # that are drawn from the labelled images, by class: each has many queries
+
+log = logging.getLogger("retrieval.choosing")
 
 
 @dataclass(frozen=True)
@@ -163,6 +170,50 @@ def matches_in(gallery: Embeddings, labelled: Embeddings) -> int:
     rows = readable_rows(gallery.vectors)[:MOST]
     partners = (gallery.vectors[rows] @ gallery.vectors[rows].T > limit).sum(1) - 1
     return 1 + round(float(partners[partners > 0].mean())) if (partners > 0).mean() > 0.2 else 1
+
+
+# ---- the folders
+
+
+def find_all(settings: ChoosingSettings) -> Images:
+    """Return the images of all folders; in a rehearsal, those of a hidden day and the other labelled ones.
+
+    Raises InputError where a folder cannot be used.
+    """
+    for flag, folder in {"--query_dir": settings.query_dir, "--gallery_dir": settings.gallery_dir}.items():
+        if folder.resolve().is_relative_to(settings.train_dir.resolve()):
+            raise InputError(f"--train_dir {settings.train_dir} holds {flag} {folder}, whose images have no "
+                             "labels: give the folder above the class folders")  # fmt: skip
+    queries, gallery = find_query_and_gallery(settings.query_dir, settings.gallery_dir)
+    images = Images(queries, gallery, find_images(settings.train_dir))
+    names = [file.name for file in images.train]
+    if len(set(map(label_of, names))) < len(names):  # otherwise each class has one image
+        check_classes(names)
+    if settings.rehearse:
+        log.info("a rehearsal: a day of the labelled images is hidden from the search")
+        images = hide_a_day(images, settings.matches, settings.seed)
+    elif settings.custom_dataset or settings.server_url == LOCAL:
+        require_labels(queries, gallery)
+    log.info("found %d query, %d gallery and %d labelled images", len(images.queries), len(images.gallery),
+             len(images.train))  # fmt: skip
+    return _with_usable_labels(images, settings)
+
+
+def _with_usable_labels(images: Images, settings: ChoosingSettings) -> Images:
+    """Return the images, without the labelled ones if too few days can be drawn from them, as a warning says.
+
+    The first network then makes the submission. A rehearsal would have nothing to do: InputError.
+    """
+    names = [file.name for file in images.train]
+    try:
+        check_days(names, draw_days(names, settings.matches or MATCHES, images.share, DAYS, settings.seed))
+    except InputError as error:
+        if settings.rehearse:
+            raise
+        log.warning("nothing can be compared, so the first network of --models that runs is the choice: %s",
+                    error)  # fmt: skip
+        return replace(images, train=[])
+    return images
 
 
 # ---- a rehearsal

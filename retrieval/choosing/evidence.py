@@ -13,6 +13,7 @@ import numpy as np
 
 from retrieval.choosing.days import Day, owners_of
 from retrieval.choosing.recipes import Recipe, Source
+from retrieval.distributed import progress_bar
 from retrieval.errors import InputError
 from retrieval.metrics import compare_identities, first_hits, points_of
 from retrieval.ranking.means import PROJECTIONS, Member, rank_fused, rank_with
@@ -130,7 +131,11 @@ class Evidence:
         time.perf_counter), are left out.
         """
         own, owners = self.points(recipe, every), self.owners(every)
-        reached = [other for other in others if self._can(other, every, until)]
+        with progress_bar(len(others), "recipes compared", unit="recipe", leave=False) as bar:
+            reached = []
+            for other in others:
+                reached += [other] if self._can(other, every, until) else []
+                bar.update()
         points = np.array([own, *(self.points(other, every) for other in reached)])
         gain, interval = held_out_gain(points, owners, tests, seed)
         tries = [Try(other, float(of_other.mean()), *compare_identities(of_other, own, owners))

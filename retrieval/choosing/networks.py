@@ -82,21 +82,21 @@ class Networks:
         """Embed images, or take their vectors from the cache. Raises as `runtime` and `embed`."""
         return embed(images, self.runtime(source), kind, cache=self.cache)
 
-    def look_for_faces(self, source: Source, labelled: list[ImageFile]) -> None:
+    def look_for_faces(self, source: Source, gallery: list[ImageFile]) -> None:
         """Raise InputError if a network looks for faces and finds none in most of the first images."""
-        runtime, some = self.runtime(source), labelled[:PROBE]
+        runtime, some = self.runtime(source), gallery[:PROBE]
         if runtime.backbone.transform.detects_faces:
-            notes = embed_with_notes(some, runtime, "labelled images", None, self.cache)[1]
+            notes = embed_with_notes(some, runtime, "gallery images", None, self.cache)[1]
             if len(notes.without_face) > len(some) / 2:
                 raise InputError(f"it looks for faces, and found none in {len(notes.without_face)} of the "
-                                 f"first {len(some)} labelled images")  # fmt: skip
+                                 f"first {len(some)} gallery images")  # fmt: skip
 
-    def fill_cache(self, source: Source, labelled: list[ImageFile], others: int) -> None:
+    def fill_cache(self, source: Source, labelled: list[ImageFile], others: int, share: float = 1) -> None:
         """Embed labelled images in parts, each as large as all before it.
 
-        Raises RunError if the rest of them, and `others` after them, would take longer than the time that is
-        left, by the speed of a part after the first, which warms up. Neither loading the network nor images
-        in the cache count.
+        Raises RunError if the rest of them, and `others` after them, would take longer than a `share` of the
+        time that is left, by the speed of a part after the first, which warms up. Neither loading the network
+        nor images in the cache count.
         """
         runtime, done, size = self.runtime(source), 0, PROBE
         while done < len(labelled):
@@ -107,6 +107,7 @@ class Networks:
             made = len(part) - notes.cached
             seconds = SLACK * spent / max(1, made) * (len(labelled) - done + others)
             warm = done > PROBE or done == len(labelled)
-            if warm and 2 * made >= len(part) and seconds > self.clock.left:
+            if warm and 2 * made >= len(part) and seconds > share * self.clock.left:
+                most = f", of which a network may take {share:.0%}" if share < 1 else ""
                 raise RunError(f"the rest of its images would take about {seconds:.0f} s, and "
-                               f"{max(0, self.clock.left):.0f} s are left")  # fmt: skip
+                               f"{max(0, self.clock.left):.0f} s are left{most}")  # fmt: skip

@@ -40,6 +40,6 @@ def tell_rehearsal(search: Search, labelled: list[ImageFile]) -> None:
             continue
         gain, (low, high) = compare(_points(step.best), _points(step.before))
         held = "held" if low > 0 else "hurt" if high < 0 else "cannot be told from noise"
-        did = "took" if step.pays else "left"
-        log.info("  %s %s for %s: promised %+.1f, and gave %+.1f [%+.1f, %+.1f], which %s",
+        did = "took" if step.pays else "did not take"
+        log.info("  %s %s in the place of %s: promised %+.1f, and gave %+.1f [%+.1f, %+.1f], which %s",
                  did, step.best, step.before, step.gain, gain, low, high, held)  # fmt: skip

@@ -11,38 +11,36 @@ from pathlib import Path
 
 import numpy as np
 
-from get_images import ImageFile, find_images, find_query_and_gallery, label_of
+from get_images import ImageFile, label_of
 from retrieval.choosing.days import (
-    MATCHES,
+    DAYS,
     Images,
     by_identity,
     check_days,
     draw_days,
-    hide_a_day,
+    find_all,
     matches_in,
     rows_to_learn_from,
 )
 from retrieval.choosing.evidence import Evidence, Step, quiet, rank_recipe
 from retrieval.choosing.networks import Clock, Networks, reserve
-from retrieval.choosing.recipes import Recipe, Source, fusions, neighbours
+from retrieval.choosing.recipes import OFF, Recipe, Source, fusions, neighbours
 from retrieval.choosing.settings import check_send_first, source_of
 from retrieval.distributed import several
 from retrieval.embedding.cache import Cache
 from retrieval.errors import InputError, RunError
 from retrieval.files import as_json, write_whole
 from retrieval.forms import Form
-from retrieval.metrics import require_labels
-from retrieval.ranking.projections import check_classes
 from retrieval.records import Embeddings, Ranking
-from retrieval.run import PER_RUN, SUBMISSION, Run, log_outcome, set_aside
+from retrieval.run import EARLIER, PER_RUN, SUBMISSION, Run, log_outcome, set_aside
 from retrieval.settings import LOCAL
 from retrieval.submission.client import command_to_send, send_submission
 from retrieval.submission.submission_file import make_submission
 
-RECIPE, FIRST_REPLY, TUNING = "recipe.json", "first_reply.txt", "tuning"
-DAYS = 10  # that are drawn from the labelled images, by class: each has many queries
+RECIPE, FIRST_REPLY, TUNING, REHEARSAL = "recipe.json", "first_reply.txt", "tuning", "rehearsal"
 DAYS_OF_PEOPLE = 100  # by identity: each has one query a person
 EVERY = 5  # each fifth of these days serves where many means are tried
+OF_THE_REST = 0.5  # of the time that is left: a network beside the first may take it, so that means get some
 STEPS = 4  # that the search may take beside those to other networks
 
 log = logging.getLogger("retrieval.choosing")
@@ -59,23 +57,13 @@ def begin_search(run: Run) -> Iterator[Search]:
     if several():
         raise InputError("choose.py searches in one process: start it with python, and without torchrun")
     check_send_first(settings)
-    queries, gallery = find_query_and_gallery(settings.query_dir, settings.gallery_dir)
-    images = Images(queries, gallery, find_images(settings.train_dir))
-    check_classes([file.name for file in images.train])
-    if settings.rehearse:
-        images = hide_a_day(images, settings.matches, settings.seed)
-        queries, gallery = images.queries, images.gallery
-        log.info("a rehearsal: a day of the labelled images is hidden from the search")
-    elif settings.custom_dataset or settings.server_url == LOCAL:
-        require_labels(queries, gallery)
-    names = [file.name for file in images.train]  # in a rehearsal: those that are left
-    check_days(names, draw_days(names, settings.matches or MATCHES, images.share, DAYS, settings.seed))
-    run.check_output_dir(queries, gallery, settings.train_dir)
-    log.info("found %d query, %d gallery and %d labelled images", *map(len, (queries, gallery, images.train)))
-    clock = Clock(settings.minutes, reserve(len(queries) + len(gallery)))
+    images = find_all(settings)
+    run.check_output_dir(images.queries, images.gallery, settings.train_dir)
+    clock = Clock(settings.minutes, reserve(len(images.queries) + len(images.gallery)))
     networks = Networks(Cache(settings.cache_dir), clock, settings.device, len(images))
     models = list(dict.fromkeys(map(source_of, settings.models)))
-    search = Search(images, models, clock, networks, settings.output_dir, settings.train_dir,
+    folder = settings.output_dir / REHEARSAL if settings.rehearse else settings.output_dir
+    search = Search(images, models, clock, networks, folder, settings.train_dir,
                     settings.group_name, settings.matches, settings.seed, settings.rehearse)  # fmt: skip
     try:
         search.begin()
@@ -83,10 +71,11 @@ def begin_search(run: Run) -> Iterator[Search]:
         search._write_recipe()  # with the networks that were passed over last
     except KeyboardInterrupt:
         if search.best and not search.rehearsal:
-            path = search.folder / SUBMISSION
-            log.warning("%s is valid, by %s; send it with\n    %s\nor go on with the same command: the "
-                        "vectors come from the cache then",
-                        path, search.best, command_to_send(path))  # fmt: skip
+            path, url = search.folder / SUBMISSION, str(settings.server_url)
+            given = [url] if url and url != LOCAL else []
+            log.info("%s is valid, by %s; send it with\n    %s\nThe same command would search anew, with "
+                     "vectors from the cache, and move this submission to %s",
+                     path, search.best, command_to_send(path, *given), search.folder / EARLIER)  # fmt: skip
         raise
 
 
@@ -129,14 +118,14 @@ class Search:
         """
         for source in self.models:
             try:
-                self.networks.look_for_faces(source, self.images.train)
+                self.networks.look_for_faces(source, self.images.gallery)
                 queries, gallery = self._embed_day(source)
                 break
             except (InputError, RunError) as error:
                 self._pass_over(source, error)
         else:
             raise RunError("no network of --models can be used, for the reasons above: give others, such as "
-                           "efficientnet_lite0, whose weights come with a package")  # fmt: skip
+                           "efficientnet_lite0 or, for faces, dlib, which need no download")  # fmt: skip
         ranking = rank_recipe(Recipe(source), [(queries, gallery, None)], self._device(source))
         set_aside(self.folder, (*PER_RUN, RECIPE, FIRST_REPLY, TUNING))
         self._write_submission(ranking)
@@ -162,16 +151,24 @@ class Search:
     def try_networks(self) -> None:
         """Embed the labelled images with each network, and take the steps that pay.
 
-        Without those of the plain way nothing can be compared with it, and it stays.
+        First each network is compared alone, so that no time goes into means beside a network that another
+        one beats; then come the means, and then the other networks with the means that were taken. Without
+        labelled vectors of the plain way nothing can be compared with it, and it stays.
         """
+        if not self.images.train:
+            return
         if not self._add(self.plain.source):
             log.warning("%s stays, since nothing can be compared with it: give more --minutes, or another "
                         "network as the first of --models", self.plain)  # fmt: skip
             return
-        self._climb()
         for source in self.models:
             waits = source != self.plain.source and str(source) not in self.passed_over
-            if waits and self._add(source) and self._step_to(source):
+            if waits and self._add(source, OF_THE_REST):
+                self._step([Recipe(source)])
+        self._climb()
+        for source in self.models:
+            other = Recipe(source, self.best.means)
+            if other.means != OFF and other != self.best and self._step([other]):
                 self._climb()
 
     def try_tuned(self, tune: Callable[[Source, Path, Path, float, str], Path]) -> None:
@@ -200,7 +197,9 @@ class Search:
         self.images = replace(self.images, train=[train[row] for row in rest])
         self.evidence.vectors |= vectors
         tuned = Source(source.model, checkpoint=str(checkpoint.absolute()))
-        if self._add(tuned) and self._step_to(tuned):
+        means = replace(self.best.means, projection=None, cover=False)  # it has learnt from the labels
+        recipes = [Recipe(tuned), Recipe(tuned, means)]
+        if self._add(tuned) and any(self._step([recipe]) for recipe in recipes):
             self._climb()
         else:
             self.images, self.evidence = before
@@ -221,13 +220,6 @@ class Search:
             self._climb()
 
     # ---- steps
-
-    def _step_to(self, source: Source) -> bool:
-        """Take another network if it pays: without means, which have to pay again, or else with the same."""
-        means = self.best.means
-        if source.checkpoint:  # it has learnt from the labels
-            means = replace(means, projection=None, cover=False)
-        return self._step([Recipe(source)]) or self._step([Recipe(source, means)])
 
     def _climb(self) -> None:
         while self._step(neighbours(self.best, self.matches), EVERY if len(self.evidence.days) > DAYS else 1):
@@ -252,7 +244,7 @@ class Search:
         return step.pays
 
     def _show(self, step: Step) -> None:
-        log.info("%.0f s: beside %s (%.1f [%.0f, %.0f] on the drawn days):",
+        log.info("%.0f s: beside %s (%.1f [%.0f, %.0f] on drawn days):",
                  self.clock.passed, step.before, step.score, *step.score_interval)  # fmt: skip
         for tried in sorted(step.tries, key=lambda tried: -tried.score):
             log.info("  %-60s %6.1f  %+6.1f [%+.1f, %+.1f]", tried.recipe, tried.score, tried.gain,
@@ -285,13 +277,16 @@ class Search:
 
     # ---- vectors
 
-    def _add(self, source: Source) -> bool:
-        """Embed the labelled images, unless the network fails, finds no faces, or would take too long."""
+    def _add(self, source: Source, share: float = 1) -> bool:
+        """Embed the labelled images, unless the network fails, finds no faces, or would take too long.
+
+        Too long is more than a `share` of the time that is left.
+        """
         try:
             self.clock.require_time()
-            self.networks.look_for_faces(source, self.images.train)
+            self.networks.look_for_faces(source, self.images.gallery)
             of_day = 0 if source in self._of_day else len(self.images.queries) + len(self.images.gallery)
-            self.networks.fill_cache(source, self.images.train, of_day)
+            self.networks.fill_cache(source, self.images.train, of_day, share)
             with quiet("retrieval.embedding", logging.WARNING):  # not that all come from the cache
                 vectors = self.networks.embed(source, self.images.train, "labelled images")
         except (InputError, RunError) as error:
@@ -316,8 +311,9 @@ class Search:
         check_days(vectors.names, days)
         self.evidence = Evidence(vectors.names, days, self._device(self.best.source))
         kind = "other people than those that a fit sees" if identities else "the classes that a fit sees"
-        log.info("drew %d days with %d queries and %d gallery images, of %s", count, len(days[0].queries),
-                 len(days[0].gallery), kind)  # fmt: skip
+        log.info("drew %d days with %d queries and %d gallery images, of %s; the real one has %d and %d, so "
+                 "its score will differ", count, len(days[0].queries), len(days[0].gallery), kind,
+                 len(self.images.queries), len(gallery.names))  # fmt: skip
 
     def _embed_day(self, source: Source) -> tuple[Embeddings, Embeddings]:
         if source not in self._of_day:

@@ -126,7 +126,7 @@ def check_classes(names: list[str]) -> None:
     if not 1 < len(set(labels)) < len(labels):
         raise InputError(
             "a fit needs two classes or more, and two images of a class, but --train_dir holds "
-            f"{len(labels)} images of {len(set(labels))} classes: give another folder"
+            f"{len(labels)} images of {len(set(labels))} classes: give the folder above the class folders"
         )
 
 

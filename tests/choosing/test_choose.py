@@ -189,11 +189,13 @@ def test_after_a_kill_at_any_moment_the_submission_is_valid_and_a_rerun_goes_on(
 def test_ctrl_c_keeps_the_submission_and_says_how_to_go_on(here):
     process = started(here)
     process.send_signal(signal.SIGINT)
-    errors = process.communicate(timeout=60)[1]
+    said, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "warning: results/submission.json is valid, by efficientnet_lite0" in errors
-    assert "python -m retrieval.submission results/submission.json --server_url" in errors
-    assert "or go on with the same command: the vectors come from the cache then" in errors
+    assert "results/submission.json is valid, by efficientnet_lite0" in said
+    assert "python -m retrieval.submission results/submission.json --server_url http://HOST" in said
+    assert (
+        "would search anew, with vectors from the cache, and move this submission to results/earlier" in said
+    )
     assert "stopped by Ctrl-C; no file is half-written" in errors
     assert "Traceback" not in errors
     assert_valid(here)
@@ -217,6 +219,25 @@ def test_if_no_network_runs_a_sentence_says_what_to_do(here):
     assert ended.stderr.count("is passed over: ") == 2
     assert "error: no network of --models can be used, for the reasons above: give others" in ended.stderr
     assert not (here / "results" / "submission.json").exists()
+
+
+@pytest.mark.usefixtures("no_page")
+@pytest.mark.parametrize(
+    ("count", "reason"),
+    [(1, "holds 5 images of 5 classes: to choose by them takes"), (2, "have only 5 different queries")],
+)
+def test_labelled_images_that_show_nothing_leave_the_plain_submission(count, reason, here):
+    """One image of a class, as a competition may hand out, or too few."""
+    for number, path in enumerate(sorted((here / "query").rglob("*.png"))[: 5 * count]):
+        (here / "few" / str(number // count)).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, here / "few" / str(number // count) / path.name)
+    ended = choose("--train_dir", "few", cwd=here)
+    assert ended.returncode == 0, ended.stderr
+    assert (
+        "warning: nothing can be compared, so the first network of --models that runs is the" in ended.stderr
+    )
+    assert reason in ended.stderr
+    assert_valid(here)
 
 
 # ---- what is sent
@@ -261,7 +282,8 @@ def test_a_rehearsal_says_what_the_hidden_day_would_have_scored_and_sends_nothin
     assert re.search(r"rehearsal: the hidden day of \d+ queries would have scored \d+\.\d \[", ended.stdout)
     assert "the plain way, efficientnet_lite0, would have scored" in ended.stdout
     assert not server.received
-    assert sorted(os.listdir(here / "results")) == [".lock", "recipe.json"]
+    assert sorted(os.listdir(here / "results")) == [".lock", "rehearsal"]
+    assert os.listdir(here / "results" / "rehearsal") == ["recipe.json"]
 
 
 @pytest.mark.usefixtures("no_page")
@@ -289,11 +311,13 @@ def test_a_tuned_network_ends_with_the_script_for_checkpoints(here, monkeypatch,
         asked.append((source, len(find_images(train_dir)), device))
         return folder / "save" / "fine_tuned_model.pth"
 
-    def take(search, source):  # whatever it scores
-        return search._adopt(Recipe(source)) and (search._write_recipe() or True)
+    def take(search, recipes, every=1):  # whatever it scores
+        return bool(recipes[0].source.checkpoint and not search.best.source.checkpoint) and (
+            search._adopt(recipes[0]) and (search._write_recipe() or True)
+        )
 
     monkeypatch.setattr(choose, "tune", tune)
-    monkeypatch.setattr(Search, "_step_to", take)
+    monkeypatch.setattr(Search, "_step", take)
     monkeypatch.setattr("retrieval.choosing.search.check_days", lambda *_: None)  # 20 images are left
     choose.main(choose.Settings(train_dir="train", query_dir="query", gallery_dir="gallery",
                                 models=["efficientnet_lite0"], fine_tune=True,
@@ -310,7 +334,7 @@ def test_a_tuned_network_ends_with_the_script_for_checkpoints(here, monkeypatch,
 
 
 def test_wrong_input_is_a_sentence_before_any_work(here):
-    for folder in ("flat", "one/a", "few/a", "few/b"):
+    for folder in ("flat", "one/a"):
         (here / folder).mkdir(parents=True)
         for number in range(3):
             shutil.copy(next((here / "query" / "0").iterdir()), here / folder / f"{number}.png")
@@ -318,8 +342,11 @@ def test_wrong_input_is_a_sentence_before_any_work(here):
     (here / "results" / "submission.json").write_text("earlier")
     for flags, sentence in (
         (("--train_dir", "flat"), "lies in none: lay the images out as"),
-        (("--train_dir", "one"), "holds 3 images of 1 classes: give another folder"),
-        (("--train_dir", "few"), "days drawn from 6 images of --train_dir have only 6 different queries"),
+        (("--train_dir", "one"), "holds 3 images of 1 classes: give the folder above the class folders"),
+        (
+            ("--query_dir", "train/0"),
+            "--train_dir train holds --query_dir train/0, whose images have no labels",
+        ),
         (("--train_dir", "none"), "--train_dir is 'none': there is no folder"),
         (("--query_dir", "none"), "--query_dir is 'none': there is no folder"),
         (("--models", "efficientnet_lit0"), "did you mean efficientnet_lite0?"),

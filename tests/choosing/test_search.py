@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -45,6 +46,7 @@ class MadeUp:
 
     def __init__(self, fails=(), **noises):
         self.noises, self.fails, self.asked, self.device = noises, fails, Counter(), "cpu"
+        self.shares = {}
 
     def embed(self, source, images, kind):
         self.asked[source, kind, len(images)] += 1
@@ -60,11 +62,12 @@ class MadeUp:
     def runtime(self, source):
         return SimpleNamespace(backbone=SimpleNamespace(device="cpu"))
 
-    def look_for_faces(self, source, labelled):
+    def look_for_faces(self, source, gallery):
         if source.model == "faces":
             raise InputError("it looks for faces")
 
-    def fill_cache(self, source, labelled, others):
+    def fill_cache(self, source, labelled, others, share):
+        self.shares[source] = share
         self.embed(source, labelled, "parts")
 
 
@@ -83,6 +86,34 @@ def run(search, tune=None):
     search.try_fusions()
     search.try_views()
     return search
+
+
+def test_all_networks_are_compared_before_any_means(tmp_path):
+    """So no time goes into means beside a network that another one beats."""
+    made_up = MadeUp(bad=3.0, other=3.0, good=0.4)
+    search = run(search_of(tmp_path, made_up))
+    tried = [[str(tried.recipe) for tried in step.tries] for step in search.steps]
+    assert tried[:2] == [["other"], ["good"]]
+    assert all(recipe.startswith("good + ") for recipe in tried[2])
+    assert made_up.shares[GOOD] == made_up.shares[OTHER] == 0.5  # so that means get some of the time, too
+    assert made_up.shares[BAD] == 1
+
+
+def test_another_network_gets_the_means_that_were_taken(tmp_path):
+    search = search_of(tmp_path, MadeUp(good=1.0, other=1.1))
+    search.begin()
+    search._climb = lambda: setattr(search, "best", Recipe(GOOD, Means(centre=True)))
+    search.try_networks()
+    tried = [[tried.recipe for tried in step.tries] for step in search.steps]
+    assert tried == [[Recipe(OTHER)], [Recipe(OTHER, Means(centre=True))]]
+
+
+def test_without_labelled_images_the_plain_way_stays(tmp_path):
+    search = search_of(tmp_path, MadeUp(bad=3.0, good=0.4))
+    search.images = replace(search.images, train=[])
+    run(search)
+    assert (search.best, search.steps, search.passed_over) == (Recipe(BAD), [], {})
+    assert read_submission(tmp_path / "submission.json")["images"]
 
 
 def test_a_better_network_is_taken_and_the_files_are_of_it(tmp_path):
@@ -281,6 +312,11 @@ def test_a_network_that_would_take_too_long_is_passed_over_with_both_numbers(slo
     assert slow.parts == [64, 64]
 
 
+def test_a_share_of_the_time_is_said(slow):
+    with pytest.raises(RunError, match="and 197 s are left, of which a network may take 50%"):
+        Networks(None, Clock(4), "cpu", 1000).fill_cache(GOOD, files("t", 25), 0, 0.5)
+
+
 def test_the_images_of_the_day_count_too(slow):
     fill(3)
     assert slow.parts == [64, 64, 128, 256, 488]
@@ -305,5 +341,5 @@ def test_a_network_without_faces_is_found_out_by_its_first_images(monkeypatch):
     monkeypatch.setattr(networks_module, "embed_with_notes", lambda some, *_: (some, notes))
     networks.look_for_faces(GOOD, files("t", 25))
     notes.without_face.append(names[32])
-    with pytest.raises(InputError, match="found none in 33 of the first 64 labelled images"):
+    with pytest.raises(InputError, match="found none in 33 of the first 64 gallery images"):
         networks.look_for_faces(GOOD, files("t", 25))

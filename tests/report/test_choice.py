@@ -54,14 +54,14 @@ def test_it_shows_what_was_chosen_each_step_and_every_try(browser, chosen):
     told = " ".join(" ".join(browser.texts("#why > p")).split())
     assert f"choose.py chose {BETTER} in place of the plain way, {PLAIN}." in told
     assert "10 days drawn from the labelled images, which also chose it, it scores 843.2 [820, 866]" in told
-    assert "corrected for 7 tests" in told
+    assert "to allow for the 7 comparisons" in told
     assert "80 right gallery images" in told
     steps = [" ".join(text.split()) for text in browser.texts("#why > .scroll tbody tr")]
     assert steps == [
         f"{BETTER} before: {PLAIN} +41.2 [+17.5, +69.5] taken",
         f"none of them before: {BETTER} +0.0 [+0.0, +0.0] the plainer way stays",
     ]
-    assert browser.texts("#why summary")[0] == f"Step 1: all 2 tries beside {PLAIN}"
+    assert browser.texts("#why summary")[0] == f"Step 1: the 2 tries beside {PLAIN}"
     assert browser.texts("#why details tbody th") == [BETTER, TRIES[0]["recipe"], HOSTILE]
     assert browser.texts("#why details td")[:2] == ["843.2", "+43.2 [+24.0, +62.0]"]
     assert browser.run("return [...document.querySelectorAll('#why details')].some((d) => d.open)") is False
