@@ -63,6 +63,7 @@ def begin_search(run: Run) -> Iterator[Search]:
     networks = Networks(Cache(settings.cache_dir), clock, settings.device, len(images))
     models = list(dict.fromkeys(map(source_of, settings.models)))
     folder = settings.output_dir / REHEARSAL if settings.rehearse else settings.output_dir
+    folder.mkdir(exist_ok=True)
     search = Search(images, models, clock, networks, folder, settings.train_dir,
                     settings.group_name, settings.matches, settings.seed, settings.rehearse)  # fmt: skip
     try:

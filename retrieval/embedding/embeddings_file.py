@@ -33,8 +33,8 @@ def read_embeddings(folder: Path) -> tuple[Embeddings, Embeddings]:
     if not path.is_file():
         raise InputError(
             f"{folder} holds no {EMBEDDINGS}: run its command again with --save_embeddings (after choose.py "
-            f"run model_not_tuned.py --recipe {folder / 'recipe.json'} --save_embeddings, with the same folders: the "
-            "vectors are in the cache), or give the --output_dir of such a run"
+            f"run model_not_tuned.py --recipe {folder}/recipe.json --save_embeddings, with the same folders: "
+            "the vectors are in the cache), or give the --output_dir of such a run"
         )
     try:
         with np.load(path, allow_pickle=False) as arrays:

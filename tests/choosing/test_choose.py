@@ -82,7 +82,7 @@ def test_from_three_folders_to_the_submission_of_the_recipe(here, exported_once,
     assert ended.returncode == 0, ended.stderr
     assert FIRST in ended.stdout
     assert "warning: facenet is passed over: " in ended.stderr
-    assert "dlib is passed over: it looks for faces, and found none in 64 of the first 64" in ended.stderr
+    assert "dlib is passed over: it looks for faces, and found none in 24 of the first 24" in ended.stderr
     recipe = json.loads((here / "results" / "recipe.json").read_bytes())
     assert set(recipe["passed_over"]) == {"facenet", "dlib"}
     assert "could not be downloaded" in recipe["passed_over"]["facenet"]
@@ -224,7 +224,7 @@ def test_if_no_network_runs_a_sentence_says_what_to_do(here):
 @pytest.mark.usefixtures("no_page")
 @pytest.mark.parametrize(
     ("count", "reason"),
-    [(1, "holds 5 images of 5 classes: to choose by them takes"), (2, "have only 5 different queries")],
+    [(1, "holds 5 images of 5 classes: to choose by them takes"), (2, "different queries, and fewer than 20 show nothing")],
 )
 def test_labelled_images_that_show_nothing_leave_the_plain_submission(count, reason, here):
     """One image of a class, as a competition may hand out, or too few."""
