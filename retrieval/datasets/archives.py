@@ -15,6 +15,7 @@ from typing import IO, NamedTuple
 
 from get_images import is_image
 from retrieval.errors import InputError, RunError
+from retrieval.files import naming
 
 # Images hardly shrink in an archive: an archive that grows more than this is made to fill a disk.
 MOST_GROWTH, ALWAYS_ALLOWED = 100, 2**30  # times its size; bytes
@@ -94,7 +95,7 @@ def _write(source: Path, members: list[Member], folder: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             raise InputError(f"{source} holds {member.name} twice: unpack it yourself, and give the folder")
-        with member.open() as packed, open(path, "wb") as file:
+        with naming(folder), member.open() as packed, open(path, "wb") as file:
             shutil.copyfileobj(packed, file)  # zipfile and tarfile read no more than the stated size
 
 
