@@ -39,8 +39,8 @@ def test_a_full_disk_names_the_flag_of_its_folder(monkeypatch, tmp_path, capsys)
     (tmp_path / "b").mkdir()
     with pytest.raises(SystemExit):
         console.run_script(lambda form: files.write_whole(form.save_dir / "best.pth", b"a"), Writing)
-    sentence = f"error: {tmp_path / 'b' / 'best.pth'}: no space left on device: make room, or give another --save_dir\n"
-    assert capsys.readouterr().err == sentence
+    advice = "no space left on device: make room, or give another --save_dir"
+    assert capsys.readouterr().err == f"error: {tmp_path / 'b' / 'best.pth'}: {advice}\n"
 
 
 def test_no_text_commands_the_terminal(monkeypatch, capsys):

@@ -196,9 +196,10 @@ def _checked(kind: type[Checked], values: dict[str, Any], what: str, file: Path)
     except ValidationError as error:
         wrong = error.errors()[0]
         name = ".".join(map(str, wrong["loc"]))
+        found, problem = printable(repr(wrong["input"])[:80]), wrong["msg"].removeprefix("Value error, ")
         raise InputError(
             f"{file} was changed, or written by another version of this project: {name} of its {what} is "
-            f"{printable(repr(wrong['input'])[:80])}: {wrong['msg'].removeprefix('Value error, ')}; fine-tune again"
+            f"{found}: {problem}; fine-tune again"
         ) from None
 
 

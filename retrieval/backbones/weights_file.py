@@ -75,7 +75,7 @@ STAND_INS = [
 
 
 SHARE = 0.5  # of the memory, for the content of a file: the network that it fills takes as much again
-MOST_VALUES, DEEPEST = 10**7, 100  # of a content: a dict that holds itself would be endless
+MOST_VALUES, DEEPEST = 10**6, 100  # of a content: a dict that holds itself would be endless
 
 
 def unpickle(file: Path) -> Any:
@@ -97,9 +97,9 @@ def unpickle(file: Path) -> Any:
             size = most + 1
     if size > most:
         raise InputError(
-            f"{file}, of {file.stat().st_size / 1e6:.1f} MB, takes {size / 1e9:.1f} GB of memory or more when it "
-            f"is read, and a file of weights may take {most / 1e9:.1f} GB on this machine: save the network's "
-            "state_dict() alone, or do not trust it"
+            f"{file}, of {file.stat().st_size / 1e6:.1f} MB, takes {size / 1e9:.1f} GB of memory or more when "
+            f"it is read, and a file of weights may take {most / 1e9:.1f} GB on this machine: save "
+            "the network's state_dict() alone, or do not trust it"
         )
     return _plain(content)
 
@@ -130,8 +130,8 @@ def _read(file: Path) -> Any:
         refused = re.search(r"(?:GLOBAL|global) (\S+)", str(error))
         if refused:
             raise InputError(
-                f"{file} holds a Python object ({printable(refused[1])}), which is not loaded, since that could "
-                "run any code: save the network's state_dict() alone"
+                f"{file} holds a Python object ({printable(refused[1])}), which is not loaded, since that "
+                "could run any code: save the network's state_dict() alone"
             ) from None
         what = kind_of(file) or "is not a file of weights, or only a part of one"
         raise InputError(f"{file} {what}") from None
@@ -156,8 +156,8 @@ def _size_as_tree(content: Any, file: Path) -> int:
         if count > MOST_VALUES:
             break
     raise InputError(
-        f"{file} holds a dict or list that holds itself, more than {DEEPEST} of them inside one another, or more "
-        f"than {MOST_VALUES} values: save the network's state_dict() alone"
+        f"{file} holds a dict or list that holds itself, more than {DEEPEST} of them inside one another, or "
+        f"more than {MOST_VALUES} values: save the network's state_dict() alone"
     )
 
 
@@ -176,8 +176,7 @@ def _plain(value: Any) -> Any:
 
     if isinstance(value, dict):
         return {
-            printable(key) if isinstance(key, str) else key: _plain(inner)
-            for key, inner in dict.items(value)
+            printable(key) if isinstance(key, str) else key: _plain(inner) for key, inner in dict.items(value)
         }
     if isinstance(value, (list, tuple)):
         return (list if isinstance(value, list) else tuple)(map(_plain, value))
@@ -187,7 +186,7 @@ def _plain(value: Any) -> Any:
 
 
 def is_weights(value: Any) -> bool:
-    """Return whether a value is a tensor of plain numbers: not sparse, quantized, nested or without values."""
+    """Return whether a value is a tensor of plain numbers: not sparse, quantized, nested or meta."""
     import torch
 
     return (

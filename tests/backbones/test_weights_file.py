@@ -293,7 +293,10 @@ def test_what_holds_itself_or_doubles_without_end_is_refused(tmp_path, content):
 def zipped_zeros(path, numbers):
     torch.save({"w": torch.zeros(numbers)}, path)
     packed = path.read_bytes()
-    with zipfile.ZipFile(io.BytesIO(packed)) as stored, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as out:
+    with (
+        zipfile.ZipFile(io.BytesIO(packed)) as stored,
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as out,
+    ):
         for name in stored.namelist():
             out.writestr(name, stored.read(name))
 

@@ -1,11 +1,11 @@
-"""A fast sample of each campaign; `python -m tests.torture.images` and `.cache` run them at length."""
+"""A fast sample of each campaign; `make torture` runs them at length."""
 
 import pytest
 
-from tests.torture import cache, images
+from tests.torture import archives, cache, images, weights
 
 
-@pytest.mark.parametrize(("campaign", "most"), [(images, 112), (cache, 12)])
+@pytest.mark.parametrize(("campaign", "most"), [(images, 112), (cache, 12), (weights, 16), (archives, 30)])
 def test_a_sample_of_a_campaign_has_no_failure_and_is_repeated_by_its_seed(campaign, most, tmp_path):
     outcomes = list(campaign.campaign(7, 2, tmp_path, most))
     assert len(outcomes) == most
