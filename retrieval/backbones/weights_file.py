@@ -97,9 +97,9 @@ def unpickle(file: Path) -> Any:
             size = most + 1
     if size > most:
         raise InputError(
-            f"{file}, of {file.stat().st_size / 1e6:.1f} MB, takes {size / 1e9:.1f} GB of memory or more when "
-            f"it is read, and a file of weights may take {most / 1e9:.1f} GB on this machine: save "
-            "the network's state_dict() alone, or do not trust it"
+            f"{file}, of {file.stat().st_size / 1e6:.1f} MB, takes {size / 1e9:.1f} GB of memory or more to "
+            f"read, and a file of weights may take {most / 1e9:.1f} GB on this machine: save the network's "
+            "state_dict() alone, or do not trust it"
         )
     return _plain(content)
 

@@ -320,7 +320,7 @@ def test_a_pickle_that_computes_a_large_value_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(weights_file, "memory", lambda: 2 * 10**8)
     hexes = b"c_codecs\nencode\n(" * 20 + text(b"a" * 1000) + text(b"latin1") + b"tR"
     (tmp_path / "w.pth").write_bytes(saved(tmp_path, hexes + (text(b"hex") + b"tR") * 19).read_bytes())
-    with pytest.raises(InputError, match=r"takes 0\.1 GB of memory or more when it is read"):
+    with pytest.raises(InputError, match=r"takes 0\.1 GB of memory or more to read"):
         unpickle(tmp_path / "w.pth")
 
 
