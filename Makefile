@@ -1,4 +1,5 @@
 # make demo: from nothing to a score.  make check: lint, format and the fast tests, in a minute.  make test: every test.
+# make torture: damaged and hostile files, servers and clients of chance, MINUTES of each kind; SEED=1 tries others.
 # Each makes .venv first, once. The tests run in two processes, whose threads do not wait for each other's cores.
 PYTHON ?= python3
 VENV ?= .venv
@@ -6,7 +7,10 @@ INSTALLED := $(VENV)/installed
 
 PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo check lint test format audit
+MINUTES ?= 1
+SEED ?= 0
+
+.PHONY: demo check lint test format audit torture
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python -m retrieval.datasets sample --out data/sample
@@ -22,6 +26,10 @@ check: lint
 
 test: lint
 	$(PYTEST)
+
+torture: $(INSTALLED)
+	failed=0; for campaign in images weights archives cache network server runs; do \
+		$(VENV)/bin/python -m tests.torture.$$campaign --seed $(SEED) --minutes $(MINUTES) || failed=1; done; exit $$failed
 
 format: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix .

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 # Before the imports that need a package: in a fresh checkout a sentence takes the place of a traceback.
@@ -19,7 +20,8 @@ if missing := [name for name in ("numpy", "PIL", "pydantic_settings", "dotenv", 
     raise SystemExit(f"error: No module named {missing[0]!r}: {hint}")
 
 from retrieval.distributed import rank
-from retrieval.errors import InputError, OthersEndedError, RunError, StopError, did_you_mean
+from retrieval.errors import InputError, OthersEndedError, RunError, StopError, did_you_mean, printable
+from retrieval.files import FULL
 from retrieval.forms import Form, FormType, read_form
 from retrieval.machine import program
 
@@ -36,15 +38,19 @@ def run_command(commands: dict[str, tuple[type[Form], Callable[[Any], None]]]) -
     """Run the command {name: (form, main)} that the first argument names, as run_script does."""
     _log_to_console()
     gc.set_threshold(100_000)  # collect less often: importing torch and timm then takes about 10 % less time
+    form = None
     try:
         command, arguments = _choose(commands, sys.argv[1:])
-        form, main = commands[command]
-        main(read_form(form, arguments, program=f"{program()} {command}".strip()))
+        kind, main = commands[command]
+        form = read_form(kind, arguments, program=f"{program()} {command}".strip())
+        main(form)
     except StopError as error:
         raise SystemExit(error.status) from None
     except (InputError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
         _stop(error, 2)
-    except (RunError, OthersEndedError, OSError) as error:
+    except OSError as error:
+        _stop(f"{_sentence(error)}{_room(error, form)}", 1)
+    except (RunError, OthersEndedError) as error:
         _stop(error, 1)
     except ModuleNotFoundError as error:
         _stop(f"{error}: run `pip install -r requirements.txt`", 1)
@@ -75,23 +81,51 @@ def _log_to_console() -> None:
     logging.raiseExceptions = False  # nor must a reader that closes the pipe, as `| head` does
     output, errors = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
     output.addFilter(lambda record: record.levelno < logging.WARNING)
+    output.setFormatter(_Printable("%(message)s"))
     errors.setLevel(logging.WARNING)
     errors.addFilter(lambda record: setattr(record, "kind", record.levelname.lower()) or True)
-    errors.setFormatter(logging.Formatter("%(kind)s: %(message)s"))
+    errors.setFormatter(_Printable("%(kind)s: %(message)s"))
     package = logging.getLogger("retrieval")
     # Rank 0 logs for all processes; the others print errors only.
     package.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
     package.handlers = [output, errors]
 
 
+class _Printable(logging.Formatter):
+    """Escapes control characters: a name from a file, a folder or a server must not command the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the text of a record, line by line."""
+        return _in_lines(super().format(record))
+
+
+def _in_lines(text: str) -> str:
+    return "\n".join(map(printable, text.split("\n")))
+
+
+def _sentence(error: OSError) -> str:
+    return f"{error.filename or 'the system'}: {error.strerror.lower()}" if error.strerror else str(error)
+
+
+def _room(error: OSError, form: Form | None) -> str:
+    """Return the end of a sentence about a full disk, with the flag whose folder holds the file."""
+    if error.errno not in FULL:
+        return ""
+    file = Path(error.filename or "").absolute()
+    flags = [name for name, value in form or ()
+             if isinstance(value, Path) and file.is_relative_to(value.absolute())]  # fmt: skip
+    return ": make room" + "".join(f", or give another --{name}" for name in flags[:1])
+
+
 def _stop(error: BaseException | str, status: int) -> None:
     """Print the error as a sentence, and exit."""
-    if isinstance(error, OSError) and error.strerror:
-        error = f"{error.filename or 'the system'}: {error.strerror.lower()}"
+    if isinstance(error, OSError):
+        error = _sentence(error)
     by_torchrun = "LOCAL_RANK" in os.environ
     if by_torchrun:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it now; print the error first
-    print(f"process {rank() + 1}: error: {error}" if rank() else f"error: {error}", file=sys.stderr)
+    sentence = _in_lines(f"error: {error}")
+    print(f"process {rank() + 1}: {sentence}" if rank() else sentence, file=sys.stderr)
     if by_torchrun:
         time.sleep(1)  # time for the other processes to print their own errors
     raise SystemExit(status)

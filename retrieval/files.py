@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from retrieval.errors import InputError
 
 log = logging.getLogger("retrieval.files")
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's share of it, or what a file may hold
 LOCK = ".lock"  # the file in an output folder that a run locks
 
 
@@ -56,13 +58,24 @@ def open_whole(path: Path) -> Iterator[IO[bytes]]:
     """Yield a file to write, which replaces `path` at the end of the `with` block, unless that raises."""
     unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
     try:
-        with open(unfinished, "wb") as file:
+        with naming(path), open(unfinished, "wb") as file:
             yield file
             write_through(file, b"")
         os.replace(unfinished, path)
         _sync_folder(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file that a `with` block writes in the error of a full disk, which names none, or another."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            error.filename = str(path)
+        raise
 
 
 def write_through(file: IO[bytes], data: bytes) -> None:

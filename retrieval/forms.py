@@ -154,8 +154,9 @@ def _dotenv() -> dict[str, str | None]:
         if line.error or (line.key and line.value is None):
             written = line.original.string.lstrip()
             number = line.original.line + line.original.string.removesuffix(written).count("\n")
-            broken = written.partition("\n")[0]
-            raise InputError(f"{path.absolute()}, line {number}: {broken!r} is not of the form NAME=value")
+            raise InputError(  # without the line, which may hold a password
+                f"{path.absolute()}, line {number} is not of the form NAME=value, or lacks a closing quote"
+            )
     return dotenv_values(stream=io.StringIO(text))
 
 

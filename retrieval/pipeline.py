@@ -251,7 +251,8 @@ def show(run: Run, results: Results, outcome: Outcome) -> None:
         try:
             run.done("report", f"drew {write_report(run, results, outcome)}")
         except OSError as error:  # a disk that is full now costs the pictures only
-            log.warning("the page could not be drawn: %s", error)
+            log.warning("the page could not be drawn (%s: %s): make room, give another --output_dir, or "
+                        "leave it out by --no_report", error.filename, error.strerror)  # fmt: skip
     seconds = run.rounded_seconds()
     log.info("seconds: %s", ", ".join(f"{step} {spent:.1f}" for step, spent in seconds.items()))
     track_run(run.settings.tracker, run.folder, metrics["backbone"], run.settings,

@@ -17,7 +17,7 @@ from typing import Any, Self
 from get_images import ImageFile
 from retrieval.distributed import rank_zero_only
 from retrieval.errors import InputError, RunError, StopError
-from retrieval.files import as_json, lock, write_through, write_whole
+from retrieval.files import as_json, lock, naming, write_through, write_whole
 from retrieval.machine import program
 from retrieval.records import Embeddings
 from retrieval.settings import Form
@@ -194,7 +194,7 @@ def append_line(folder: Path, settings: Form, outcome: Outcome, **more: Any) -> 
     }
     record |= {"settings": settings.model_dump(mode="json"), "outcome": asdict(outcome)} | more
     line = as_json(record) + b"\n"
-    with open(path, "a+b") as file:
+    with naming(path), open(path, "a+b") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":  # a line that a crash cut off must not spoil this one

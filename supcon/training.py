@@ -285,7 +285,10 @@ def choose(training: TrainingState) -> None:
     progress.chosen, progress.kept = progress.epoch, chosen.metrics["score"]
     save(training)
     training.tracking.log({"chosen": _tracked(chosen.metrics)})
-    write_whole(folder / CURVE, curves(progress.history, progress.untuned).png)
+    try:
+        write_whole(folder / CURVE, curves(progress.history, progress.untuned).png)
+    except OSError as error:  # the checkpoint is written, and its training must still be told
+        log.warning("%s could not be written (%s): make room", error.filename, error.strerror)
     _log_before_and_after(progress.untuned, chosen.metrics)
     log.info("wrote %s", folder / BEST)
 

@@ -1,5 +1,7 @@
 """retrieval/console.py: a script ends with a sentence and an exit status."""
 
+import errno
+import logging
 import os
 import subprocess
 import sys
@@ -7,10 +9,10 @@ import sys
 import pytest
 from conftest import ROOT, run
 
-from retrieval import console, errors
+from retrieval import console, errors, files
 from retrieval.errors import InputError
 from retrieval.forms import Form
-from retrieval.settings import PositiveInt
+from retrieval.settings import NewFolder, PositiveInt
 
 
 class Example(Form):
@@ -18,6 +20,39 @@ class Example(Form):
 
     top_k: PositiveInt = 10
     """k of the metric"""
+
+
+def test_a_full_disk_names_the_flag_of_its_folder(monkeypatch, tmp_path, capsys):
+    class Writing(Form):
+        """A form with two folders."""
+
+        output_dir: NewFolder = tmp_path / "a"
+        """folder of the results"""
+        save_dir: NewFolder = tmp_path / "b"
+        """folder of the checkpoints"""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    (tmp_path / "b").mkdir()
+    with pytest.raises(SystemExit):
+        console.run_script(lambda form: files.write_whole(form.save_dir / "best.pth", b"a"), Writing)
+    advice = "no space left on device: make room, or give another --save_dir"
+    assert capsys.readouterr().err == f"error: {tmp_path / 'b' / 'best.pth'}: {advice}\n"
+
+
+def test_no_text_commands_the_terminal(monkeypatch, capsys):
+    def main(form):
+        logging.getLogger("retrieval").warning("a \x1b[2Jname\r")
+        raise InputError("\x1b]0;title\x07\nsecond line")
+
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit):
+        console.run_script(main, Example)
+    shown = "warning: a \\x1b[2Jname\\r\nerror: \\x1b]0;title\\x07\nsecond line\n"
+    assert capsys.readouterr().err == shown
 
 
 @pytest.mark.parametrize(

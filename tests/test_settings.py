@@ -91,7 +91,8 @@ def test_a_broken_line_in_dotenv_is_an_error_and_not_another_name(line):
     Path(".env").write_text(f"# mine\n\nDEVICE=cpu\n\n\n{line}\n")
     with pytest.raises(InputError) as error:
         read()
-    assert re.search(r"/\.env, line 6: .*" + re.escape(line.strip('"')[:8]), str(error.value))
+    assert re.search(r"/\.env, line 6 is not of the form NAME=value", str(error.value))
+    assert line not in str(error.value)  # it may hold a password
 
 
 def test_a_dotenv_from_notepad():

@@ -15,7 +15,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrieval.backbones.weights_file import is_fine_tuned, unpickle
+from retrieval.backbones.weights_file import is_fine_tuned, is_weights, unpickle
 from retrieval.errors import InputError
 
 if TYPE_CHECKING:
@@ -127,11 +127,9 @@ def _read_holders(file: Path) -> Holders:
 
 def _holders(content: Any, keys: tuple[str, ...] = ()) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Yield the dicts of tensors, outermost first, without those of an optimiser (it has param_groups)."""
-    import torch
-
     if not isinstance(content, dict) or "param_groups" in content or len(keys) > 5:
         return
-    tensors = {_unwrapped(str(name)): value for name, value in content.items() if torch.is_tensor(value)}
+    tensors = {_unwrapped(str(name)): value for name, value in content.items() if is_weights(value)}
     if tensors:
         yield ".".join(keys), tensors
     for key, value in content.items():

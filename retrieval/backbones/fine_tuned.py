@@ -35,8 +35,8 @@ from retrieval.backbones.filling import fill
 from retrieval.backbones.onnx_file import SUFFIX
 from retrieval.backbones.timm_zoo import network_of_hub_config, with_input_size
 from retrieval.backbones.transform import Transform
-from retrieval.backbones.weights_file import is_fine_tuned, unpickle
-from retrieval.errors import InputError, RunError
+from retrieval.backbones.weights_file import is_fine_tuned, is_weights, unpickle
+from retrieval.errors import InputError, RunError, printable
 from retrieval.files import write_whole
 
 VERSION = 1  # part of the cache key: raise it when Joined, Shrunk or Mapped give other vectors
@@ -184,7 +184,7 @@ def read_fine_tuned(file: Path) -> tuple[Recipe, dict[str, Tensor], dict[str, Te
             f"{min(known - given)}; fine-tune again"
         )
     for weights in (network, *([untuned] if recipe["embedding"] == JOINED else [])):
-        if not isinstance(weights, dict) or not all(map(torch.is_tensor, weights.values())):
+        if not isinstance(weights, dict) or not all(map(is_weights, weights.values())):
             raise InputError(f"{file} was changed: it lacks the weights of its recipe; fine-tune again")
     return _checked(Recipe, recipe, "recipe", file), network, untuned
 
@@ -196,9 +196,10 @@ def _checked(kind: type[Checked], values: dict[str, Any], what: str, file: Path)
     except ValidationError as error:
         wrong = error.errors()[0]
         name = ".".join(map(str, wrong["loc"]))
+        found, problem = printable(repr(wrong["input"])[:80]), wrong["msg"].removeprefix("Value error, ")
         raise InputError(
             f"{file} was changed, or written by another version of this project: {name} of its {what} is "
-            f"{wrong['input']!r:.80}: {wrong['msg'].removeprefix('Value error, ')}; fine-tune again"
+            f"{found}: {problem}; fine-tune again"
         ) from None
 
 

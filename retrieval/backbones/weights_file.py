@@ -1,19 +1,25 @@
 """A file in; its tensors and plain values out, or a sentence that says what kind of file it is instead.
 
 Nothing in a file is executed: torch's unpickler builds tensors and plain values alone. The objects that often
-lie beside the weights are not built either, but replaced by a stand-in that does nothing.
+lie beside the weights are not built either, but replaced by a stand-in that does nothing. A file cannot fill
+the memory, and what it holds is a finite tree.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterable
+from contextlib import nullcontext
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from retrieval.errors import InputError
+from retrieval.errors import InputError, printable
+from retrieval.machine import memory, memory_limit, out_of_memory
 
 # ---- objects beside the weights -------------------------------------------------------------------
 
@@ -69,12 +75,41 @@ STAND_INS = [
 # ---- reading --------------------------------------------------------------------------------------
 
 
+SHARE = 0.5  # of the memory, for the content of a file: the network that it fills takes as much again
+MOST_VALUES, DEEPEST = 10**6, 100  # of a content: a dict that holds itself would be endless
+
+
 def unpickle(file: Path) -> Any:
     """Read a file of torch.save or safetensors, whatever its name, without executing code in it.
 
     The objects of OBJECTS and DICTS are replaced by stand-ins. Raises InputError if the file holds any other
-    object, or is of another kind.
+    object, is of another kind, takes more than SHARE of the memory, or is no finite tree of values.
     """
+    import torch
+
+    # A GPU's driver may reserve addresses in another thread meanwhile, far more than there is memory.
+    limit = nullcontext() if torch.cuda.is_available() else memory_limit(int(SHARE * memory()))
+    most = int(SHARE * memory())
+    size = max(file.stat().st_size, _unzipped_size(file))
+    if size <= most:
+        try:
+            with limit:
+                content = _read(file)
+            size = _size_as_tree(content, file)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            size = most + 1
+    if size > most:
+        raise InputError(
+            f"{file}, of {file.stat().st_size / 1e6:.1f} MB, takes {size / 1e9:.1f} GB of memory or more to "
+            f"read, and a file of weights may take {most / 1e9:.1f} GB on this machine: save the network's "
+            "state_dict() alone, or do not trust it"
+        )
+    return _plain(content)
+
+
+def _read(file: Path) -> Any:
     import torch
 
     if _is_safetensors(file):
@@ -95,14 +130,75 @@ def unpickle(file: Path) -> Any:
     except OSError:
         raise
     except Exception as error:  # the unpickler raises anything on a file that is no checkpoint
+        if out_of_memory(error):
+            raise
         refused = re.search(r"(?:GLOBAL|global) (\S+)", str(error))
         if refused:
             raise InputError(
-                f"{file} holds a Python object ({refused[1]}), which is not loaded, since that could run any "
-                "code: save the network's state_dict() alone"
+                f"{file} holds a Python object ({printable(refused[1])}), which is not loaded, since that "
+                "could run any code: save the network's state_dict() alone"
             ) from None
         what = kind_of(file) or "is not a file of weights, or only a part of one"
         raise InputError(f"{file} {what}") from None
+
+
+def _unzipped_size(file: Path) -> int:
+    return sum(member.file_size for member in _zip_members(file) or [])
+
+
+def _size_as_tree(content: Any, file: Path) -> int:
+    """Return the bytes of all tensors in a content, if none shared its memory with another.
+
+    Raises InputError unless it is a tree of at most MOST_VALUES values on DEEPEST levels.
+    """
+    level, count, size = [content], 1, 0
+    for _ in range(DEEPEST):
+        size += sum(math.prod(value.shape) * value.dtype.itemsize for value in level if is_weights(value))
+        level = list(islice(chain.from_iterable(map(_inside, level)), MOST_VALUES))
+        count += len(level)
+        if not level:
+            return size
+        if count > MOST_VALUES:
+            break
+    raise InputError(
+        f"{file} holds a dict or list that holds itself, more than {DEEPEST} of them inside one another, or "
+        f"more than {MOST_VALUES} values: save the network's state_dict() alone"
+    )
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return dict.values(value)
+    return value if isinstance(value, (list, tuple)) else ()
+
+
+def _plain(value: Any) -> Any:
+    """Copy a tree without what a pickle can attach to its dicts and tensors, such as another `items`.
+
+    The keys, which name tensors, are made printable. A tensor that is no weights becomes a stand-in.
+    """
+    import torch
+
+    if isinstance(value, dict):
+        return {
+            printable(key) if isinstance(key, str) else key: _plain(inner) for key, inner in dict.items(value)
+        }
+    if isinstance(value, (list, tuple)):
+        return (list if isinstance(value, list) else tuple)(map(_plain, value))
+    if torch.is_tensor(value):
+        return torch.detach(value) if is_weights(value) else UnreadObject()
+    return value
+
+
+def is_weights(value: Any) -> bool:
+    """Return whether a value is a tensor of plain numbers: not sparse, quantized, nested or meta."""
+    import torch
+
+    return (
+        torch.is_tensor(value)
+        and not (value.is_nested or value.is_quantized or value.is_meta)
+        and value.layout == torch.strided
+    )
 
 
 def is_fine_tuned(content: Any) -> bool:
@@ -157,12 +253,10 @@ def kind_of(file: Path) -> str:
 
 def _kind_of_zip(file: Path) -> str:
     """Return what a zip file is that cannot be read; a file of torch.save is a zip file, too."""
-    try:
-        with zipfile.ZipFile(file) as opened:
-            names = opened.namelist()
-    except zipfile.BadZipFile:
+    members = _zip_members(file)
+    if members is None:
         return PART
-    ends = {Path(name).name for name in names}
+    ends = {Path(member.filename).name for member in members}
     if "constants.pkl" in ends:
         return "is a TorchScript archive: save torch.jit.load(FILE).state_dict() by torch.save, and give that"
     if "model.weights.h5" in ends:
@@ -170,6 +264,17 @@ def _kind_of_zip(file: Path) -> str:
     if any(name.endswith(".npy") for name in ends):
         return NUMPY
     return UNREADABLE if "data.pkl" in ends else UNPACK
+
+
+def _zip_members(file: Path) -> list[zipfile.ZipInfo] | None:
+    """Return what a zip file says that it holds; None if it is no whole zip file."""
+    try:
+        with zipfile.ZipFile(file) as opened:
+            return opened.infolist()
+    except OSError:
+        raise
+    except Exception:  # zipfile raises anything on damaged bytes
+        return None
 
 
 def _is_text(start: bytes) -> bool:

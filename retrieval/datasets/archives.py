@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import stat
 import tarfile
@@ -14,10 +15,13 @@ from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
 from get_images import is_image
-from retrieval.errors import InputError, RunError
+from retrieval.errors import InputError, RunError, printable
+from retrieval.files import naming
 
 # Images hardly shrink in an archive: an archive that grows more than this is made to fill a disk.
 MOST_GROWTH, ALWAYS_ALLOWED = 100, 2**30  # times its size; bytes
+# The errors of a name that the disk cannot take: too long, a file that is also a folder, or other characters.
+OF_NAMES = {errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EILSEQ}
 
 
 class Member(NamedTuple):
@@ -43,7 +47,8 @@ def unpacked(source: Path, beside: Path) -> Iterator[Path]:
     beside.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{beside.name}.unpacked-", dir=beside.parent) as folder:
         try:
-            _unpack(source, Path(folder))
+            with naming(beside):
+                _unpack(source, Path(folder))
         except (InputError, RunError):
             raise
         except Exception as error:  # decompressors raise anything on damaged bytes
@@ -90,12 +95,25 @@ def _write(source: Path, members: list[Member], folder: Path) -> None:
             f"{free / 1e9:.1f} GB free: make room, or give another --out"
         )
     for member in images:
-        path = folder / member.name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            raise InputError(f"{source} holds {member.name} twice: unpack it yourself, and give the folder")
-        with member.open() as packed, open(path, "wb") as file:
-            shutil.copyfileobj(packed, file)  # zipfile and tarfile read no more than the stated size
+        try:
+            _write_member(source, member, folder / member.name)
+        except OSError as error:
+            if error.errno not in OF_NAMES:
+                raise
+            raise InputError(
+                f"{source} holds {member.name[:80]!r}, whose name this disk cannot take "
+                f"({error.strerror.lower()}): unpack it yourself, and give the folder"
+            ) from None
+
+
+def _write_member(source: Path, member: Member, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        raise InputError(
+            f"{source} holds {printable(member.name)} twice: unpack it yourself, and give the folder"
+        )
+    with member.open() as packed, open(path, "wb") as file:
+        shutil.copyfileobj(packed, file)  # zipfile and tarfile read no more than the stated size
 
 
 def _refuse_unless_plain(source: Path, member: Member) -> None:

@@ -17,7 +17,7 @@ from get_images import ImageFile, find_images, label_of
 from retrieval.datasets.archives import unpacked
 from retrieval.datasets.duplicates import find_duplicates
 from retrieval.errors import InputError, RunError
-from retrieval.files import as_json
+from retrieval.files import as_json, naming
 
 TRAIN, QUERY, GALLERY = "train", "test/query", "test/gallery"
 QUERIES = 0.4  # share of a class's test images, as in the SimCLR-SupCon study; the others are its gallery
@@ -247,7 +247,8 @@ def _unfinished(out: Path) -> Iterator[Path]:
     out = out.absolute()
     unfinished = out.with_name(f".{out.name}.unfinished-{os.getpid()}")
     try:
-        yield unfinished
+        with naming(out):
+            yield unfinished
         out.mkdir(parents=True, exist_ok=True)
         for part in unfinished.iterdir():
             part.rename(out / part.name)

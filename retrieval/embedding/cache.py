@@ -252,7 +252,8 @@ class Cache:
         try:
             return act()
         except (sqlite3.OperationalError, OSError) as error:  # locked, full, read-only
-            self._give_up(f"cannot be used ({error}): this run goes on without it")
+            self._give_up(f"cannot be used ({error}): this run goes on without it; another --cache_dir "
+                          "moves it, --no_cache leaves it out")  # fmt: skip
         except BROKEN as error:  # torn, or of another program
             self._give_up(f"is broken ({error}): it is set aside, and its vectors are made again")
             self._set_aside()

@@ -186,7 +186,8 @@ class NetworkFiles:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, self._digest(kind, content) + b"\n" + content)
         except OSError as error:
-            log.warning("%s cannot be kept (%s): the next run makes it again", file, error.strerror)
+            log.warning("%s cannot be kept (%s): the next run makes it again, or give another --cache_dir",
+                        file, error.strerror)  # fmt: skip
 
     def _digest(self, kind: str, content: bytes) -> bytes:
         return hashlib.sha256(self.key + kind.encode() + content).hexdigest().encode()

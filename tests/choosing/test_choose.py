@@ -224,7 +224,10 @@ def test_if_no_network_runs_a_sentence_says_what_to_do(here):
 @pytest.mark.usefixtures("no_page")
 @pytest.mark.parametrize(
     ("count", "reason"),
-    [(1, "holds 5 images of 5 classes: to choose by them takes"), (2, "different queries, and fewer than 20 show nothing")],
+    [
+        (1, "holds 5 images of 5 classes: to choose by them takes"),
+        (2, "different queries, and fewer than 20 show nothing"),
+    ],
 )
 def test_labelled_images_that_show_nothing_leave_the_plain_submission(count, reason, here):
     """One image of a class, as a competition may hand out, or too few."""

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,35 +30,48 @@ from tests.torture.campaign import run
 ROOT = Path(__file__).parent.parent.parent
 TICKS = os.sysconf("SC_CLK_TCK")  # of processor time, a second
 PATIENCE = 600  # seconds of one process, on a machine that does other work
-TRAINING = ("fine_tuning.py", "--train_dir=images/gallery", "--epochs=2", "--batch_size=8", "--image_size=64",
-            "--val_share=0.25", "--device=cpu")  # fmt: skip
+FLAGS = ("--query_dir=images/query", "--gallery_dir=images/gallery", "--output_dir=out", "--cache_dir=cache",
+         "--engine=torch", "--custom_dataset", "--device=cpu")  # fmt: skip
+RUN = ("model_not_tuned.py", *FLAGS)
+TRAINING = ("fine_tuning.py", "--train_dir=images/gallery", "--save_dir=out", "--epochs=2", "--batch_size=8",
+            "--image_size=64", "--val_share=0.25", "--device=cpu")  # fmt: skip
 
 
 # ---- what all cases share -------------------------------------------------------------------------
 
 
 @functools.cache
-def workplace() -> Path:
-    """Make images, and the results of an undisturbed run and training; return their folder."""
+def images() -> Path:
+    """Make a folder with images of four classes; return it."""
     folder = Path(tempfile.mkdtemp(prefix="torture_runs_"))
     rng = np.random.default_rng(0)
     for part, count in (("query", 3), ("gallery", 8)):
         for label in range(4):
-            (folder / "images" / part / str(label)).mkdir(parents=True)
+            (folder / part / str(label)).mkdir(parents=True)
             for number in range(count):
                 levels = rng.integers(0, 256, (6, 6, 3)) // 2 + rng.integers(0, 256, 3) * (1 + label) // 8
                 image = Image.fromarray(levels.astype(np.uint8)).resize((48, 48))
-                image.save(folder / "images" / part / str(label) / f"{number}.png")
-    right(folder, *retrieval("whole", "cache"))
-    right(folder, *TRAINING, "--save_dir=trained")
+                image.save(folder / part / str(label) / f"{number}.png")
     return folder
 
 
-def retrieval(out: str, cache: str, *flags: str) -> tuple[str, ...]:
-    """Return the command of a run without a server."""
-    return ("model_not_tuned.py", "--query_dir=images/query", "--gallery_dir=images/gallery",
-            "--engine=torch", "--custom_dataset", "--device=cpu", f"--output_dir={out}",
-            f"--cache_dir={cache}", *flags)  # fmt: skip
+class Undisturbed(NamedTuple):
+    """The folder of an undisturbed run or training, and its processor time in seconds."""
+
+    folder: Path
+    seconds: float
+
+
+@functools.cache
+def undisturbed(*command: str) -> Undisturbed:
+    """Run a script to its end in a folder of its own."""
+    folder = Path(tempfile.mkdtemp(prefix="torture_runs_"))
+    (folder / "images").symlink_to(images())
+    process = start(folder, *command)
+    said = process.stdout.read()
+    _, status, used = os.wait4(process.pid, 0)
+    assert status == 0, f"{command} ended with {status}: {said[-1000:]}"
+    return Undisturbed(folder, used.ru_utime + used.ru_stime)
 
 
 def start(folder: Path, *command: str, **environment: str) -> subprocess.Popen[str]:
@@ -90,14 +104,6 @@ def kill_at(process: subprocess.Popen[str], seconds: float) -> bool:
     return False
 
 
-@functools.cache
-def processor_seconds(*command: str) -> float:
-    """Return the processor time of an undisturbed run in a new folder."""
-    process = start(workplace(), *command)
-    process.stdout.read()
-    return sum(os.wait4(process.pid, 0)[2][:2])
-
-
 # ---- promises -------------------------------------------------------------------------------------
 
 
@@ -110,13 +116,17 @@ def submission_of(folder: Path) -> bytes | None:
 def same_submission(folder: Path) -> list[str]:
     """Return what is wrong with a submission that an undisturbed run would have written."""
     found = submission_of(folder)
-    return [] if found == submission_of(workplace() / "whole") else [f"{folder} holds another submission"]
+    return (
+        []
+        if found == submission_of(undisturbed(*RUN).folder / "out")
+        else [f"{folder} holds another submission"]
+    )
 
 
 def same_weights(folder: Path) -> list[str]:
     """Return what is wrong with a checkpoint that an undisturbed training would have written."""
     one, other = (torch.load(place / "fine_tuned_model.pth", weights_only=True)
-                  for place in (workplace() / "trained", folder))  # fmt: skip
+                  for place in (undisturbed(*TRAINING).folder / "out", folder))  # fmt: skip
     pairs = [(one["network"][name], other["network"][name]) for name in one["network"]]
     return [] if all(torch.equal(*pair) for pair in pairs) else [f"{folder} holds other weights"]
 
@@ -134,23 +144,19 @@ def spoken(process: subprocess.Popen[str], said: str) -> list[str]:
 
 def killed_run(rng: random.Random, folder: Path) -> list[str]:
     """A run is killed, at any moment of its processor time; then it runs again, and nothing is lost."""
-    images = folder / "images"
-    images.symlink_to(workplace() / "images")
-    command = retrieval("out", "cache")
-    kill_at(start(folder, *command), rng.random() * processor_seconds(*retrieval("timed", "cache_timed")))
+    kill_at(start(folder, *RUN), rng.random() * undisturbed(*RUN).seconds)
     early = submission_of(folder / "out")
     broken = [] if early is None else same_submission(folder / "out")
-    right(folder, *command)
+    right(folder, *RUN)
     return broken + same_submission(folder / "out")
 
 
 def killed_training(rng: random.Random, folder: Path) -> list[str]:
     """A training is killed once or twice, and goes on to bitwise the weights of an undisturbed one."""
-    (folder / "images").symlink_to(workplace() / "images")
-    whole = processor_seconds(*TRAINING, "--save_dir=timed_training")
+    whole = undisturbed(*TRAINING).seconds
     for _ in range(rng.choice([1, 1, 2])):
-        kill_at(start(folder, *TRAINING, "--save_dir=out", *_resumed(folder)), rng.random() * whole)
-    right(folder, *TRAINING, "--save_dir=out", *_resumed(folder))
+        kill_at(start(folder, *TRAINING, *_resumed(folder)), rng.random() * whole)
+    right(folder, *TRAINING, *_resumed(folder))
     return same_weights(folder / "out")
 
 
@@ -160,14 +166,13 @@ def _resumed(folder: Path) -> list[str]:
 
 def full_disk(rng: random.Random, folder: Path) -> list[str]:
     """The disk of the results, or of the cache, fills up after a number of bytes."""
-    (folder / "images").symlink_to(workplace() / "images")
     kind = rng.choice(["out", "cache"])
     small = folder / kind
     small.mkdir()
-    size = int(2 ** rng.uniform(12, 21))
+    size = int(2 ** rng.uniform(12, 25))  # 4 kB to 32 MB
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", small], check=True)
     try:
-        process = start(folder, *retrieval("out", "cache"))
+        process = start(folder, *RUN)
         said = process.communicate(timeout=PATIENCE)[0]
         broken = spoken(process, said)
         if process.returncode and str(kind) not in said:
@@ -183,12 +188,11 @@ def full_disk(rng: random.Random, folder: Path) -> list[str]:
 
 def two_at_once(rng: random.Random, folder: Path) -> list[str]:
     """Two runs with one cache, and perhaps one folder of results; a moment lies between them."""
-    (folder / "images").symlink_to(workplace() / "images")
     outs = rng.choice([("out", "out"), ("out", "other")])
-    whole = processor_seconds(*retrieval("timed", "cache_timed"))
+    whole = undisturbed(*RUN).seconds
     processes = []
     for out in outs:
-        processes.append(start(folder, *retrieval(out, "cache")))
+        processes.append(start(folder, *RUN, f"--output_dir={out}"))
         time.sleep(rng.choice([0, rng.random() * whole]))
     broken = []
     for process in processes:
@@ -198,8 +202,7 @@ def two_at_once(rng: random.Random, folder: Path) -> list[str]:
 
 def bad_numbers(rng: random.Random, folder: Path) -> list[str]:
     """Some weights are no numbers, infinite, huge, tiny or zero."""
-    (folder / "images").symlink_to(workplace() / "images")
-    checkpoint = torch.load(workplace() / "trained" / "fine_tuned_model.pth", weights_only=True)
+    checkpoint = torch.load(undisturbed(*TRAINING).folder / "out" / "fine_tuned_model.pth", weights_only=True)
     network = checkpoint["network"]
     for name in rng.sample(sorted(network), rng.choice([1, 3, len(network)])):
         if network[name].is_floating_point():
@@ -207,7 +210,7 @@ def bad_numbers(rng: random.Random, folder: Path) -> list[str]:
             share = torch.rand(network[name].shape) < rng.choice([1.0, 0.01])
             network[name] = torch.where(share, torch.tensor(value), network[name])
     torch.save(checkpoint, folder / "bad.pth")
-    command = ("model_fine_tuned.py", *retrieval("out", "cache", "--weights=bad.pth")[1:])
+    command = ("model_fine_tuned.py", *FLAGS, "--weights=bad.pth")
     process = start(folder, *command)
     said = process.communicate(timeout=PATIENCE)[0]
     broken = spoken(process, said)
@@ -220,16 +223,15 @@ def bad_numbers(rng: random.Random, folder: Path) -> list[str]:
 
 def other_circumstances(rng: random.Random, folder: Path) -> list[str]:
     """Another batch size, number of threads or processes, or state of the cache: the same bytes."""
-    (folder / "images").symlink_to(workplace() / "images")
     cache = rng.choice(["none", "empty", "half", "full"])
     flags = [f"--batch_size={rng.randint(1, 64)}"]
     if cache == "full":
-        shutil.copytree(workplace() / "cache", folder / "cache")
+        shutil.copytree(undisturbed(*RUN).folder / "cache", folder / "cache")
     elif cache == "half":
-        right(folder, *retrieval("first", "cache"), f"--gallery_dir=images/gallery/{rng.randrange(4)}")
+        right(folder, *RUN, "--output_dir=first", f"--gallery_dir=images/gallery/{rng.randrange(4)}")
     elif cache == "none":
         flags.append("--no_cache")
-    command = retrieval("out", "cache", *flags)
+    command = (*RUN, *flags)
     if rng.random() < 0.3:
         command = ("-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / command[0]), *command[1:])
     right(folder, *command, OMP_NUM_THREADS=str(rng.randint(1, 4)))
@@ -250,6 +252,7 @@ def attempt(kind: str, rng: random.Random) -> list[str]:
     """Try a case in a folder of its own; return a sentence for each promise that did not hold."""
     torch.manual_seed(rng.randrange(2**31))
     with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "images").symlink_to(images())
         try:
             return KINDS[kind](rng, Path(folder))
         except (AssertionError, OSError, subprocess.SubprocessError) as error:
@@ -259,5 +262,5 @@ def attempt(kind: str, rng: random.Random) -> list[str]:
 if __name__ == "__main__":
     kinds = [kind for kind in KINDS if kind != "full disk" or os.geteuid() == 0]  # root mounts small disks
     status = run("runs", kinds, attempt)
-    shutil.rmtree(workplace())
+    shutil.rmtree(images())
     sys.exit(status)
