@@ -89,7 +89,7 @@ def test_lda_is_the_generalised_eigenproblem_beside_the_vector(train):
 
 @pytest.mark.parametrize(("names", "sentence"), [
     (["a/1", "b.jpg"], "b.jpg of --train_dir lies in none: lay the images out as TRAIN_DIR/<class>/x.jpg"),
-    (["a/1", "a/2"], "holds 2 images of 1 classes: give another folder"),
+    (["a/1", "a/2"], "holds 2 images of 1 classes: give the folder above the class folders"),
     (["a/1", "b/1"], "needs two classes or more, and two images of a class, but --train_dir holds 2"),
 ])  # fmt: skip
 def test_a_folder_that_fits_no_projection_is_refused(names, sentence):

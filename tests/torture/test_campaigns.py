@@ -17,5 +17,6 @@ def test_a_sample_of_a_campaign_has_no_failure_and_is_repeated_by_its_seed(campa
     assert [outcome["case"] for outcome in again] == [outcome["case"] for outcome in outcomes[:5]]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_loses_nothing():
     assert runs.attempt("killed run", random.Random(1)) == []
