@@ -99,11 +99,13 @@ SLOW = ("test_scripts", "test_fine_tuning_scripts", "test_face_scripts", "test_b
         "test_timm_zoo", "test_client", "test_library", "test_run_report", "test_weights", "test_filling",
         "test_face_crop", "test_tracking", "test_golden", "test_server_rules", "test_dlib_network",
         "test_runtime")  # fmt: skip
+LONGEST = ("test_readme", "test_joint_batch")  # minutes each: they begin first
 FAST_SECONDS = 10  # of the processor; the first test of a network also imports timm
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONGEST)  # else a process may end with one, alone
     for item in items:
         if item.path.stem in SLOW or {"browser", "exported_once"} & set(item.fixturenames):
             item.add_marker(pytest.mark.slow)

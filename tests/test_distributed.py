@@ -11,7 +11,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, run, run_here
 
 from retrieval import distributed, machine
 from retrieval.errors import OthersEndedError, RunError
@@ -80,8 +80,8 @@ def alone(images, exported_once, tmp_path_factory):
     out = tmp_path_factory.mktemp("alone")
     shutil.copytree(exported_once, out / "cache")
     for engine in ("onnx", "torch"):
-        ended = run("model_not_tuned.py", *flags_of(images), "--engine", engine, "--output_dir", engine,
-                    "--no_cache", "--cache_dir", out / "cache", cwd=out)  # fmt: skip
+        ended = run_here("model_not_tuned.py", *flags_of(images), "--engine", engine, "--output_dir", engine,
+                         "--no_cache", "--cache_dir", out / "cache", cwd=out)  # fmt: skip
         assert ended.returncode == 0, ended.stderr
     return {engine: out / engine for engine in ("onnx", "torch")}
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, Server, answer, run, run_here, small_weights
+from conftest import ROOT, SMALL, Server, answer, run_here, small_weights
 
 FLAGS = ("--image_size", "32", "--batch_size", "8", "--device", "cpu", "--val_share", "0.34")
 TRAIN = ("fine_tuning.py", "--train_dir", "train", *FLAGS)
@@ -33,7 +33,7 @@ def weights(folder):
 
 
 def test_from_a_folder_to_a_checkpoint_to_a_score(trainable):
-    ended = run(*TRAIN, *QUICK, "--epochs", "2", cwd=trainable)
+    ended = run_here(*TRAIN, *QUICK, "--epochs", "2", cwd=trainable)
     assert ended.returncode == 0, ended.stderr
     for words in (
         "found 24 images of 4 classes: 16 to learn from, 8 to validate on",
@@ -53,8 +53,8 @@ def test_from_a_folder_to_a_checkpoint_to_a_score(trainable):
     assert {"loss", "top_1", "top_3", "score", "score_interval", "seconds"} <= set(lines[0])
     shutil.rmtree(trainable / "train")  # the checkpoint needs nothing else
     with Server(answer()) as server:
-        ended = run("model_fine_tuned.py", "--query_dir", "query", "--gallery_dir", "gallery", cwd=trainable,
-                    SERVER_URL=server.url)  # fmt: skip
+        ended = run_here("model_fine_tuned.py", "--query_dir", "query", "--gallery_dir", "gallery",
+                         cwd=trainable, SERVER_URL=server.url)  # fmt: skip
     assert ended.returncode == 0, ended.stderr
     assert f"({SMALL} fine-tuned with ce" in ended.stdout
     assert "the server's score: 698" in ended.stdout

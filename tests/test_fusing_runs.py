@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from conftest import run, run_here, vectors_of
+from conftest import run_here, vectors_of
 
 from retrieval.embedding.embeddings_file import read_embeddings, write_embeddings
 from retrieval.records import Embeddings
@@ -131,22 +131,22 @@ def test_wrong_commands_are_sentences(runs, labelled, tmp_path):
 def test_two_real_runs_from_images_to_the_fused_submission(flat, few):
     folders = ("--query_dir", "query", "--gallery_dir", "gallery", "--no_report")
     for size in ("64", "96"):
-        ended = run("model_not_tuned.py", *folders, "--engine", "torch", "--image_size", size,
-                    "--save_embeddings", "--output_dir", size, cwd=flat)  # fmt: skip
+        ended = run_here("model_not_tuned.py", *folders, "--engine", "torch", "--image_size", size,
+                         "--save_embeddings", "--output_dir", size, cwd=flat)  # fmt: skip
         assert ended.returncode == 0, ended.stderr
         queries, gallery = read_embeddings(flat / size)
         assert (len(queries.names), len(gallery.names)) == (8, 24)
         assert np.allclose(np.linalg.norm(gallery.vectors, axis=1), 1, atol=1e-5)
-    ended = run("-m", "retrieval.fusion", "64", "96", "--mix", "1,0", "--output_dir", "fused", cwd=flat)
+    ended = run_here("-m", "retrieval.fusion", "64", "96", "--mix", "1,0", "--output_dir", "fused", cwd=flat)
     assert ended.returncode == 0, ended.stderr
     metrics, fused = results(flat, "fused")
     assert "score" not in metrics  # flat folders have no labels
     assert fused == json.loads((flat / "64" / "submission.json").read_text())
-    ended = run("-m", "retrieval.report", ".", cwd=flat)
+    ended = run_here("-m", "retrieval.report", ".", cwd=flat)
     assert "1 efficientnet_lite0" in ended.stdout, ended.stderr
     assert "skipped" not in ended.stderr
 
-    ended = run("model_not_tuned.py", *folders, "--output_dir", "plain", cwd=flat)
+    ended = run_here("model_not_tuned.py", *folders, "--output_dir", "plain", cwd=flat)
     assert not (flat / "plain" / "embeddings.npz").exists()
 
 

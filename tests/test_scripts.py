@@ -166,7 +166,7 @@ def test_broken_images_cost_nothing_but_themselves(flat):
         (flat / "query" / name).write_bytes(content)
         (flat / "gallery" / name).write_bytes(content)
     Image.new("1", (30_000, 30_000)).save(flat / "query" / "huge.png")
-    ended = run_here("model_not_tuned.py", *FOLDERS, cwd=flat)
+    ended = run_here("model_not_tuned.py", *FOLDERS, "--no_report", cwd=flat)
     assert ended.returncode == 0, ended.stderr
     assert "0.jpg in the queries could not be embedded: an empty file" in ended.stderr
     assert "4 queries without an embedding get the gallery in its order" in ended.stderr
@@ -279,7 +279,7 @@ def test_a_second_run_embeds_nothing_and_ranks_the_same(few, exported_once, tmp_
 def test_means_are_applied_and_recorded(few, tmp_path):
     flags = (*FOLDERS, "--custom_dataset", "--train_dir", few / "gallery")
     means = ("--projection", "lda", "--whiten", "--query_expansion", "2:3", "--hubs", "5")
-    for name, more in (("plain", ()), ("refined", means)):
+    for name, more in (("plain", ["--no_report"]), ("refined", means)):
         ended = run_here("model_not_tuned.py", *flags, *more, "--output_dir", tmp_path / name, cwd=few)
         assert ended.returncode == 0, ended.stderr
     assert "queries with projection, whiten, query_expansion, hubs in" in ended.stdout

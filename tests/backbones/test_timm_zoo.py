@@ -24,11 +24,12 @@ QUICK = "vit_base_patch32_clip_quickgelu_224.openai"
 
 @pytest.fixture(autouse=True)
 def one_block(monkeypatch):
-    """Let timm build transformers with one block."""
+    """Let timm build transformers with one block; a Swin with one a stage, and a second that shifts."""
     create = timm.create_model
 
     def small(name, *args, **given):
-        depth = {} if any(each in name for each in ("swin", "resnet", "maxvit")) else {"depth": 1}
+        depth = {} if any(each in name for each in ("resnet", "maxvit")) else {"depth": 1}
+        depth = {"depths": (2, 1, 1, 1)} if "swin" in name else depth
         return create(name, *args, **(depth | given))
 
     monkeypatch.setattr(timm, "create_model", small)

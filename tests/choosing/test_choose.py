@@ -20,6 +20,7 @@ from retrieval.backbones.backbone import find_backbone
 from retrieval.choosing.recipes import Recipe, Source, neighbours
 from retrieval.embedding.runtime import Runtime
 from retrieval.ranking.means import Means
+from retrieval.report.choice import read_choice
 from retrieval.server.answer_key import key_of_folders
 from retrieval.server.serve import local_server
 from retrieval.submission.submission_file import read_submission
@@ -86,7 +87,11 @@ def test_from_three_folders_to_the_submission_of_the_recipe(here, exported_once,
     recipe = json.loads((here / "results" / "recipe.json").read_bytes())
     assert set(recipe["passed_over"]) == {"facenet", "dlib"}
     assert "could not be downloaded" in recipe["passed_over"]["facenet"]
-    assert recipe["steps"]
+    choice = read_choice(here / "results" / "recipe.json")
+    assert choice.steps[0].before == "efficientnet_lite0"
+    page = (here / "results" / "report.html").read_text()
+    assert "Why this recipe" in page
+    assert f"<strong>{choice.recipe}</strong>" in page
     assert "nothing was sent" in ended.stdout
     count = sum(len(find_images(here / part)) for part in ("query", "gallery", "train"))
     assert made["efficientnet_lite0"] == count

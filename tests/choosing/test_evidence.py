@@ -12,7 +12,6 @@ from retrieval.choosing.recipes import Recipe, Source, fusions, neighbours
 from retrieval.errors import InputError
 from retrieval.metrics import first_hits, points_of
 from retrieval.ranking.means import Means
-from retrieval.records import Embeddings
 
 GOOD, BAD, OTHER = Source("good"), Source("bad"), Source("other")
 LATER = time.perf_counter() + 1e6
@@ -100,18 +99,6 @@ def test_queries_of_several_days_count_once_for_each_image():
     assert set(owners) <= set(names)
     with pytest.raises(InputError, match=f"only {len(set(owners))} different queries, and fewer than 20"):
         check_days(names, days)
-
-
-@pytest.mark.slow
-def test_with_shuffled_labels_the_plain_way_stays():
-    """20 searches among all means, with labels that mean nothing: at least 19 have to stay."""
-    stays = 0
-    for seed in range(20):
-        vectors = people(0.8, seed)
-        names = np.random.default_rng(seed).permutation(vectors.names).tolist()
-        evidence = evidence_of(seed=seed, good=Embeddings(names, vectors.vectors))
-        stays += not evidence.step(Recipe(GOOD), neighbours(Recipe(GOOD), 2), 7, LATER, seed=seed).pays
-    assert stays >= 19
 
 
 def test_when_the_time_is_over_nothing_more_is_tried():

@@ -43,7 +43,7 @@ def naive(queries, gallery, keep):
     """The definition: every cosine in float64, a stable sort, the first ones."""
     result = {}
     for name, query in zip(queries.names, queries.vectors.astype(np.float64), strict=True):
-        cosines = [sum(query * vector) for vector in gallery.vectors.astype(np.float64)]
+        cosines = (query * gallery.vectors.astype(np.float64)).sum(axis=1)
         best = sorted(range(len(cosines)), key=lambda row: -cosines[row])[:keep]
         result[name] = [gallery.names[row] for row in best]
     return result

@@ -4,7 +4,6 @@ import json
 import re
 
 import pytest
-from conftest import run_here
 from page_checks import LOW_CONTRAST, OVERLAPS
 from pages import drawn, found_of
 
@@ -102,17 +101,3 @@ def test_steps_that_choose_py_did_not_write_are_not_shown(tmp_path, caplog):
     steps = [RECIPE["steps"][0] | {"gain_held_out": "much"}]
     assert read_choice(written(tmp_path, RECIPE | {"steps": steps})) is None
     assert 'recipe.json was chosen: its "steps.0.gain_held_out" is not as choose.py writes it' in caplog.text
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("exported")
-def test_choose_py_writes_what_the_report_reads(few, tmp_path):
-    flags = ("--query_dir", "query", "--gallery_dir", "gallery", "--train_dir", "gallery", "--custom_dataset",
-             "--models", "efficientnet_lite0", "--output_dir", tmp_path)  # fmt: skip
-    ended = run_here("choose.py", *flags, cwd=few)
-    assert ended.returncode == 0, ended.stderr
-    choice = read_choice(tmp_path / "recipe.json")
-    assert choice.steps[0].before == "efficientnet_lite0"
-    page = (tmp_path / "report.html").read_text()
-    assert "Why this recipe" in page
-    assert f"<strong>{choice.recipe}</strong>" in page

@@ -1,7 +1,6 @@
 """supcon/joint_batch.py: several real processes take the steps, and write the files, of one."""
 
 import json
-import logging
 import os
 import re
 import runpy
@@ -14,11 +13,9 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, assert_same, begun, run, settings_of, small_weights
 
-import fine_tuning
 from retrieval import distributed
 from retrieval.errors import InputError
-from supcon import joint_batch, state, steps
-from supcon.training import fit
+from supcon import joint_batch, state, steps, training
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
 FLAGS = ("--image_size", 32, "--device", "cpu", "--val_share", 0.34)
@@ -160,22 +157,6 @@ def flags(folder, out, *more):
     )
 
 
-def test_the_script_trains_in_two_processes_and_the_first_alone_speaks_and_writes(tiny, tmp_path, caplog):
-    done = run(*TORCHRUN, 2, *flags(tiny, tmp_path / "two", "--epochs", 2), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 2 of 2: loss") == 1
-    alone = settings_of(tiny, tmp_path, epochs=2)
-    fine_tuning.main(alone)
-    lines = [[json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-             for folder in (alone.save_dir, tmp_path / "two")]  # fmt: skip
-    for one, both in zip(*lines, strict=True):
-        assert both["loss"] == pytest.approx(one["loss"], abs=1e-3)
-    assert set(os.listdir(alone.save_dir)) == set(os.listdir(tmp_path / "two"))
-    with caplog.at_level(logging.INFO):
-        fine_tuning.main(alone.model_copy(update={"save_dir": tmp_path / "two", "resume": True}))
-    assert "this training had come to its end" in caplog.text
-
-
 def test_more_processes_than_a_batch_has_images_are_a_sentence(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(state, "world_size", lambda: 3)
     with pytest.raises(
@@ -190,29 +171,49 @@ def begun_two(tiny, tmp_path):
     arguments = [*map(str, (*TORCHRUN, 2, *flags(tiny, tmp_path / "two", "--epochs", 1000)))]
     command = [sys.executable, *[str(ROOT / part) if part.endswith(".py") else part for part in arguments]]
     said, log = tmp_path / "log", (tmp_path / "log").open("w")
-    training = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
+    launched = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
     deadline, children = time.monotonic() + 250, []
     try:
         while "epoch 1 of 1000" not in said.read_text():
-            assert training.poll() is None, said.read_text()
+            assert launched.poll() is None, said.read_text()
             assert time.monotonic() < deadline, said.read_text()
             time.sleep(0.2)
         listed = subprocess.run(
-            ["ps", "-o", "pid=", "--ppid", str(training.pid)], capture_output=True, text=True
+            ["ps", "-o", "pid=", "--ppid", str(launched.pid)], capture_output=True, text=True
         )
         children = [int(word) for word in listed.stdout.split()]
-        yield training, children, said
+        yield launched, children, said
     finally:
-        training.terminate()  # which ends its processes
-        training.wait(timeout=60)
+        launched.terminate()  # which ends its processes
+        launched.wait(timeout=60)
         log.close()
 
 
-def test_ctrl_c_and_minutes_end_all_processes_between_steps_and_one_goes_on(begun_two, tiny, tmp_path):
-    training, children, said = begun_two
-    training.send_signal(signal.SIGINT)
-    training.wait(timeout=200)
+def first_loss_of_one(tiny, tmp_path, monkeypatch):
+    """The loss of the first epoch of the same training by one process, which ends in the second epoch."""
+    run, real, taken = begun(settings_of(tiny, tmp_path / "one", epochs=1000)), steps.step, []
+
+    def step(*arguments):
+        taken.append(real(*arguments))
+        if len(taken) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return taken[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            training.fit(run)
+    return run.progress.history[0]["loss"]
+
+
+def test_two_processes_train_as_one_and_ctrl_c_and_minutes_end_both_and_one_goes_on(
+    begun_two, tiny, tmp_path, monkeypatch
+):
+    launched, children, said = begun_two
+    launched.send_signal(signal.SIGINT)
+    launched.wait(timeout=200)
     told = said.read_text()
+    assert told.count("epoch 1 of 1000: loss") == 1  # the first process alone speaks
     assert len(re.findall(r"stopped in epoch \d+ after \d steps, and saved: the same command", told)) == 1, (
         told
     )
@@ -225,19 +226,25 @@ def test_ctrl_c_and_minutes_end_all_processes_between_steps_and_one_goes_on(begu
     assert done.returncode == 0, done.stderr
     assert "going on in epoch" in done.stdout
     assert f"wrote {two / 'fine_tuned_model.pth'}" in done.stdout
+    assert sorted(os.listdir(two)) == [
+        ".lock", "best.pth", "fine_tuned_model.pth", "history.jsonl", "last.pth", "loss.png"
+    ]  # fmt: skip
+    lines = [json.loads(line) for line in (two / "history.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(1, len(lines) + 1))
+    assert lines[0]["loss"] == pytest.approx(first_loss_of_one(tiny, tmp_path, monkeypatch), abs=1e-3)
     settings = settings_of(tiny, tmp_path, save_dir=two, epochs=1000, resume=True)
     alone = begun(settings)
     epoch = alone.progress.epoch
     assert epoch > 0
     alone.settings = settings.model_copy(update={"epochs": epoch + 1})
-    fit(alone)
+    training.fit(alone)
     assert alone.progress.epoch == epoch + 1
 
 
 def test_a_process_that_is_killed_ends_the_others_with_a_sentence(begun_two):
-    training, children, said = begun_two
+    launched, children, said = begun_two
     os.kill(children[1], signal.SIGKILL)
-    assert training.wait(timeout=200) != 0
+    assert launched.wait(timeout=200) != 0
     told = said.read_text()
     assert "error: another process of this run has ended" in told
     with pytest.raises(ProcessLookupError):

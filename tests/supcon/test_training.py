@@ -60,14 +60,21 @@ def test_every_variant_overfits_a_tiny_set_and_then_retrieves_it_perfectly(loss,
     assert max(line["top_1"] for line in history) == 1.0
 
 
-@pytest.mark.parametrize("more", [{}, {"loss": "supcon", "memory": 16, "ema": 0.9}, {"freeze": "backbone"}])
+@pytest.fixture(
+    params=[{}, {"loss": "supcon", "memory": 16, "ema": 0.9}, {"freeze": "backbone"}], scope="module", ids=str
+)
+def undisturbed(request, tiny, tmp_path_factory):
+    """What a training differs in from others, and its settings after it has come to its end."""
+    whole = settings_of(tiny, tmp_path_factory.mktemp("whole"), **request.param)
+    training.fit(begun(whole))
+    return request.param, whole
+
+
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
 def test_going_on_after_any_step_gives_bitwise_the_weights_of_the_undisturbed_run(
-    stop_after, more, tiny, tmp_path, monkeypatch
+    stop_after, undisturbed, tiny, tmp_path, monkeypatch
 ):
-    whole = settings_of(tiny, tmp_path / "whole", **more)
-    training.fit(begun(whole))
-
+    more, whole = undisturbed
     halves = settings_of(tiny, tmp_path / "halves", **more)
     run, real, taken = begun(halves), steps.step, []
 
@@ -85,9 +92,9 @@ def test_going_on_after_any_step_gives_bitwise_the_weights_of_the_undisturbed_ru
     assert_same(weights_of(whole), weights_of(halves))
     lines = [[json.loads(line) for line in (s.save_dir / "history.jsonl").read_text().splitlines()]
              for s in (whole, halves)]  # fmt: skip
-    for undisturbed, gone_on in zip(*lines, strict=True):
-        assert undisturbed["loss"] == gone_on["loss"]
-        assert undisturbed["score"] == gone_on["score"]
+    for once, gone_on in zip(*lines, strict=True):
+        assert once["loss"] == gone_on["loss"]
+        assert once["score"] == gone_on["score"]
 
 
 def test_the_checkpoint_embeds_as_it_was_validated(tiny, tmp_path, caplog):
