@@ -10,7 +10,7 @@ from retrieval.backbones.timm_zoo import ENDS_IN_EMBEDDING, FEATURES, HUB_NAMES,
 from retrieval.backbones.transform import GREY, Transform
 from retrieval.backbones.weights import Download, OnHub
 from retrieval.backbones.zoo import FACES, Pretrained, torch_checkpoints
-from retrieval.errors import InputError, did_you_mean
+from retrieval.errors import InputError, did_you_mean, printable
 
 HUB_NAME = re.compile(r"hf[-_]hub:([\w.-]+/[\w.-]+)")
 
@@ -49,7 +49,7 @@ def _config_in_timm(name: str) -> dict[str, Any]:
         if config.has_weights:
             return config.to_dict()
     hint = did_you_mean(name, [*known, *timm.list_models()]) or ": timm.list_pretrained() lists them"
-    raise InputError(f"timm has no weights for {name}{hint}")
+    raise InputError(f"timm has no weights for {printable(name)}{hint}")
 
 
 def _config_on_hub(repository: str) -> tuple[str, dict[str, Any]]:

@@ -7,6 +7,7 @@ the memory, and what it holds is a finite tree.
 
 from __future__ import annotations
 
+import errno
 import math
 import re
 import warnings
@@ -127,10 +128,9 @@ def _read(file: Path) -> Any:
             warnings.catch_warnings(action="ignore"),  # on files that it then refuses
         ):
             return torch.load(opened, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:  # the unpickler raises anything on a file that is no checkpoint
-        if out_of_memory(error):
+        of_disk = isinstance(error, OSError) and error.errno != errno.EINVAL  # which a wrong offset gives
+        if of_disk or out_of_memory(error):
             raise
         refused = re.search(r"(?:GLOBAL|global) (\S+)", str(error))
         if refused:
