@@ -16,6 +16,7 @@ from retrieval.files import write_whole
 from retrieval.html import render
 from retrieval.machine import version_of
 from retrieval.metrics import CUTS, MORE
+from retrieval.ranking.collapse import in_words as why_collapsed
 from retrieval.report import charts
 from retrieval.report.charts import Chart
 from retrieval.report.choice import read_choice
@@ -46,6 +47,7 @@ def write_report(run: Run, results: Results, outcome: Outcome) -> Path:
         "report.html",
         title=f"{results.metrics['backbone']}: {queries} queries in {images} images",
         outcome=outcome,
+        collapsed=why_collapsed(results.metrics) if results.metrics.get("collapsed") else "",
         tiles=_tiles(results.metrics | outcome.metrics),
         more=_more(results.metrics, results.ranking.rows.shape[1]),
         labelled=results.labelled,

@@ -124,6 +124,15 @@ def test_unlabelled_images_have_matches_and_the_servers_score_and_no_verdict(fla
     assert len(data["matches"]) == 8
 
 
+def test_a_network_that_tells_nothing_apart_is_said_at_the_top(few, tmp_path):
+    found = found_of(few)
+    assert 'class="collapsed"' not in drawn(found, tmp_path / "good")
+    found.metrics.update(collapsed=True, same_images=1.0, mean_cosine=1.0)
+    page = drawn(found, tmp_path / "bad")
+    warning = re.search(r'<p class="collapsed" role="alert">(.*?)</p>', page)[1]
+    assert "hardly tells these images apart: 100 % of the queries get the same images" in warning
+
+
 def test_names_are_text_whatever_they_are(sample, tmp_path):
     source = sorted((sample / "test" / "gallery" / "0").iterdir())
     for part in ("query", "gallery"):
