@@ -29,7 +29,7 @@ test: lint
 
 torture: $(INSTALLED)
 	failed=0; for campaign in images weights archives cache network server runs; do \
-		$(VENV)/bin/python -m tests.torture.$$campaign --seed $(SEED) --minutes $(MINUTES) || failed=1; done; exit $$failed
+		TQDM_DISABLE=1 $(VENV)/bin/python -m tests.torture.$$campaign --seed $(SEED) --minutes $(MINUTES) || failed=1; done; exit $$failed
 
 format: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix .

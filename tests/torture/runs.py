@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent.parent
 TICKS = os.sysconf("SC_CLK_TCK")  # of processor time, a second
 PATIENCE = 600  # seconds of one process, on a machine that does other work
 FLAGS = ("--query_dir=images/query", "--gallery_dir=images/gallery", "--output_dir=out", "--cache_dir=cache",
-         "--engine=torch", "--custom_dataset", "--device=cpu")  # fmt: skip
+         "--engine=torch", "--server_url=local", "--device=cpu")  # fmt: skip
 RUN = ("model_not_tuned.py", *FLAGS)
 TRAINING = ("fine_tuning.py", "--train_dir=images/gallery", "--save_dir=out", "--epochs=2", "--batch_size=8",
             "--image_size=64", "--val_share=0.25", "--device=cpu")  # fmt: skip
@@ -113,14 +113,10 @@ def submission_of(folder: Path) -> bytes | None:
     return file.read_bytes() if file.exists() else None
 
 
-def same_submission(folder: Path) -> list[str]:
-    """Return what is wrong with a submission that an undisturbed run would have written."""
-    found = submission_of(folder)
-    return (
-        []
-        if found == submission_of(undisturbed(*RUN).folder / "out")
-        else [f"{folder} holds another submission"]
-    )
+def same_submission(folder: Path, *flags: str) -> list[str]:
+    """Return what is wrong with a submission that an undisturbed run with these flags would have written."""
+    same = submission_of(folder) == submission_of(undisturbed(*RUN, *flags).folder / "out")
+    return [] if same else [f"{folder} holds another submission"]
 
 
 def same_weights(folder: Path) -> list[str]:
@@ -223,19 +219,19 @@ def bad_numbers(rng: random.Random, folder: Path) -> list[str]:
 
 def other_circumstances(rng: random.Random, folder: Path) -> list[str]:
     """Another batch size, number of threads or processes, or state of the cache: the same bytes."""
-    cache = rng.choice(["none", "empty", "half", "full"])
-    flags = [f"--batch_size={rng.randint(1, 64)}"]
+    cache, engine = rng.choice(["none", "empty", "half", "full"]), f"--engine={rng.choice(['torch', 'onnx'])}"
+    command = (*RUN, engine, f"--batch_size={rng.randint(1, 64)}")
     if cache == "full":
-        shutil.copytree(undisturbed(*RUN).folder / "cache", folder / "cache")
+        shutil.copytree(undisturbed(*RUN, engine).folder / "cache", folder / "cache")
     elif cache == "half":
-        right(folder, *RUN, "--output_dir=first", f"--gallery_dir=images/gallery/{rng.randrange(4)}")
+        part = f"--gallery_dir=images/gallery/{rng.randrange(4)}"
+        right(folder, *RUN, engine, "--server_url=", "--output_dir=first", part)
     elif cache == "none":
-        flags.append("--no_cache")
-    command = (*RUN, *flags)
+        command += ("--no_cache",)
     if rng.random() < 0.3:
         command = ("-m", "torch.distributed.run", "--nproc_per_node=2", str(ROOT / command[0]), *command[1:])
     right(folder, *command, OMP_NUM_THREADS=str(rng.randint(1, 4)))
-    return same_submission(folder / "out")
+    return same_submission(folder / "out", engine)
 
 
 KINDS = {
