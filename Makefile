@@ -1,5 +1,5 @@
 # make demo: from nothing to a score.  make check: lint, format and the fast tests, in a minute.  make test: every test.
-# make torture: damaged and hostile files, servers and clients of chance, MINUTES of each kind; SEED=1 tries others.
+# make torture: damaged and hostile files, servers and clients, MINUTES of each kind; SEED=1 tries others.
 # Each makes .venv first, once. The tests run in two processes, whose threads do not wait for each other's cores.
 PYTHON ?= python3
 VENV ?= .venv
@@ -35,12 +35,12 @@ format: $(INSTALLED)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# Known holes of the packages, and how many packages no reachable database knows.
+# Known vulnerabilities of the packages.
 audit: $(INSTALLED)
 	$(PYTHON) -m venv $(VENV)/audit && $(VENV)/audit/bin/python -m pip install -q --disable-pip-version-check pip-audit
 	@$(VENV)/audit/bin/pip-audit --progress-spinner off --disable-pip --require-hashes -r requirements.lock \
 		> $(VENV)/audit/found; status=$$?; grep -v "could not be audited" $(VENV)/audit/found; \
-		echo "$$(grep -c 'could not be audited' $(VENV)/audit/found) of the packages are in no database that was reached"; \
+		echo "$$(grep -c 'could not be audited' $(VENV)/audit/found) packages could not be audited"; \
 		exit $$status
 
 $(INSTALLED): requirements.lock

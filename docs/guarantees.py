@@ -1,19 +1,17 @@
-"""The lines that the campaigns of tests/torture wrote in; the table of docs/guarantees.md, out.
+"""The results that the campaigns of tests/torture wrote in; the table of docs/guarantees.md, out.
 
 make torture MINUTES=10 && python -m docs.guarantees
 
-A campaign that has not run keeps the row that it has.
+A campaign that has not come to its end keeps the row that it has.
 """
 
 from __future__ import annotations
 
-import json
-from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
-PAGE, LINES = ROOT / "docs" / "guarantees.md", ROOT / "results" / "torture"
+PAGE, RESULTS = ROOT / "docs" / "guarantees.md", ROOT / "results" / "torture"
 
 
 class Promise(NamedTuple):
@@ -26,28 +24,27 @@ class Promise(NamedTuple):
 
 PROMISES = {
     "images": Promise(
-        "An image is read, or refused with a sentence; none takes the machine's memory, starts a program or "
-        "harms another image",
+        "An image is read, or refused with one printable sentence, and changes no other image of its batch",
         "every format and mode that Pillow writes, cut at 64 places, with flipped bits, broken metadata, "
         "bombs, odd names, and files that vanish or change",
-        "what a damaged image shows; holes in the decoders' own C code",
+        "what a damaged image shows; vulnerabilities of the decoders' own C code",
     ),
     "weights": Promise(
-        "A file of weights loads, or is refused with a sentence, in bounded time and memory, and runs no "
-        "code",
+        "A file of weights loads, or is refused with one printable sentence, in bounded time, and runs no "
+        "code; its tensors fit into half of the memory",
         "state dicts, checkpoints, pickles, safetensors and ONNX files that are flipped, cut, spliced, hold "
-        "themselves, unpack to gigabytes or carry hostile names",
-        "that a stranger's network does what its name says",
+        "themselves, unpack to more than the memory or carry hostile names",
+        "that a stranger's network does what its name says; pickles that compute large values",
     ),
     "archives": Promise(
         "An archive of a data set is laid out whole, or refused with a sentence, and writes nothing outside "
         "its folder",
         "zip, tar, gzip and xz that are flipped, cut, full of links, climbing names, duplicates and bombs",
-        "",
+        "an archive of many gigabytes is unpacked once to be listed, which takes its time",
     ),
     "cache": Promise(
         "A damaged cache changes no bit of a vector",
-        "wrong values in every column, flipped bits of the database and of exported networks, planted files",
+        "wrong values in rows, flipped bits of the database and of exported networks, planted files",
         "a cache that somebody changed together with its checksums",
     ),
     "network": Promise(
@@ -64,9 +61,9 @@ PROMISES = {
     "runs": Promise(
         "Killed, out of disk or run twice, a run leaves an old or a new submission, whole; the next one, "
         "also on other cores or batches, gives the same bytes, and a training resumes to the same weights",
-        "SIGKILL at any moment of a run's or a training's processor time, small disks for results and cache, "
-        "two runs at once, weights that are no numbers, other batch sizes, threads, processes and states of "
-        "the cache",
+        "SIGKILL at any moment of a run's or a training's processor time, small disks for results and cache "
+        "(as root), two runs at once, weights that are no numbers, other batch sizes, threads, processes and "
+        "states of the cache",
         "the same bits on another kind of processor or with another version of torch",
     ),
 }
@@ -78,32 +75,18 @@ def row(name: str, result: str) -> str:
     return f"| {text} | `{name}`: {tried} | {result} | {not_promised} |"
 
 
-def result_of(lines: list[dict[str, object]], day: date) -> str:
-    """Return the number of cases and of failures, with the seed and the day.
-
-    >>> result_of([{"seed": 3, "failed": False}, {"seed": 3, "failed": True}], date(2026, 11, 27))
-    '2 cases, 1 failed (seed 3, 2026-11-27)'
-    """
-    failed = sum(line["failed"] for line in lines)
-    return f"{len(lines)} cases, {failed} failed (seed {lines[0]['seed']}, {day})"
-
-
-def page(before: str, lines_of: dict[str, list[dict[str, object]]], day: date) -> str:
-    """Return the page with new results in the rows of the campaigns that have lines."""
+def page(before: str, results: dict[str, str]) -> str:
+    """Return the page with new results in the rows of the campaigns that have one."""
     rows = []
     for line in before.splitlines():
         name = next((name for name in PROMISES if f"| `{name}`: " in line), "")
         if name:
-            old = line.split(" | ")[2]
-            line = row(name, result_of(lines_of[name], day) if lines_of.get(name) else old)
+            line = row(name, results.get(name, line.split(" | ")[2]))
         rows.append(line)
     return "\n".join(rows) + "\n"
 
 
 if __name__ == "__main__":
-    found = {
-        name: [json.loads(line) for line in (LINES / f"{name}.jsonl").read_text().splitlines()]
-        for name in PROMISES
-        if (LINES / f"{name}.jsonl").exists()
-    }
-    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), found, date.today()), encoding="utf-8")
+    files = {name: RESULTS / f"{name}.txt" for name in PROMISES}
+    results = {name: file.read_text() for name, file in files.items() if file.exists()}
+    PAGE.write_text(page(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")

@@ -48,6 +48,8 @@ def run_command(commands: dict[str, tuple[type[Form], Callable[[Any], None]]]) -
         raise SystemExit(error.status) from None
     except (InputError, FileNotFoundError, NotADirectoryError, FileExistsError) as error:
         _stop(error, 2)
+    except MemoryError:
+        _stop("the memory is full: end other programs, or take fewer or smaller images", 1)
     except OSError as error:
         _stop(f"{_sentence(error)}{_room(error, form)}", 1)
     except (RunError, OthersEndedError) as error:

@@ -9,8 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -67,27 +66,6 @@ def memory() -> int:
     return min(installed, int(limit)) if limit.isdigit() else installed
 
 
-@contextmanager
-def memory_limit(size: int) -> Iterator[None]:
-    """Let this process allocate at most `size` more bytes inside a `with` block; more raises MemoryError.
-
-    Only Linux keeps to it.
-    """
-    if sys.platform != "linux":
-        yield
-        return
-    import resource  # Unix only
-
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limits = [limit for limit in (used + size, soft) if limit != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_AS, (min(limits), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-
-
 def keep_freed_memory(most: int = 2**30) -> None:
     """Let glibc reuse the memory of one layer for the next instead of returning it to the system: about ×2.
 
@@ -104,8 +82,8 @@ def keep_freed_memory(most: int = 2**30) -> None:
 
 def out_of_memory(error: Exception) -> bool:
     """Return whether a device ran out of memory: CUDA, MPS and the CPU raise different errors."""
-    signs = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+    signs = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(sign in str(error).lower() for sign in signs)
 
 
 def compute_what_fits(

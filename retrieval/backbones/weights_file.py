@@ -1,8 +1,8 @@
 """A file in; its tensors and plain values out, or a sentence that says what kind of file it is instead.
 
 Nothing in a file is executed: torch's unpickler builds tensors and plain values alone. The objects that often
-lie beside the weights are not built either, but replaced by a stand-in that does nothing. A file cannot fill
-the memory, and what it holds is a finite tree.
+lie beside the weights are not built either, but replaced by a stand-in that does nothing. What a file holds
+is a finite tree, whose tensors fit into the memory.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable
-from contextlib import nullcontext
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from retrieval.errors import InputError, printable
-from retrieval.machine import memory, memory_limit, out_of_memory
+from retrieval.machine import memory, out_of_memory
 
 # ---- objects beside the weights -------------------------------------------------------------------
 
@@ -86,21 +85,11 @@ def unpickle(file: Path) -> Any:
     The objects of OBJECTS and DICTS are replaced by stand-ins. Raises InputError if the file holds any other
     object, is of another kind, takes more than SHARE of the memory, or is no finite tree of values.
     """
-    import torch
-
-    # A GPU's driver may reserve addresses in another thread meanwhile, far more than there is memory.
-    limit = nullcontext() if torch.cuda.is_available() else memory_limit(int(SHARE * memory()))
     most = int(SHARE * memory())
     size = max(file.stat().st_size, _unzipped_size(file))
     if size <= most:
-        try:
-            with limit:
-                content = _read(file)
-            size = _size_as_tree(content, file)
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            size = most + 1
+        content = _read(file)
+        size = _size_as_tree(content, file)
     if size > most:
         raise InputError(
             f"{file}, of {file.stat().st_size / 1e6:.1f} MB, takes {size / 1e9:.1f} GB of memory or more to "
@@ -130,8 +119,10 @@ def _read(file: Path) -> Any:
             return torch.load(opened, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises anything on a file that is no checkpoint
         of_disk = isinstance(error, OSError) and error.errno != errno.EINVAL  # which a wrong offset gives
-        if of_disk or out_of_memory(error):
+        if of_disk:
             raise
+        if out_of_memory(error):
+            raise MemoryError from error
         refused = re.search(r"(?:GLOBAL|global) (\S+)", str(error))
         if refused:
             raise InputError(

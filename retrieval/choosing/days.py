@@ -14,7 +14,7 @@ from retrieval.choosing.settings import ChoosingSettings
 from retrieval.errors import InputError
 from retrieval.metrics import FEW_IDENTITIES, require_labels
 from retrieval.ranking.projections import check_classes
-from retrieval.records import Embeddings, readable_rows
+from retrieval.records import Embeddings, chunks, readable_rows
 from retrieval.settings import LOCAL
 
 ENOUGH_IDENTITIES = 20  # with two images: then a day shows other people than those that a fit has seen
@@ -163,12 +163,15 @@ def matches_in(gallery: Embeddings, labelled: Embeddings) -> int:
     it is 1 if fewer than a fifth of the images have one, which chance may give.
     """
     labels = np.array([label_of(name) for name in labelled.names])
-    rows = readable_rows(labelled.vectors)[:MOST]
+    random = np.random.default_rng(0)
+    rows = random.permutation(readable_rows(labelled.vectors))[:MOST]
     cosines = labelled.vectors[rows] @ labelled.vectors[rows].T
     cosines[labels[rows, None] == labels[rows]] = -1
     limit = np.quantile(cosines.max(1), 0.95)
-    rows = readable_rows(gallery.vectors)[:MOST]
-    partners = (gallery.vectors[rows] @ gallery.vectors[rows].T > limit).sum(1) - 1
+    rows = random.permutation(readable_rows(gallery.vectors))[:MOST]
+    partners = -np.ones(len(rows))  # an image is no partner of itself
+    for _, chunk in chunks(gallery.vectors, MOST):
+        partners += (gallery.vectors[rows] @ chunk.T > limit).sum(1)
     return 1 + round(float(partners[partners > 0].mean())) if (partners > 0).mean() > 0.2 else 1
 
 

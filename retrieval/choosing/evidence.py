@@ -70,10 +70,10 @@ class Evidence:
     days: list[Day]
     device: str = "cpu"  # that ranks
     vectors: dict[Source, Embeddings] = field(default_factory=dict)
-    _fits: tuple[Any, dict[int, list[Projection | None]]] = field(
-        default_factory=lambda: (None, {}), init=False
-    )
-    _last: tuple[Any, list[Embeddings]] = field(default_factory=lambda: (None, []), init=False)
+    _fitted: Any = field(default=None, init=False)  # the networks and the projection of these fits:
+    _fits: dict[int, list[Projection | None]] = field(default_factory=dict, init=False)  # by half
+    _projected_half: Any = field(default=None, init=False)  # the same, and the half, of these vectors:
+    _vectors: list[Embeddings] = field(default_factory=list, init=False)
     _points: dict[tuple[Recipe, int], np.ndarray] = field(default_factory=dict, init=False)  # of a day
 
     def owners(self, every: int = 1) -> list[str]:
@@ -103,18 +103,17 @@ class Evidence:
         The last ones are kept, and all fits of the last projection, which take longer than a ranking.
         """
         kind = recipe.sources, recipe.means.projection
-        if self._fits[0] != kind:
-            self._fits = kind, {}
-        fits = self._fits[1]
-        if day.half not in fits:
+        if self._fitted != kind:
+            self._fitted, self._fits = kind, {}
+        if day.half not in self._fits:
             own = [self.vectors[source].some(day.fit) for source in recipe.sources]
-            fits[day.half] = [PROJECTIONS[kind[1]](vectors) if kind[1] else None for vectors in own]
-        if self._last[0] != (kind, day.half):
+            self._fits[day.half] = [PROJECTIONS[kind[1]](vectors) if kind[1] else None for vectors in own]
+        if self._projected_half != (kind, day.half):
             vectors = [self.vectors[source] for source in recipe.sources]
-            projected = [project(of_all, fit) if fit else of_all
-                         for of_all, fit in zip(vectors, fits[day.half], strict=True)]  # fmt: skip
-            self._last = (kind, day.half), projected
-        return self._last[1]
+            self._vectors = [project(of_all, fit) if fit else of_all
+                             for of_all, fit in zip(vectors, self._fits[day.half], strict=True)]  # fmt: skip
+            self._projected_half = kind, day.half
+        return self._vectors
 
     def score(self, recipe: Recipe, every: int = 1) -> tuple[float, list[float]]:
         """Return the score of a recipe, 0 to 1000, and its 95 % interval over the owners of the queries."""

@@ -34,10 +34,10 @@ def reserve(images: int) -> float:
 
 
 class Clock:
-    """The minutes of a search; `reserve` seconds of them are kept for its end."""
+    """The minutes of a search that began at `started`; `reserve` seconds of them are kept for its end."""
 
-    def __init__(self, minutes: float, reserve: float = 0) -> None:
-        self.started, self.reserve = time.perf_counter(), reserve
+    def __init__(self, minutes: float, reserve: float = 0, started: float | None = None) -> None:
+        self.started, self.reserve = started or time.perf_counter(), reserve
         self.end = self.started + 60 * minutes - reserve
 
     @property

@@ -36,7 +36,7 @@ def tell_rehearsal(search: Search, labelled: list[ImageFile]) -> None:
     log.info("  the plain way, %s, would have scored %.1f: %+.1f [%+.1f, %+.1f]",
              search.plain, plain.mean(), gain, low, high)  # fmt: skip
     for step in search.steps:
-        if step.best == step.before:
+        if step.best == step.before or not search.has_day_of(step.best):
             continue
         gain, (low, high) = compare(_points(step.best), _points(step.before))
         held = "held" if low > 0 else "hurt" if high < 0 else "cannot be told from noise"

@@ -59,7 +59,7 @@ def begin_search(run: Run) -> Iterator[Search]:
     check_send_first(settings)
     images = find_all(settings)
     run.check_output_dir(images.queries, images.gallery, settings.train_dir)
-    clock = Clock(settings.minutes, reserve(len(images.queries) + len(images.gallery)))
+    clock = Clock(settings.minutes, reserve(len(images.queries) + len(images.gallery)), run.started)
     networks = Networks(Cache(settings.cache_dir), clock, settings.device, len(images))
     models = list(dict.fromkeys(map(source_of, settings.models)))
     folder = settings.output_dir / REHEARSAL if settings.rehearse else settings.output_dir
@@ -268,6 +268,10 @@ class Search:
         log.info("%.0f s: the %s is now by %s",
                  self.clock.passed, "choice" if self.rehearsal else "submission", recipe)  # fmt: skip
         return True
+
+    def has_day_of(self, recipe: Recipe) -> bool:
+        """Return whether the day's images are embedded by all networks of a recipe."""
+        return set(recipe.sources) <= set(self._of_day)
 
     def rank(self, recipe: Recipe) -> Ranking:
         """Rank the day's queries by a recipe. Raises as the embedding of its networks."""

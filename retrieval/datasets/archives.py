@@ -54,7 +54,9 @@ def unpacked(source: Path, beside: Path) -> Iterator[Path]:
         except Exception as error:  # decompressors raise anything on damaged bytes
             if isinstance(error, OSError) and error.errno:  # it is the disk
                 raise
-            raise InputError(f"{source} cannot be unpacked ({error}): download it again") from None
+            raise InputError(
+                f"{source} cannot be unpacked ({error or type(error).__name__}): download it again"
+            ) from None
         yield Path(folder)
 
 

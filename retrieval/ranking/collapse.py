@@ -13,7 +13,7 @@ import numpy as np
 
 from retrieval.records import Embeddings, Ranking, chunks, rows_of_chunk
 
-SAME = 0.5  # share of the queries with the same images: below it, a few unreadable queries may be the reason
+SAME = 0.5  # share of the queries with the same images
 CLOSE = 1 - 1e-5  # mean cosine: what is left beyond are rounding errors
 QUERIES, GALLERY = 4, 20  # fewer images may well have the same nearest ones
 

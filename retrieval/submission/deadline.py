@@ -61,8 +61,14 @@ class _TimedAdapter(HTTPAdapter):
         deadline = self.deadline
 
         class Timed(pool.ConnectionCls):
+            def _new_conn(self) -> socket.socket:
+                """Connect as urllib3 does, and start the timer before a proxy or TLS is spoken to."""
+                connected = super()._new_conn()
+                deadline.start(connected)
+                return connected
+
             def connect(self) -> None:
-                """Connect as urllib3 does, and start the timer."""
+                """Do as urllib3 does; TLS has put a socket of its own in the place of the first."""
                 super().connect()
                 deadline.start(self.sock)
 

@@ -1,7 +1,11 @@
 """Hostile servers, and a sample of the campaign `python -m tests.torture.network`."""
 
 import random
+import socket
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 from conftest import Server, answer
@@ -54,6 +58,29 @@ def test_an_answer_has_one_deadline_whatever_drips(saved, start, line):
     assert "in time" in outcome.sentence
     assert "the submission may have been counted" in outcome.sentence
     assert len(server.received) == 1
+
+
+def test_a_proxy_that_never_ends_its_answer_meets_the_deadline_too(saved, monkeypatch):
+    """HTTPS goes through a tunnel that the proxy has to open first, before a byte of the submission leaves."""
+    ended = threading.Event()
+
+    def drip(connection):
+        with suppress(OSError):
+            while not ended.wait(0.05):
+                connection.sendall(b"H")
+
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        accept = lambda: drip(proxy.accept()[0])  # noqa: E731
+        thread = threading.Thread(target=accept)
+        thread.start()
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        began = time.monotonic()
+        outcome = send(saved, "https://192.0.2.1/", timeouts=(1, 0.4), retries=0)
+        assert time.monotonic() - began < 20  # without a deadline it never ends
+        ended.set()
+        thread.join()
+    assert outcome.word == "failed"
+    assert "may have been counted" not in outcome.sentence
 
 
 @pytest.mark.parametrize("head", [b"200 OK\r\nContent-Length: 1\r\nContent-Length: 2", b"two OK", b"\xff"])

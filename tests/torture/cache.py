@@ -1,4 +1,4 @@
-"""Damaged and planted caches in; the vectors of a run without a cache, and a warning where one is due.
+"""Damaged and planted caches in; the vectors of a run without a cache out.
 
     python -m tests.torture.cache --seed 0 --minutes 1
 

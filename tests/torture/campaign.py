@@ -9,6 +9,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,10 @@ def run(name: str, kinds: Sequence[str], attempt: Callable[[str, random.Random],
         end, number = time.monotonic() + 60 * given.minutes, given.first
         while number == given.first or time.monotonic() < end:
             kind, started = kinds[number % len(kinds)], time.monotonic()
-            broken = attempt(kind, random.Random(f"{given.seed} {number}"))
+            try:
+                broken = attempt(kind, random.Random(f"{given.seed} {number}"))
+            except Exception as error:
+                broken = [f"{type(error).__name__}: {error}"]
             took = round(time.monotonic() - started, 2)
             yield {
                 "number": number,
@@ -61,8 +65,9 @@ def _parser(name: str) -> argparse.ArgumentParser:
 
 
 def _record(name: str, given: argparse.Namespace, outcomes: Iterator[Outcome]) -> int:
-    """Write a line for each outcome, print the failures and the count, and return the exit status."""
+    """Write a line for each outcome, and the result; print the failures, and return the exit status."""
     given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / f"{name}.txt").unlink(missing_ok=True)
     count = failed = 0
     with open(given.out / f"{name}.jsonl", "w", encoding="utf-8") as lines:
         for outcome in outcomes:
@@ -71,5 +76,7 @@ def _record(name: str, given: argparse.Namespace, outcomes: Iterator[Outcome]) -
             if outcome["failed"]:
                 print(line, flush=True)
             count, failed = count + 1, failed + outcome["failed"]
-    print(f"{name}: {count} cases, {failed} failed (seed {given.seed})")
+    text = f"{count} cases, {failed} failed (seed {given.seed}, {date.today()})"
+    (given.out / f"{name}.txt").write_text(text)  # so that a campaign that was cut off has no result
+    print(f"{name}: {text}")
     return int(bool(failed))

@@ -14,6 +14,7 @@ import socket
 import struct
 import sys
 import tempfile
+import threading
 import time
 import unicodedata
 from contextlib import contextmanager, suppress
@@ -206,6 +207,14 @@ def health(url):
 def attempt(url, kind, rng):
     """Be a hostile client of this kind; return a sentence for each promise that did not hold."""
     what, _, name = kind.partition(": ")
+    honest, ended, ill = f"honest {rng.getrandbits(64):x}", threading.Event(), []
+
+    def _watch() -> None:
+        while not ended.wait(0.1):
+            ill.extend(health(url))
+
+    watcher = threading.Thread(target=_watch)
+    watcher.start()
     try:
         if what == "body":
             broken = post(url, BODIES[name](rng))
@@ -213,16 +222,21 @@ def attempt(url, kind, rng):
             broken = connect(url, CLIENTS[name](rng), rng)
         else:
             broken = lookalike(url, rng)
-        right = requests.post(url, data=submission(), timeout=60).json()
+        right = requests.post(url, data=submission(honest), timeout=60).json()
         board = requests.get(urlsplit(url)._replace(path="/leaderboard.csv").geturl(), timeout=60).text
     except (requests.RequestException, ValueError) as error:
         return [f"{type(error).__name__}: {error}"]
+    finally:
+        ended.set()
+        watcher.join()
     groups = [line.split(",")[1] for line in board.splitlines()[1:]]
     promises = {
         f"a right submission got {right}": right.get("accuracy") == 1000.0,
+        f"{honest} was answered and is not on the leaderboard": honest in groups,
+        f"the first group is gone from the leaderboard: {groups}": GROUP in groups,
         f"lookalikes on the leaderboard: {groups}": len(set(map(folded, groups))) == len(groups),
     }
-    return broken + health(url) + [sentence for sentence, holds in promises.items() if not holds]
+    return broken + ill + [sentence for sentence, holds in promises.items() if not holds]
 
 
 @contextmanager

@@ -268,7 +268,7 @@ def _endless(rng: np.random.Generator) -> Iterator[Case]:
 
 
 def _bombs(rng: np.random.Generator) -> Iterator[Case]:
-    """Small files that grow: zeros in a zip, views of a number, and pickles that compute."""
+    """Small files that grow: zeros in a zip, and views of a number."""
     while True:
         size = int(10 ** rng.uniform(5, 8))
         with zipfile.ZipFile(io.BytesIO(_saved(_state() | {"head.w": torch.zeros(size)}))) as stored:
@@ -282,16 +282,6 @@ def _bombs(rng: np.random.Generator) -> Iterator[Case]:
         side = int(2 ** rng.uniform(5, 31))
         view = torch.zeros(1).expand(side, side)
         yield Case(f"a view of {side} x {side}", ".pth", _saved(_state() | {"conv_stem.weight": view}))
-        times = int(rng.integers(1, 40))
-        body = b"c_codecs\nencode\n(" * (times + 1) + _text("ab" * 99) + _text("latin1") + b"tR"
-        body += (_text("hex") + b"tR") * times
-        yield Case(f"hex of hex, {times} times", ".pth", _with_pickle(body))
-        numbers = struct.pack("<i", int(10 ** rng.uniform(3, 9.3)))
-        yield Case(
-            f"a bytearray of {numbers.hex()}",
-            ".pth",
-            _with_pickle(b"cbuiltins\nbytearray\n(J" + numbers + b"tR"),
-        )
 
 
 def _text(text: str) -> bytes:
