@@ -105,6 +105,9 @@ class Search:
     passed_over: dict[str, str] = field(default_factory=dict)  # networks, and why
     _of_day: dict[Source, tuple[Embeddings, Embeddings]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.guesses = self.matches is None
+
     @property
     def tests(self) -> int:
         """Return how many steps the search may ask about; the interval of each is corrected for them."""
@@ -166,6 +169,8 @@ class Search:
             waits = source != self.plain.source and str(source) not in self.passed_over
             if waits and self._add(source, OF_THE_REST):
                 self._step([Recipe(source)])
+        if self.guesses and self.best != self.plain:
+            self._guess_again()
         self._climb()
         for source in self.models:
             other = Recipe(source, self.best.means)
@@ -302,15 +307,19 @@ class Search:
         self.evidence.vectors[source] = vectors
         return True
 
-    def _draw_days(self, vectors: Embeddings) -> None:
+    def _guess_matches(self, vectors: Embeddings) -> None:
         gallery = self._of_day[self.best.source][1]
-        identities = by_identity(vectors.names)
-        if self.matches is None and identities:
+        if by_identity(vectors.names):
             self.matches = matches_in(gallery, vectors)
-            log.info("the gallery looks as if an identity had %d images in it (--matches says otherwise)",
-                     self.matches)  # fmt: skip
-        elif self.matches is None:
+            log.info("to %s the gallery looks as if an identity had %d images in it (--matches takes another "
+                     "number)", self.best.source, self.matches)  # fmt: skip
+        else:
             self.matches = max(1, len(gallery.names) // len(set(map(label_of, vectors.names))))
+
+    def _draw_days(self, vectors: Embeddings) -> None:
+        if self.matches is None:
+            self._guess_matches(vectors)
+        gallery, identities = self._of_day[self.best.source][1], by_identity(vectors.names)
         count = DAYS_OF_PEOPLE if identities else DAYS
         days = draw_days(vectors.names, self.matches, self.images.share, count, self.seed)
         check_days(vectors.names, days)
@@ -319,6 +328,14 @@ class Search:
         log.info("drew %d days with %d queries and %d gallery images, of %s; the real one has %d and %d, so "
                  "its score will differ", count, len(days[0].queries), len(days[0].gallery), kind,
                  len(self.images.queries), len(gallery.names))  # fmt: skip
+
+    def _guess_again(self) -> None:
+        """Guess by the network that is now the best; draw other days if it guesses otherwise."""
+        vectors, before = self.evidence.vectors, self.matches
+        self._guess_matches(vectors[self.best.source])
+        if self.matches != before:
+            self._draw_days(vectors[self.best.source])
+            self.evidence.vectors = vectors
 
     def _embed_day(self, source: Source) -> tuple[Embeddings, Embeddings]:
         if source not in self._of_day:

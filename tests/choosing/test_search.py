@@ -108,6 +108,21 @@ def test_another_network_gets_the_means_that_were_taken(tmp_path):
     assert tried == [[Recipe(OTHER)], [Recipe(OTHER, Means(centre=True))]]
 
 
+def test_a_better_network_guesses_the_matches_again(tmp_path, caplog):
+    """A network that sees nothing takes each of the two gallery images of a person for alone."""
+    caplog.set_level("INFO")
+    search = search_of(tmp_path, MadeUp(bad=30.0, good=0.4))
+    search.matches, search.guesses = None, True
+    run(search)
+    assert "to bad the gallery looks as if an identity had 1 images" in caplog.text
+    assert "to good the gallery looks as if an identity had 2 images" in caplog.text
+    assert search.matches == 2
+    assert len(search.evidence.days[0].gallery) == 2 * len(search.evidence.days[0].queries)
+    tried = [step.before for step in search.steps]
+    assert tried[0] == Recipe(BAD)
+    assert Recipe(GOOD) in tried
+
+
 def test_without_labelled_images_the_plain_way_stays(tmp_path):
     search = search_of(tmp_path, MadeUp(bad=3.0, good=0.4))
     search.images = replace(search.images, train=[])

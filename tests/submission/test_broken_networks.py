@@ -61,7 +61,7 @@ def test_an_answer_has_one_deadline_whatever_drips(saved, start, line):
 
 
 def test_a_proxy_that_never_ends_its_answer_meets_the_deadline_too(saved, monkeypatch):
-    """HTTPS goes through a tunnel that the proxy has to open first, before a byte of the submission leaves."""
+    """HTTPS goes through a tunnel that the proxy opens first, before a byte of the submission leaves."""
     ended = threading.Event()
 
     def drip(connection):
