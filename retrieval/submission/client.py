@@ -25,6 +25,7 @@ from retrieval.settings import Url, masked
 from retrieval.submission.deadline import Deadline
 from retrieval.submission.protocol import TOKEN
 
+LONGEST_WAIT = 120.0  # seconds that a server may ask the client to wait
 REDIRECTS = 3
 MOST_REPLY = 16 * 2**20  # bytes; a reply to 1455 queries has some 0.1 MB
 TOO_SLOW = "did not end its answer in time"
@@ -69,13 +70,13 @@ def send_submission(
     try:
         for attempt in range(retries + 1):
             posting = True
-            outcome, fate_now, again = _post(path, body, url, token, timeouts)
+            outcome, fate_now, again, asked = _post(path, body, url, token, timeouts)
             posting = False
             outcome = replace(outcome, sentence=printable(outcome.sentence))  # it holds the server's words
             fate = MAYBE_COUNTED if fate == MAYBE_COUNTED else fate_now
             if not again or attempt == retries:
                 break
-            wait = backoff * 2**attempt
+            wait = max(backoff * 2**attempt, asked)
             log.warning("%s: %s. Sending it again in %g s", outcome.sentence, fate, wait)
             time.sleep(wait)
     except KeyboardInterrupt:
@@ -110,8 +111,8 @@ def command_to_send(path: Path, url: str = "http://HOST:3001/retrieval/") -> str
 
 def _post(
     path: Path, content: bytes, url: Url, token: str, timeouts: tuple[float, float]
-) -> tuple[Outcome, str, bool]:
-    """POST once; return the outcome, the fate of the submission, and whether to try again.
+) -> tuple[Outcome, str, bool, float]:
+    """POST once; return the outcome, the submission's fate, whether to try again, and after how many seconds.
 
     A redirect by 307 or 308 asks for the same POST elsewhere. It is followed on the same server only, because
     the token and the submission are meant for nobody else. After any other redirect the submission may have
@@ -132,7 +133,7 @@ def _post(
             except (requests.RequestException, ValueError) as error:  # ValueError: a URL that leads nowhere
                 sent = sent or body.tell() > 0  # the connection reads the body only to send it
                 sentence, again = _network_failure(error, url, sent, deadline.passed)
-                return Outcome("failed", sentence), MAYBE_COUNTED if sent else NOTHING_SENT, again
+                return Outcome("failed", sentence), MAYBE_COUNTED if sent else NOTHING_SENT, again, 0
             finally:
                 _keep_reply(path.with_name("reply.txt"), bytes(reply))
         sent = True
@@ -143,7 +144,15 @@ def _post(
     turned_away = 400 <= response.status_code < 500 or response.status_code in (301, 307, 308)
     fate = REFUSED if turned_away else MAYBE_COUNTED
     broken = TOO_SLOW if deadline.passed else broken
-    return _read_reply(response, bytes(reply), broken), fate, response.status_code >= 500
+    asked = _retry_after(response)
+    again = response.status_code >= 500 or (response.status_code == 429 and asked > 0)
+    return _read_reply(response, bytes(reply), broken), fate, again, asked
+
+
+def _retry_after(response: requests.Response) -> float:
+    """Return the seconds that a server asks to wait (RFC 9110, 10.2.3), at most LONGEST_WAIT; 0 if none."""
+    seconds = response.headers.get("Retry-After", "")
+    return min(float(seconds), LONGEST_WAIT) if seconds.isascii() and seconds.isdigit() else 0
 
 
 def _credentials(url: Url) -> tuple[bytes, bytes] | None:
@@ -219,6 +228,8 @@ def _network_failure(error: Exception, url: Url, sent: bool, late: bool) -> tupl
     match error:
         case requests.ConnectTimeout():
             return f"nothing answers at {url} (check host, port and network)", True
+        case _ if (late or isinstance(error, requests.Timeout)) and not sent:
+            return f"{url} did not take the submission in time", True
         case _ if late or isinstance(error, requests.Timeout):
             return f"{url} took the submission and did not answer in time", False
         case requests.exceptions.SSLError():
@@ -244,10 +255,7 @@ def _read_reply(response: requests.Response, content: bytes, broken: str) -> Out
     """Return the outcome that a reply stands for, with the score if there is one."""
     status = response.status_code
     answered = f"the server answered {status} {(response.reason or '')[:100]}".strip()
-    try:
-        reply = json.loads(content)
-    except (ValueError, RecursionError):
-        reply = None
+    reply = _from_json(content)
     if 300 <= status < 400:
         target = masked(response.headers.get("Location", "nowhere")[:200])
         return Outcome("failed", f"{answered}, and points to {target}{_advice(response)}", status=status)
@@ -255,13 +263,41 @@ def _read_reply(response: requests.Response, content: bytes, broken: str) -> Out
         hint = " (check the URL, down to its last slash)" if status == 404 else ""
         kind = f" and {broken}" if broken else ", but not with the JSON of a score" if response.ok else ""
         return Outcome("failed", f"{answered}{kind}{hint}, {_excerpt(content)!r}", status=status)
-    accuracy = reply.get("accuracy")
-    if isinstance(accuracy, int | float) and abs(accuracy) <= 1e9:
+    accuracy = _number(reply.get("accuracy"))
+    if accuracy is not None:
         sentence = f"the server's score: {accuracy:g} of 1000 (reply.txt holds its whole reply)"
-        return Outcome("scored", sentence, float(accuracy), status)
+        return Outcome("scored", sentence, accuracy, status)
     if "results" in reply:  # what an older server answered
         return Outcome("answered", f"the server's results: {_excerpt(content)}", status=status)
     return Outcome("failed", f"{answered} without a score, {_excerpt(content)!r}", status=status)
+
+
+def _from_json(content: bytes) -> Any:
+    """Read JSON in UTF-8 or Latin-1, also if it stands as text inside a JSON string; None if it is none.
+
+    >>> _from_json(b'"{\\\\"accuracy\\\\": 698}"')
+    {'accuracy': 698}
+    """
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
+    try:
+        reply = json.loads(text)
+        return json.loads(reply) if isinstance(reply, str) else reply
+    except (ValueError, RecursionError):
+        return None
+
+
+def _number(value: Any) -> float | None:
+    """Return a score that is a number, or the text of one; None for anything else."""
+    try:
+        number = (
+            float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
+        )
+    except (ValueError, OverflowError):
+        return None
+    return number if number is not None and abs(number) <= 1e9 else None
 
 
 def _excerpt(content: bytes, length: int = 200) -> str:

@@ -89,6 +89,36 @@ def test_replies_without_a_score_fail_with_a_sentence_and_are_sent_once(saved, b
     assert len([request for request in server.received if request[0] == "POST"]) == 1
 
 
+@pytest.mark.parametrize("reply", [
+    b'{"accuracy": "698.0"}', b'"{\\"accuracy\\": 698.0}"', b'\xef\xbb\xbf{"accuracy": 698.0}',
+    '{"groupname": "Équipe", "accuracy": 698}'.encode("latin-1"),
+])  # fmt: skip
+def test_a_score_is_read_however_a_server_writes_it(saved, reply):
+    with Server(answer(200, reply)) as server:
+        assert send(saved, server.url).accuracy == 698.0
+
+
+@pytest.mark.parametrize("asked", ["1", "0", "-3", "soon", "Fri, 27 Nov 2026 12:00:00 GMT"])
+def test_a_server_that_asks_to_wait_is_waited_for(saved, caplog, asked):
+    """429 is sent again after the seconds of Retry-After; without them it is a refusal."""
+    busy = answer(429, b"too many", headers=[("Retry-After", asked)])
+    with Server(busy, answer()) as server:
+        outcome = send(saved, server.url)
+    if asked == "1":
+        assert outcome.word == "scored"
+        assert "Sending it again in 1 s" in caplog.text
+    else:
+        assert "429 Too Many Requests" in outcome.sentence
+        assert "the submission was refused" in outcome.sentence
+        assert len(server.received) == 1
+
+
+def test_a_server_in_trouble_says_when_to_ask_again(saved, caplog):
+    with Server(answer(503, b"", headers=[("Retry-After", "1")]), answer()) as server:
+        assert send(saved, server.url).word == "scored"
+    assert "Sending it again in 1 s" in caplog.text
+
+
 def test_a_permanent_redirect_is_followed_with_the_whole_post(saved):
     """What FastAPI and Flask answer to a missing or a surplus slash."""
     with Server(answer(307, b"", headers=[("Location", "/retrieval")]), answer()) as server:
