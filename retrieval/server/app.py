@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from retrieval.html import render
 from retrieval.server.answer_key import AnswerKey
 from retrieval.server.database import Database, Standing
-from retrieval.server.endpoint import SAFE, SubmissionEndpoint, json_answer
+from retrieval.server.endpoint import SAFE, SubmissionEndpoint, json_answer, refusal
 from retrieval.server.kept import Kept
 from retrieval.server.rules import Rules, moment
 from retrieval.submission.protocol import SHAPE, TOKEN
@@ -125,12 +125,12 @@ def _page(page: bytes, status: int = 200) -> Response:
 
 async def _answer_http_error(_: Request, error: HTTPException) -> Response:
     sentence = SENTENCES.get(error.status_code, error.detail)
-    return json_answer({"detail": sentence}, error.status_code, error.headers)
+    return refusal(sentence, error.status_code, error.headers)
 
 
 async def _answer_database_error(_: Request, error: sqlite3.Error) -> Response:
     log.error("the database cannot be read: %s", error)
-    return json_answer({"detail": "the database cannot be read now: ask again"}, 503)
+    return refusal("the database cannot be read now: ask again", 503)
 
 
 # ---- what the pages show --------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import math
 import sqlite3
 import time
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import anyio
@@ -68,13 +69,13 @@ class SubmissionEndpoint:
             if not owner and refused.status != TOO_MANY:
                 self.refused.add(address)
             log.info("refused with %d: %s", refused.status, refused)
-            return json_answer({"detail": str(refused)}, refused.status, refused.headers)
+            return refusal(str(refused), refused.status, refused.headers)
         except asyncio.CancelledError:  # it may be on the disk already, and is then answered as a repeat
-            return json_answer({"detail": "the server is ending: send it again when it is back"}, 503)
+            return refusal("the server is ending: send it again when it is back", 503)
         except sqlite3.Error as error:  # such as a full disk
             log.error("a submission could not be kept: %s", error)
             sentence = "the submission could not be kept, and does not count: send it again"
-            return json_answer({"detail": sentence}, 503)
+            return refusal(sentence, 503)
 
     def _require_open(self) -> None:
         if self.rules.closed:
@@ -162,9 +163,13 @@ async def _read(request: Request, most: int) -> bytes:
     return bytes(body)
 
 
-def json_answer(
-    content: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None
-) -> Response:
+def json_answer(content: dict[str, Any], status: int = 200) -> Response:
     """Answer in JSON. What UTF-8 cannot encode, but a file name may hold, becomes a JSON escape."""
     body = json.dumps(content, ensure_ascii=False).encode("utf-8", "backslashreplace")
-    return Response(body, status, SAFE | (headers or {}), "application/json")
+    return Response(body, status, SAFE, "application/json")
+
+
+def refusal(sentence: str, status: int, headers: Mapping[str, str] | None = None) -> Response:
+    """Answer a sentence as plain text: clients that look for a score in JSON then print it as it is."""
+    body = sentence.encode("utf-8", "backslashreplace")
+    return Response(body, status, SAFE | dict(headers or {}), "text/plain; charset=utf-8")

@@ -77,7 +77,7 @@ def test_the_same_body_of_the_same_group_is_answered_from_the_table(folder, tmp_
 def test_what_cannot_be_scored_is_refused_and_logged_on_the_groups_page(url):
     wrong = {"groupname": "careless", "images": images() | {"<b>": ["ga0.jpg"]}}
     refused = post(url, wrong)
-    assert (refused.status_code, refused.json()) == (422, {"detail": "unknown queries: 1 (<b>)"})
+    assert (refused.status_code, refused.text) == (422, "unknown queries: 1 (<b>)")
     page = requests.get(f"{url}submissions/careless")
     assert page.status_code == 200
     assert "unknown queries: 1 (&lt;b&gt;)" in page.text
@@ -89,7 +89,7 @@ def test_other_addresses_are_told_where_to_go(url):
     for method, path, status in [*wrong, ("GET", "retrieval/", 405), ("POST", "", 405)]:
         reply = requests.request(method, url + path, json=body_of(), allow_redirects=False)
         assert reply.status_code == status
-        assert "POSTed to /retrieval/" in reply.json()["detail"]
+        assert "POSTed to /retrieval/" in reply.text
 
 
 @pytest.mark.parametrize("path", ["", "docs", "leaderboard.csv", "healthz", "submissions/x", "openapi.json"])
@@ -111,7 +111,7 @@ def test_pages_have_heads_and_load_nothing_from_elsewhere(url, path):
 def test_any_body_is_refused_with_a_sentence(url, body):
     refused = post(url, body)
     assert refused.status_code == 422
-    assert refused.json()["detail"]
+    assert refused.text
 
 
 @moderate

@@ -103,8 +103,8 @@ BODIES = {
 def post(url, body):
     """POST a body; it must get a sentence or a score."""
     reply = requests.post(url, data=body, timeout=60)
-    told = reply.json()
-    if "detail" in told if reply.status_code in (413, 422) else reply.status_code == 200:
+    refused = reply.status_code in (413, 422) and reply.text
+    if refused or (reply.status_code == 200 and "accuracy" in reply.json()):
         return []
     return [f"{reply.status_code} {reply.text[:200]}"]
 
