@@ -35,14 +35,16 @@ def are_labelled(queries: Iterable[str], gallery: Iterable[str]) -> bool:
     return None not in of_queries and of_gallery != {None} and len(of_queries | of_gallery) > 1
 
 
-def require_labels(queries: list[ImageFile], gallery: list[ImageFile]) -> None:
-    """Raise InputError unless the images are labelled."""
+UNSCORED = "set neither --custom_dataset nor --server_url local"
+
+
+def require_labels(queries: list[ImageFile], gallery: list[ImageFile], otherwise: str = UNSCORED) -> None:
+    """Raise InputError unless the images are labelled; `otherwise` says how to do without."""
     if not are_labelled((image.name for image in queries), (image.name for image in gallery)):
         unlabelled = [str(image.path) for image in [*queries, *gallery] if label_of(image.name) is None]
         raise InputError(
             f"a score needs class folders, but {_why_unlabelled(unlabelled)}: lay the images out as "
-            "QUERY_DIR/<class>/x.jpg and GALLERY_DIR/<class>/x.jpg, or set neither --custom_dataset nor "
-            "--server_url local"
+            f"QUERY_DIR/<class>/x.jpg and GALLERY_DIR/<class>/x.jpg, or {otherwise}"
         )
 
 

@@ -59,7 +59,9 @@ def process(folder, database, *flags):
         text=True,
     )
     try:
+        started.said = ""
         for line in started.stdout:
+            started.said += line
             if found := re.search(r"see (http://\S+)", line):
                 break
         else:

@@ -65,15 +65,22 @@ class Settings(Form):
 def main(form: Settings) -> None:
     signal.signal(signal.SIGTERM, _end)  # as after Ctrl-C, waiting submissions are still written
     images = find_query_and_gallery(form.query_dir, form.gallery_dir)
-    key = key_of_table(form.answers, *images) if form.answers else key_of_folders(*images)
+    otherwise = "give --answers CSV, a table with a line name,identity for each image"
+    key = key_of_table(form.answers, *images) if form.answers else key_of_folders(*images, otherwise)
     public = key.public_queries(form.public_share, form.seed) if form.public_share else None
     tokens = read_tokens(form.tokens) if form.tokens else None
     rules = Rules(form.closes_at, public, form.hide_scores, tokens, form.per_minute, form.per_address,
                   form.behind_proxy)  # fmt: skip
     listening = listen(form.host, form.port)
     database = Database(form.database, key.digest(public))
-    log.info("%d queries in %d gallery images of %d identities; %s holds %d submissions", len(key.queries),
-             len(key.gallery), len(set(key.queries.values())), form.database, database.count())  # fmt: skip
+    wanted = set(key.queries.values())
+    log.info("%d queries of %d identities, which %d of the %d gallery images show; %s holds %d submissions",
+             len(key.queries), len(wanted), sum(identity in wanted for identity in key.gallery.values()),
+             len(key.gallery), form.database, database.count())  # fmt: skip
+    log.info("%s; scores are those of %s; %s",
+             f"closes at {form.closes_at}" if form.closes_at else "open until Ctrl-C",
+             f"a public share of {len(public)} queries" if public else "all queries",
+             f"tokens are those of {form.tokens}" if tokens else "no tokens are asked for")  # fmt: skip
     url = url_of(listening)
     log.info("POST to %sretrieval/, and see %s in a browser; Ctrl-C ends", url, url)
     try:

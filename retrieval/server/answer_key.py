@@ -16,7 +16,7 @@ import numpy as np
 
 from get_images import ImageFile, label_of
 from retrieval.errors import InputError, printable
-from retrieval.metrics import require_labels
+from retrieval.metrics import UNSCORED, require_labels
 from retrieval.submission.protocol import NAMES_PER_QUERY
 
 SHOWN = 3  # names in a sentence
@@ -66,9 +66,11 @@ def _aliases(paths: Iterable[str]) -> dict[str, str]:
     return bases | {path: path for path in paths}
 
 
-def key_of_folders(queries: list[ImageFile], gallery: list[ImageFile]) -> AnswerKey:
-    """Take the class folders as identities. Raises InputError if there are none."""
-    require_labels(queries, gallery)
+def key_of_folders(
+    queries: list[ImageFile], gallery: list[ImageFile], otherwise: str = UNSCORED
+) -> AnswerKey:
+    """Take the class folders as identities. Raises InputError if there are none, as require_labels does."""
+    require_labels(queries, gallery, otherwise)
     return AnswerKey(*({image.name: label_of(image.name) for image in side} for side in (queries, gallery)))
 
 

@@ -187,6 +187,26 @@ def test_it_ends_without_a_traceback(folder, tmp_path, sent, status):
         assert not (tmp_path / "c.sqlite-wal").exists()
 
 
+def test_the_first_lines_say_what_is_scored_until_when_and_for_whom(folder, tmp_path):
+    (tmp_path / "tokens.csv").write_text("Team A,1234567890abcdef\n")
+    flags = (
+        "--closes_at",
+        "2099-05-01 18:00",
+        "--public_share",
+        "0.5",
+        "--tokens",
+        str(tmp_path / "tokens.csv"),
+    )
+    with process(folder, tmp_path / "c.sqlite", *flags) as started:
+        assert "12 queries of 4 identities, which 40 of the 40 gallery images show;" in started.said
+        assert "closes at 2099-05-01 18:00" in started.said
+        assert (
+            f"scores are those of a public share of 6 queries; tokens are those of {tmp_path}" in started.said
+        )
+    with process(folder, tmp_path / "d.sqlite") as started:
+        assert "open until Ctrl-C; scores are those of all queries; no tokens are asked for" in started.said
+
+
 def test_what_cannot_be_served_is_a_sentence(folder, tmp_path):
     flags = ["--query_dir", folder / "query", "--gallery_dir", folder / "gallery", "--database", "c.sqlite"]
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -199,6 +219,11 @@ def test_what_cannot_be_served_is_a_sentence(folder, tmp_path):
     other = run("-m", "retrieval.server", *flags, "--port", 0, cwd=tmp_path)
     assert other.returncode == 2
     assert "cannot be used as a database" in other.stderr
+    flat = ["--query_dir", folder / "query" / "a", "--gallery_dir", folder / "gallery" / "a"]
+    unlabelled = run("-m", "retrieval.server", *flat, "--port", 0, cwd=tmp_path)
+    assert unlabelled.returncode == 2
+    assert "or give --answers CSV, a table with a line name,identity for each image" in unlabelled.stderr
+    assert "--custom_dataset" not in unlabelled.stderr
 
 
 def test_help_imports_no_server(tmp_path):
