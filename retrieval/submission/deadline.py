@@ -61,6 +61,8 @@ class _TimedAdapter(HTTPAdapter):
         deadline = self.deadline
 
         class Timed(pool.ConnectionCls):
+            """A connection of the pool's kind, timed."""
+
             def _new_conn(self) -> socket.socket:
                 """Connect as urllib3 does, and start the timer before a proxy or TLS is spoken to."""
                 connected = super()._new_conn()
