@@ -217,9 +217,10 @@ def test_real_runs_from_the_command_line(few, exported, tmp_path):
     assert f"{few / 'query'}: 8 queries × 24 images" in ended.stdout
     assert ended.stdout.count("efficientnet_lite0") == 2 * 2  # tables
     assert "wrote results/comparison.html" in ended.stdout
-    ended = run_here("-m", "retrieval.report", few, cwd=tmp_path)
+    (tmp_path / "empty").mkdir()
+    ended = run_here("-m", "retrieval.report", "empty", cwd=tmp_path)
     assert ended.returncode == 2
-    assert f"error: there is no runs.jsonl in or below {few}" in ended.stderr
+    assert "error: there is no runs.jsonl in or below empty" in ended.stderr
 
 
 @pytest.mark.parametrize("width", [1280, 400])
