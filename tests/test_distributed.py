@@ -123,7 +123,7 @@ def test_a_process_that_dies_ends_all_with_a_sentence_and_the_next_run_goes_on(
     assert 'script.py", line' not in ended.stderr  # a traceback of ours
     assert not (tmp_path / "results" / "submission.json").exists()
     before = embedded(tmp_path)
-    assert 5 <= len(before) < 30
+    assert 0 < len(before) < 30  # those of process 1; process 0 may have embedded none by then
     (tmp_path / "kill").unlink()
     ended = together(1, images, tmp_path, *flags)  # as any number of processes does
     assert ended.returncode == 0, ended.stderr
