@@ -34,6 +34,7 @@ Other systems install fewer or a few more, such as `colorama` (BSD) on Windows. 
 
 {packages}
 """
+# One name for each of these licences.
 NAMES = {"Apache Software License": "Apache-2.0", "MIT License": "MIT", "BSD": "BSD License"}
 
 
@@ -41,12 +42,14 @@ def page() -> str:
     """Return the text of docs/licences.md."""
     weights = ["| network | licence |", "|---|---|"]
     weights += [f"| `{name}` | {row.licence} |" for name, row in PRETRAINED.items()]
-    of: dict[str, list[str]] = {}
+    packages: dict[str, list[str]] = {}  # by their licence
     for name in locked_packages():
         with suppress(PackageNotFoundError):  # of another system
-            of.setdefault(licence_of(metadata(name)), []).append(name)
+            packages.setdefault(licence_of(metadata(name)), []).append(name)
     rows = ["| licence | packages |", "|---|---|"]
-    rows += [f"| {licence} | {', '.join(names)} |" for licence, names in sorted(of.items(), key=_by_size)]
+    rows += [
+        f"| {licence} | {', '.join(names)} |" for licence, names in sorted(packages.items(), key=_by_size)
+    ]
     return HEAD.format(weights="\n".join(weights), packages="\n".join(rows))
 
 

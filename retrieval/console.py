@@ -114,9 +114,10 @@ def _room(error: OSError, form: Form | None) -> str:
     if error.errno not in FULL:
         return ""
     file = Path(error.filename or "").absolute()
-    flags = [name for name, value in form or ()
-             if isinstance(value, Path) and file.is_relative_to(value.absolute())]  # fmt: skip
-    return ": make room" + "".join(f", or give another --{name}" for name in flags[:1])
+    for name, value in form or ():
+        if isinstance(value, Path) and file.is_relative_to(value.absolute()):
+            return f": make room, or give another --{name}"
+    return ": make room"
 
 
 def _stop(error: BaseException | str, status: int) -> None:

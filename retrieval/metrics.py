@@ -21,6 +21,7 @@ from retrieval.records import Embeddings, Ranking
 CUTS = (1, 3, 5, 10)
 POINTS = {1: 600, 5: 300, 10: 100}  # for a right image among the first 1, 5, 10: rank 1 earns all three
 
+UNSCORED = "set neither --custom_dataset nor --server_url local"  # how a run does without labels
 FEW_IDENTITIES = 20  # fewer labels are classes, and resampling so few would tell nothing
 
 log = logging.getLogger("retrieval.metrics")
@@ -33,9 +34,6 @@ def are_labelled(queries: Iterable[str], gallery: Iterable[str]) -> bool:
     """
     of_queries, of_gallery = {label_of(name) for name in queries}, {label_of(name) for name in gallery}
     return None not in of_queries and of_gallery != {None} and len(of_queries | of_gallery) > 1
-
-
-UNSCORED = "set neither --custom_dataset nor --server_url local"
 
 
 def require_labels(queries: list[ImageFile], gallery: list[ImageFile], otherwise: str = UNSCORED) -> None:

@@ -50,8 +50,8 @@ log = logging.getLogger("retrieval.choosing")
 def begin_search(run: Run) -> Iterator[Search]:
     """Find the images of a run of choose.py, and write the first submission; yield the search.
 
-    After Ctrl-C a warning says what is there and how to go on. Raises InputError where the folders cannot be
-    used, or under torchrun with several processes; RunError if no network runs.
+    After Ctrl-C the log says which submission there is and how to send it. Raises InputError where the
+    folders cannot be used, or under torchrun with several processes; RunError if no network runs.
     """
     settings = run.settings
     if several():
@@ -100,6 +100,7 @@ class Search:
     rehearsal: bool = False
     plain: Recipe | None = field(default=None, init=False)  # None: there is no submission yet
     best: Recipe | None = field(default=None, init=False)
+    guesses: bool = field(init=False)  # whether networks tell `matches`
     evidence: Evidence | None = field(default=None, init=False)
     steps: list[Step] = field(default_factory=list)
     passed_over: dict[str, str] = field(default_factory=dict)  # networks, and why
@@ -325,7 +326,7 @@ class Search:
         check_days(vectors.names, days)
         self.evidence = Evidence(vectors.names, days, self._device(self.best.source))
         kind = "other people than those that a fit sees" if identities else "the classes that a fit sees"
-        log.info("drew %d days with %d queries and %d gallery images, of %s; the real one has %d and %d, so "
+        log.info("drew %d days with %d queries and %d gallery images, of %s; the real day has %d and %d, so "
                  "its score will differ", count, len(days[0].queries), len(days[0].gallery), kind,
                  len(self.images.queries), len(gallery.names))  # fmt: skip
 

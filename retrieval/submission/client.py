@@ -70,13 +70,13 @@ def send_submission(
     try:
         for attempt in range(retries + 1):
             posting = True
-            outcome, fate_now, again, asked = _post(path, body, url, token, timeouts)
+            outcome, fate_now, wait = _post(path, body, url, token, timeouts)
             posting = False
             outcome = replace(outcome, sentence=printable(outcome.sentence))  # it holds the server's words
             fate = MAYBE_COUNTED if fate == MAYBE_COUNTED else fate_now
-            if not again or attempt == retries:
+            if wait is None or attempt == retries:
                 break
-            wait = max(backoff * 2**attempt, asked)
+            wait = max(backoff * 2**attempt, wait)
             log.warning("%s: %s. Sending it again in %g s", outcome.sentence, fate, wait)
             time.sleep(wait)
     except KeyboardInterrupt:
@@ -111,8 +111,8 @@ def command_to_send(path: Path, url: str = "http://HOST:3001/retrieval/") -> str
 
 def _post(
     path: Path, content: bytes, url: Url, token: str, timeouts: tuple[float, float]
-) -> tuple[Outcome, str, bool, float]:
-    """POST once; return the outcome, the submission's fate, whether to try again, and after how many seconds.
+) -> tuple[Outcome, str, float | None]:
+    """POST once; return the outcome, the submission's fate, and the least seconds until another try, or None.
 
     A redirect by 307 or 308 asks for the same POST elsewhere. It is followed on the same server only, because
     the token and the submission are meant for nobody else. After any other redirect the submission may have
@@ -133,7 +133,8 @@ def _post(
             except (requests.RequestException, ValueError) as error:  # ValueError: a URL that leads nowhere
                 sent = sent or body.tell() > 0  # the connection reads the body only to send it
                 sentence, again = _network_failure(error, url, sent, deadline.passed)
-                return Outcome("failed", sentence), MAYBE_COUNTED if sent else NOTHING_SENT, again, 0
+                fate = MAYBE_COUNTED if sent else NOTHING_SENT
+                return Outcome("failed", sentence), fate, 0 if again else None
             finally:
                 _keep_reply(path.with_name("reply.txt"), bytes(reply))
         sent = True
@@ -146,7 +147,7 @@ def _post(
     broken = TOO_SLOW if deadline.passed else broken
     asked = _retry_after(response)
     again = response.status_code >= 500 or (response.status_code == 429 and asked > 0)
-    return _read_reply(response, bytes(reply), broken), fate, again, asked
+    return _read_reply(response, bytes(reply), broken), fate, asked if again else None
 
 
 def _retry_after(response: requests.Response) -> float:
@@ -291,13 +292,13 @@ def _from_json(content: bytes) -> Any:
 
 def _number(value: Any) -> float | None:
     """Return a score that is a number, or the text of one; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
     try:
-        number = (
-            float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
-        )
+        number = float(value)
     except (ValueError, OverflowError):
         return None
-    return number if number is not None and abs(number) <= 1e9 else None
+    return number if abs(number) <= 1e9 else None
 
 
 def _excerpt(content: bytes, length: int = 200) -> str:

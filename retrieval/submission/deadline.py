@@ -65,14 +65,15 @@ class _TimedAdapter(HTTPAdapter):
 
             def _new_conn(self) -> socket.socket:
                 """Connect as urllib3 does, and start the timer before a proxy or TLS is spoken to."""
-                connected = super()._new_conn()
-                deadline.start(connected)
-                return connected
+                self.plain = super()._new_conn()
+                deadline.start(self.plain)
+                return self.plain
 
             def connect(self) -> None:
-                """Do as urllib3 does; TLS has put a socket of its own in the place of the first."""
+                """Connect as urllib3 does; time the socket of TLS, too, which replaces the first."""
                 super().connect()
-                deadline.start(self.sock)
+                if self.sock is not self.plain:
+                    deadline.start(self.sock)
 
         pool.ConnectionCls = Timed
         return pool

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import random
+import shutil
 import tempfile
 import time
 import warnings
@@ -54,6 +56,13 @@ def run_generated(name: str, campaign: Callable[[int, float, Path], Iterator[Out
     warnings.simplefilter("ignore")  # Pillow's, of broken metadata
     with tempfile.TemporaryDirectory() as folder:
         return _record(name, given, campaign(given.seed, given.minutes, Path(folder)))
+
+
+def temporary() -> Path:
+    """Make a folder that is deleted when the campaign ends."""
+    folder = Path(tempfile.mkdtemp(prefix="torture_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _parser(name: str) -> argparse.ArgumentParser:

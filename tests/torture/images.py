@@ -31,7 +31,7 @@ from PIL import Image
 from get_images import FORMATS, ImageFile, find_images
 from retrieval.backbones.transform import Transform
 from retrieval.embedding.loader import Reader
-from tests.torture.campaign import run_generated
+from tests.torture.campaign import run_generated, temporary
 
 READER = Reader(Transform(64, "bicubic"))
 SECONDS = 20  # of one case: none of them takes one on an idle machine
@@ -91,7 +91,7 @@ def read(file: ImageFile) -> str:
 
 @functools.cache
 def _good() -> Path:
-    path = Path(tempfile.mkdtemp(prefix="torture_images_")) / "good.png"
+    path = temporary() / "good.png"
     _picture(np.random.default_rng(0), "RGB", 40, 30).save(path)
     return path
 
