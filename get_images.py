@@ -11,14 +11,16 @@ import logging
 import math
 import os
 import stat
+import struct
 import sys
 import warnings
+import zlib
 from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -37,9 +39,14 @@ VERSION = 1  # part of the cache key: raise it when read_image moves pixels by m
 # Pillow's names of the formats that are read, whatever the suffix; MPO is read as JPEG. None of them runs a
 # program, as EPS runs Ghostscript, or holds pictures whose size its header hides, as ICO does.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
+NO_IMAGE = f"not an image in one of the formats {', '.join(FORMATS)}"
 EXTRA_FORMATS = ("HEIF",)  # read if the program has registered them, as pillow_heif.register_heif_opener does
 MOST_PIXELS = 2**28  # a phone takes photographs of 200 million, and such a PNG needs 2.8 GB to be read
 MOST_BYTES = 2**30  # of a file: 100 million pixels of 16-bit RGB without compression are 0.6 GB
+
+# Of PNG: the first bytes, the channels of its kinds of colour, and the chunks that pixels need (RFC 2083).
+PNG, PNG_CHANNELS = b"\x89PNG\r\n\x1a\n", {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 
 log = logging.getLogger("retrieval.images")
 # Pillow raises an error above twice this number, also for pictures inside a file. Its warning is not needed.
@@ -146,12 +153,19 @@ class TooManyPixelsError(UnreadableImageError):
     """An image with more pixels than there is memory for."""
 
 
+class Decoded(NamedTuple):
+    """The pixels of an image file, uint8 RGB (height, width, 3), and what is wrong with it, if anything."""
+
+    pixels: np.ndarray
+    damage: str | None = None  # a part of the pixels, or something else in the file, is broken
+
+
 def read_image(path: Path | str, enough: int | None = None) -> np.ndarray:
     """Return the pixels of an image file as a viewer shows them: uint8 RGB, (height, width, 3).
 
     Raises UnreadableImageError as read_bytes and decode_image do.
     """
-    return decode_image(read_bytes(path), enough)
+    return decode_image(read_bytes(path), enough).pixels
 
 
 def read_bytes(path: Path | str) -> bytes:
@@ -181,37 +195,89 @@ def open_image(file: IO[bytes]) -> Image.Image:
     return Image.open(file, formats=FORMATS + tuple(name for name in EXTRA_FORMATS if name in Image.OPEN))
 
 
-def decode_image(content: bytes, enough: int | None = None, most_pixels: int = MOST_PIXELS) -> np.ndarray:
-    """Return the pixels of an image file's bytes, uint8 RGB (height, width, 3), as a viewer shows them.
+def decode_image(content: bytes, enough: int | None = None, most_pixels: int = MOST_PIXELS) -> Decoded:
+    """Return the pixels of an image file's bytes, as a viewer shows them, and what is wrong with the file.
 
     EXIF orientation is applied, transparent pixels are blended with white, 16 bits are scaled to 8, and only
     the first frame of an animation is read. Colour profiles are ignored, since the networks were trained
     without them. If `enough` is given, a JPEG whose shorter side is at least twice as long is decoded at 1/2,
-    1/4 or 1/8 of its size, as long as `enough` pixels are left.
+    1/4 or 1/8 of its size, as long as `enough` pixels are left. Where a JPEG or PNG is cut, or the text in a
+    PNG is broken, the pixels that are there are returned; those that are missing are grey or black.
 
-    Raises UnreadableImageError if the bytes are broken, are no image in one of FORMATS, or have more than
-    MOST_PIXELS; TooManyPixelsError if more than `most_pixels` would have to be in memory at once.
+    Raises UnreadableImageError if there are no such pixels, or more than MOST_PIXELS, or the bytes are no
+    image in one of FORMATS; TooManyPixelsError if more than `most_pixels` would have to be in memory at once.
     """
     if not content:
         raise UnreadableImageError("an empty file")
     try:
-        with open_image(io.BytesIO(content)) as image:
-            pixels = image.width * image.height
-            if enough and image.format == "JPEG" and min(image.size) >= 2 * enough:
-                image.draft(
-                    image.mode, tuple(math.ceil(enough * side / min(image.size)) for side in image.size)
-                )
-                if "progressive" not in image.info:  # whose coefficients are in memory at full size
-                    pixels = image.width * image.height
-            if pixels > most_pixels:
-                raise TooManyPixelsError(
-                    f"{pixels} pixels: more than the {most_pixels} that fit into memory, so make it smaller"
-                )
-            return np.array(_to_rgb(image))
-    except UnreadableImageError:
+        return Decoded(_decode(content, enough, most_pixels))
+    except TooManyPixelsError:
         raise
     except Exception as error:  # decoders raise anything on broken bytes, and no file may cost the run
-        raise UnreadableImageError(_reason(error)) from error
+        damage = _reason(error)
+    try:
+        pixels = _decode(_mended(content, most_pixels), enough, most_pixels)
+    except TooManyPixelsError:
+        raise
+    except Exception:
+        raise UnreadableImageError(damage) from None
+    if pixels.min() == pixels.max():  # not one was decoded
+        raise UnreadableImageError(damage)
+    return Decoded(pixels, damage if damage != NO_IMAGE else "broken, but not its pixels")
+
+
+def _decode(content: bytes, enough: int | None, most_pixels: int) -> np.ndarray:
+    with open_image(io.BytesIO(content)) as image:
+        pixels = image.width * image.height
+        if enough and image.format == "JPEG" and min(image.size) >= 2 * enough:
+            image.draft(image.mode, tuple(math.ceil(enough * side / min(image.size)) for side in image.size))
+            if "progressive" not in image.info:  # whose coefficients are in memory at full size
+                pixels = image.width * image.height
+        _refuse_too_many(pixels, most_pixels)
+        return np.array(_to_rgb(image))
+
+
+def _refuse_too_many(pixels: int, most_pixels: int) -> None:
+    if pixels > most_pixels:
+        raise TooManyPixelsError(
+            f"{pixels} pixels: more than the {most_pixels} that fit into memory, so make it smaller"
+        )
+
+
+# Pillow would do this if LOAD_TRUNCATED_IMAGES were set, but for all formats, in all threads, and in silence.
+def _mended(content: bytes, most_pixels: int) -> bytes:
+    """Return a JPEG with an end, or a PNG of its pixels alone; nothing for other bytes."""
+    if content.startswith(b"\xff\xd8"):
+        return content + b"\xff\xd9"  # the marker of the end
+    return _pixels_of_png(content, most_pixels) if content.startswith(PNG) else b""
+
+
+def _pixels_of_png(content: bytes, most_pixels: int) -> bytes:
+    """Return a PNG of what can be decompressed of a broken one's pixels, and zeros after them."""
+    at, chunks, packed = len(PNG), {}, bytearray()
+    while at < len(content):
+        length, kind = int.from_bytes(content[at : at + 4]), content[at + 4 : at + 8]
+        chunk = content[at + 8 : at + 8 + length]
+        chunks.setdefault(kind, chunk)
+        packed += chunk if kind == b"IDAT" else b""
+        at += length + 12
+    width, height, bits, colours = struct.unpack(">IIBB", chunks[b"IHDR"][:10])
+    _refuse_too_many(width * height, most_pixels)
+    line = math.ceil(width * bits * PNG_CHANNELS[colours] / 8) + 1
+    enough = (line + 4) * (height + 8)  # bytes: interlaced lines, which are shorter, are twice as many
+    unpacker, lines = zlib.decompressobj(), bytearray()
+    with suppress(zlib.error):
+        for start in range(0, len(packed), 256):
+            if len(lines) < enough:
+                lines += unpacker.decompress(packed[start : start + 256], enough - len(lines))
+    chunks[b"IDAT"] = zlib.compress(lines.ljust(enough, b"\0"), level=1)
+    chunks[b"IEND"] = b""
+    return PNG + b"".join(_chunk(kind, chunks[kind]) for kind in PNG_CHUNKS if kind in chunks)
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    """Return a chunk of a PNG (RFC 2083, 3.2): a length, four letters, the content, a checksum."""
+    return len(content).to_bytes(4) + kind + content + zlib.crc32(kind + content).to_bytes(4)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -236,7 +302,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return f"not an image in one of the formats {', '.join(FORMATS)}"
+        return NO_IMAGE
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return str(error) or type(error).__name__

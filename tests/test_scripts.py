@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, Server, answer, run, run_here, small_weights
 from PIL import Image
+from sklearn.datasets import load_sample_image
 
 AFTER_A_FIRST_RUN = pytest.mark.usefixtures("exported")  # which takes seconds: the README's commands are ones
 ROOMS = ("submission", "backbones", "report", "embedding", "fusion")  # that are scripts too
@@ -179,6 +180,31 @@ def test_broken_images_cost_nothing_but_themselves(flat):
     assert found["unreadable_gallery_images"] == ["0.jpg", "a.JPG", "z.png"]
     readable = [names for query, names in images.items() if query not in found["unreadable_queries"]]
     assert not any({"0.jpg", "a.JPG", "z.png"} & set(names) for names in readable)
+
+
+@AFTER_A_FIRST_RUN
+def test_damaged_images_are_ranked_by_what_is_left_of_them_and_named(flat):
+    """A whole photograph finds its cut copies in the gallery; they are named at the end and on the page."""
+    photograph = Image.fromarray(load_sample_image("flower.jpg"))
+    photograph.save(flat / "query" / "whole.jpg")
+    photograph.save(flat / "gallery" / "whole.jpg")
+    content = (flat / "gallery" / "whole.jpg").read_bytes()
+    cut = {"end.jpg": content[:-2], "tenth.jpg": content[: -len(content) // 10], "half.jpg": content[:15000]}
+    for name, rest in cut.items():
+        (flat / "gallery" / name).write_bytes(rest)
+        (flat / "query" / name).write_bytes(rest)
+    ended = run_here("model_not_tuned.py", *FOLDERS, cwd=flat)
+    assert ended.returncode == 0, ended.stderr
+    damaged = ["end.jpg", "half.jpg", "tenth.jpg"]
+    assert "3 of the gallery images are damaged (image file is truncated" in ended.stderr
+    assert "the pixels that decode are used: end.jpg, half.jpg, tenth.jpg" in ended.stderr
+    found = metrics(flat / "results")
+    assert found["damaged_queries"] == found["damaged_gallery_images"] == damaged
+    assert found["unreadable_queries"] == found["unreadable_gallery_images"] == []
+    images = json.loads((flat / "results" / "submission.json").read_bytes())["images"]
+    for name in ("whole.jpg", *damaged):
+        assert set(images[name][:4]) == {"whole.jpg", *damaged}
+    assert "damaged queries, of which a part was embedded" in (flat / "results" / "report.html").read_text()
 
 
 @AFTER_A_FIRST_RUN
