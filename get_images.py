@@ -17,6 +17,7 @@ import warnings
 import zlib
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,10 @@ from PIL import (  # noqa: F401  # isort: skip
     PngImagePlugin, PpmImagePlugin, TiffImagePlugin, WebPImagePlugin,
 )  # fmt: skip
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-HIDDEN = (".", "__MACOSX")  # files and folders whose names begin so are skipped
+# A file with one of these is taken for an image; any other file is opened to see whether it is one.
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
+            ".jp2", ".avif", ".heic", ".heif")  # fmt: skip
+HIDDEN = (".", "__MACOSX")  # folders whose names begin so are skipped, and files unless they are images
 BY_WINDOWS = ("thumbs.db", "desktop.ini")  # what Windows leaves in folders
 VERSION = 1  # part of the cache key: raise it when read_image moves pixels by more than rounding
 
@@ -40,7 +43,7 @@ VERSION = 1  # part of the cache key: raise it when read_image moves pixels by m
 # program, as EPS runs Ghostscript, or holds pictures whose size its header hides, as ICO does.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 NO_IMAGE = f"not an image in one of the formats {', '.join(FORMATS)}"
-EXTRA_FORMATS = ("HEIF",)  # read if the program has registered them, as pillow_heif.register_heif_opener does
+EXTRA_FORMATS = ("HEIF",)  # read where pillow-heif is installed: the photographs of an iPhone
 MOST_PIXELS = 2**28  # a phone takes photographs of 200 million, and such a PNG needs 2.8 GB to be read
 MOST_BYTES = 2**30  # of a file: 100 million pixels of 16-bit RGB without compression are 0.6 GB
 
@@ -52,6 +55,10 @@ log = logging.getLogger("retrieval.images")
 # Pillow raises an error above twice this number, also for pictures inside a file. Its warning is not needed.
 Image.MAX_IMAGE_PIXELS = MOST_PIXELS // 2
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+with suppress(ImportError):
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
 
 
 # ---- find -----------------------------------------------------------------------------------------
@@ -66,9 +73,27 @@ class ImageFile:
 
 
 def is_image(name: str) -> bool:
-    """Return whether a name ends in one of SUFFIXES and has no hidden part."""
+    """Return whether a name is an image's: it ends in one of SUFFIXES and has no hidden part."""
     hidden = any(part.startswith(HIDDEN) for part in name.split("/"))
     return name.lower().endswith(SUFFIXES) and not hidden
+
+
+def holds_image(path: Path | str) -> bool:
+    """Return whether a file's header is that of an image in one of FORMATS, whatever its name."""
+    try:
+        with open(path, "rb", opener=_open_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return False
+            with open_image(file):
+                return True
+    except Exception:  # decoders raise anything on broken bytes
+        return False
+
+
+def may_begin_image(start: bytes) -> bool:
+    """Return whether the first 16 bytes of a file may be those of an image in one of FORMATS."""
+    accepts = (Image.OPEN[name][1] for name in _formats())
+    return any(accept(start) is True for accept in accepts if accept)
 
 
 def label_of(name: str) -> str | None:
@@ -84,28 +109,49 @@ def label_of(name: str) -> str | None:
 def find_images(folder: Path | str) -> list[ImageFile]:
     """Return every image in `folder` and the folders below it, sorted by name.
 
-    An image is a file whose name ends in one of SUFFIXES, in any letter case. Hidden files and folders are
-    skipped silently, other files and unreadable folders with a warning. Links are followed, but no folder is
-    entered twice, so that a loop of links ends. The files are not opened: a broken image is found, and fails
-    when it is read.
+    An image is a file whose name ends in one of SUFFIXES, in any letter case, or whose bytes are an image's.
+    The first are not opened: a broken image is found, and fails when it is read. Hidden folders are skipped
+    silently, other files and unreadable folders with a warning. Links are followed, but no folder is entered
+    twice, so that a loop of links ends.
 
     Raises NotADirectoryError if there is no such folder, FileNotFoundError if it holds no image.
     """
     if not Path(folder).is_dir():
         raise NotADirectoryError(f"{folder} is not a folder: give one that holds images")
-    files = [(name, path) for name, path in _walk(folder) if not name.lower().endswith(BY_WINDOWS)]
-    images = [ImageFile(name, Path(path)) for name, path in files if name.lower().endswith(SUFFIXES)]
-    others = [name for name, _ in files if not name.lower().endswith(SUFFIXES)]
+    images, others = [], []
+    for name, path in _walk(folder):
+        hidden = name.rpartition("/")[2].startswith(HIDDEN)
+        if (name.lower().endswith(SUFFIXES) and not hidden) or holds_image(path):
+            images.append(ImageFile(name, Path(path)))
+        elif not hidden and not name.lower().endswith(BY_WINDOWS):
+            others.append(name)
     if not images:
-        seen = f"only {len(others)} other files, such as {others[0]}" if others else "no files at all"
-        raise FileNotFoundError(f"{folder} holds no images, {seen}: give one with {' '.join(SUFFIXES)} files")
+        seen = f"only {by_kind(others)}" if others else "no files at all"
+        raise FileNotFoundError(f"{folder} holds no images, {seen}: give one with images, such as .jpg files")
     if others:
-        log.warning("%d files in %s are not taken for images, such as %s", len(others), folder, others[0])
+        log.warning("files in %s that are no images are left out: %s", folder, by_kind(others))
+    if dotted := [image.name for image in images if image.path.name.startswith(HIDDEN)]:
+        log.warning("hidden files in %s are images, and are taken: %s", folder, by_kind(dotted))
     return sorted(images, key=lambda image: image.name)
 
 
+def by_kind(names: list[str]) -> str:
+    """Return how many names there are of each suffix, and the first five of them.
+
+    >>> by_kind(["a.txt", "README", "b.txt"])
+    '2 .txt (a.txt, b.txt), 1 without a suffix (README)'
+    """
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(Path(name).suffix.lower() or "without a suffix", []).append(name)
+    return ", ".join(
+        f"{len(of_kind)} {kind} ({', '.join(of_kind[:5])}{', …' if len(of_kind) > 5 else ''})"
+        for kind, of_kind in sorted(kinds.items(), key=lambda item: -len(item[1]))
+    )
+
+
 def _walk(top: Path | str) -> Iterator[tuple[str, str]]:
-    """Yield (name, path) of every visible file below `top`: real folders first, then those behind links."""
+    """Yield (name, path) of the files below `top`, but in hidden folders: real folders before links."""
     entered = set()
     real, links = deque([("", os.fspath(top))]), deque()
     while real or links:
@@ -116,23 +162,31 @@ def _walk(top: Path | str) -> Iterator[tuple[str, str]]:
         entered.add(place)
         try:
             with os.scandir(folder) as entries:
-                visible = [entry for entry in entries if not entry.name.startswith(HIDDEN)]
+                found = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
             log.warning("the folder %s cannot be read, and its images are left out: %s",
                         folder, _reason(error))  # fmt: skip
             continue
-        visible.sort(key=lambda entry: entry.name)
-        for entry in visible:
+        for entry in found:
             is_link = entry.is_symlink()
             if os.path.isdir(entry.path) if is_link else entry.is_dir():
-                (links if is_link else real).append((f"{prefix}{entry.name}/", entry.path))
+                if not entry.name.startswith(HIDDEN):
+                    (links if is_link else real).append((f"{prefix}{entry.name}/", entry.path))
             else:
                 yield prefix + entry.name, entry.path
 
 
 def find_query_and_gallery(query_dir: Path, gallery_dir: Path) -> tuple[list[ImageFile], list[ImageFile]]:
-    """Return the images of both folders. Warns if one folder lies in the other; raises as find_images."""
+    """Return the images of both folders; raises as find_images.
+
+    Warns of queries whose header is no image's, and if one folder lies in the other.
+    """
     queries, gallery = find_images(query_dir), find_images(gallery_dir)
+    with ThreadPoolExecutor() as pool:
+        readable = list(pool.map(holds_image, [query.path for query in queries]))
+    if broken := [query.name for query, good in zip(queries, readable, strict=True) if not good]:
+        log.warning("queries in %s that no decoder opens get the gallery in its order: %s%s", query_dir,
+                    by_kind(broken), _heif_hint(broken))  # fmt: skip
     query_root, gallery_root = query_dir.resolve(), gallery_dir.resolve()
     if query_root.is_relative_to(gallery_root) or gallery_root.is_relative_to(query_root):
         log.warning(
@@ -192,7 +246,16 @@ def _open_at_once(path: str, flags: int) -> int:
 
 def open_image(file: IO[bytes]) -> Image.Image:
     """Open an image as Image.open does, if it has one of FORMATS or EXTRA_FORMATS: read its header only."""
-    return Image.open(file, formats=FORMATS + tuple(name for name in EXTRA_FORMATS if name in Image.OPEN))
+    return Image.open(file, formats=_formats())
+
+
+def _formats() -> tuple[str, ...]:
+    return FORMATS + tuple(name for name in EXTRA_FORMATS if name in Image.OPEN)
+
+
+def _heif_hint(names: list[str]) -> str:
+    missing = "HEIF" not in Image.OPEN and any(name.lower().endswith((".heic", ".heif")) for name in names)
+    return " (`pip install pillow-heif` reads .heic)" if missing else ""
 
 
 def decode_image(content: bytes, enough: int | None = None, most_pixels: int = MOST_PIXELS) -> Decoded:
