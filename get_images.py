@@ -179,7 +179,7 @@ def _walk(top: Path | str) -> Iterator[tuple[str, str]]:
 def find_query_and_gallery(query_dir: Path, gallery_dir: Path) -> tuple[list[ImageFile], list[ImageFile]]:
     """Return the images of both folders; raises as find_images.
 
-    Warns of queries whose header is no image's, and if one folder lies in the other.
+    Warns of queries whose header is no image's, if one folder lies in the other, and if they look swapped.
     """
     queries, gallery = find_images(query_dir), find_images(gallery_dir)
     with ThreadPoolExecutor() as pool:
@@ -190,10 +190,26 @@ def find_query_and_gallery(query_dir: Path, gallery_dir: Path) -> tuple[list[Ima
     query_root, gallery_root = query_dir.resolve(), gallery_dir.resolve()
     if query_root.is_relative_to(gallery_root) or gallery_root.is_relative_to(query_root):
         log.warning(
-            "the query folder %s and the gallery folder %s share images: a query can find itself",
-            query_dir, gallery_dir,
+            "the query folder %s and the gallery folder %s share images: a query can find itself, unless "
+            "--exclude_self is given", query_dir, gallery_dir,
         )  # fmt: skip
+    elif why := why_swapped(query_dir, gallery_dir, queries, gallery):
+        log.warning("are --query_dir %s and --gallery_dir %s swapped? %s", query_dir, gallery_dir, why)
     return queries, gallery
+
+
+def why_swapped(
+    query_dir: Path, gallery_dir: Path, queries: list[ImageFile], gallery: list[ImageFile]
+) -> str:
+    """Return why the two folders look swapped, or nothing."""
+    if "gallery" in query_dir.name.lower() or "query" in gallery_dir.name.lower():
+        return "so their names say"
+    if len(queries) > 2 * len(gallery):
+        return f"there are {len(queries)} queries, but only {len(gallery)} gallery images"
+    labels, answers = ({label_of(image.name) for image in images} for images in (queries, gallery))
+    if answers < labels and len(labels) > 2 * len(answers):
+        return f"the queries have {len(labels)} labels, but the gallery has only {len(answers)} of them"
+    return ""
 
 
 # ---- read -----------------------------------------------------------------------------------------

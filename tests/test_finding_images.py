@@ -30,11 +30,11 @@ def test_other_files_are_said_but_not_what_systems_leave(tmp_path, caplog):
     touch(tmp_path, "a.jpg", "Thumbs.db", "desktop.ini", ".DS_Store")
     find_images(tmp_path)
     assert not caplog.records
-    touch(tmp_path, "notes.txt", "x/notes.txt", "query.jpg.part", "README", *(f"{n}.csv" for n in range(7)))
+    touch(tmp_path, "notes.txt", "x/notes.txt", "query.jpg.part", "README", *(f"{n}.csv" for n in range(6)))
     find_images(tmp_path)
     assert (
-        f"files in {tmp_path} that are no images are left out: 7 .csv (0.csv, 1.csv, 2.csv, 3.csv, 4.csv, …), "
-        "2 .txt (notes.txt, x/notes.txt), 1 without a suffix (README), 1 .part (query.jpg.part)"
+        f"files in {tmp_path} that are no images are left out: 6 .csv (0.csv, 1.csv, 2.csv, 3.csv, 4.csv, …)"
+        ", 2 .txt (notes.txt, x/notes.txt), 1 without a suffix (README), 1 .part (query.jpg.part)"
     ) in caplog.text
 
 
@@ -121,3 +121,22 @@ def test_an_unreadable_folder_is_named_and_passed_over(tmp_path, caplog, monkeyp
     assert f"the folder {tmp_path / 'b'} cannot be read, and its images are left out: permission denied" in (
         caplog.text
     )
+
+
+@pytest.mark.parametrize(
+    ("query", "gallery", "queries", "answers", "why"),
+    [
+        ("test/gallery", "test/query", ["a.jpg"], ["b.jpg"], "so their names say"),
+        ("day/Gallery_images", "day/x", ["a.jpg"], ["b.jpg"], "so their names say"),
+        ("a", "b", [f"{n}.jpg" for n in range(7)], [f"{n}.jpg" for n in range(3)], "7 queries, but only 3"),
+        ("a", "b", [f"{n}/x.jpg" for n in range(5)], [f"{n % 2}/{n}.jpg" for n in range(9)], "5 labels"),
+        ("query", "gallery", ["a.jpg", "b.jpg"], ["c.jpg"], ""),
+        ("a", "b", ["0/x.jpg", "1/x.jpg"], [f"{n}/{n}.jpg" for n in range(9)], ""),
+    ],
+)  # fmt: skip
+def test_folders_that_look_swapped_are_said(tmp_path, caplog, query, gallery, queries, answers, why):
+    touch(tmp_path / query, *queries)
+    touch(tmp_path / gallery, *answers)
+    find_query_and_gallery(tmp_path / query, tmp_path / gallery)
+    assert ("swapped?" in caplog.text) == bool(why)
+    assert why in caplog.text
