@@ -208,6 +208,20 @@ def test_damaged_images_are_ranked_by_what_is_left_of_them_and_named(flat):
 
 
 @AFTER_A_FIRST_RUN
+def test_one_folder_is_ranked_against_itself(flat):
+    one = ("--query_dir=gallery", "--gallery_dir=gallery", "--no_report")
+    ended = run_here("model_not_tuned.py", *one, cwd=flat)
+    assert "a query can find itself, unless --exclude_self is given" in ended.stderr
+    first = json.loads((flat / "results" / "submission.json").read_bytes())["images"]
+    assert all(names[0] == query for query, names in first.items())
+    ended = run_here("model_not_tuned.py", *one, "--exclude_self", "--output_dir=others", cwd=flat)
+    assert f"without the copies of {len(first)} queries" in ended.stdout
+    images = json.loads((flat / "others" / "submission.json").read_bytes())["images"]
+    assert all(query not in names and names[:9] == first[query][1:] for query, names in images.items())
+    assert metrics(flat / "others")["queries_with_copies"] == len(first)
+
+
+@AFTER_A_FIRST_RUN
 def test_a_server_that_fails_loses_nothing(flat):
     (flat / ".env").write_text("QUERY_DIR=query\nGALLERY_DIR=gallery\nGROUP_NAME=Team AAA\n")
     with Server(answer(404, b"<html><h1>Not Found</h1></html>", "text/html")) as server:

@@ -44,9 +44,8 @@ def test_copies_come_behind_the_others_in_their_order(scores):
 
 def test_without_themselves_the_queries_get_what_a_gallery_without_them_gives():
     vectors = np.random.default_rng(0).normal(size=(30, 8)).astype(np.float32)
-    images = Embeddings(
-        [f"{row:02}.jpg" for row in range(30)], vectors / np.linalg.norm(vectors, axis=1)[:, None]
-    )
+    vectors /= np.linalg.norm(vectors, axis=1)[:, None]
+    images = Embeddings([f"{row:02}.jpg" for row in range(30)], vectors)
     found = without_copies(rank(images, images, 11), {row: [row] for row in range(30)}, 10)
     for row, name in enumerate(images.names):
         others = images.some(np.delete(np.arange(30), row))
