@@ -256,5 +256,7 @@ def test_a_network_without_its_weights_ends_the_run_before_an_image_is_embedded(
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody listens
     ended = run_here("model_not_tuned.py", *FOLDERS, "--fuse", "resnet50=0.3", cwd=flat)
     assert ended.returncode == 1
-    assert re.search(r"^error: https://.*resnet50-11ad3fa6\.pth could not be downloaded", ended.stderr, re.M)
+    said = r"^error: --fuse resnet50=0\.3: https://.*resnet50-11ad3fa6\.pth could not be downloaded"
+    assert re.search(said, ended.stderr, re.M)
+    assert "--weights" not in ended.stderr  # which are the run's own network's
     assert "embedded" not in ended.stdout

@@ -136,9 +136,11 @@ def report_notes(notes: Notes, total: int, kind: str) -> None:
     if notes.unsaved:
         log.warning("%d crops could not be written, such as %s", len(notes.unsaved), notes.unsaved[0])
     if notes.without_face:
-        log.warning("no face was found in %d of the %d %s, such as %s: a square in the centre stands in "
-                    "(--save_crops shows it, and --min_face_size looks for smaller faces)",
-                    len(notes.without_face), total, kind, notes.without_face[0])  # fmt: skip
+        what = "--save_crops shows it, and --min_face_size looks for smaller faces"
+        if len(notes.without_face) > total / 2:
+            what = "if they are no portraits, a network for whole images does better"
+        log.warning("no face was found in %d of the %d %s, such as %s: a square in the centre stands in (%s)",
+                    len(notes.without_face), total, kind, notes.without_face[0], what)  # fmt: skip
 
 
 def warn_of_damage(damaged: dict[str, str], kind: str) -> None:
