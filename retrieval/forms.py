@@ -73,6 +73,7 @@ class Form(BaseSettings, metaclass=_FormClass):
     """
 
     refused: ClassVar[dict[str, str]] = {}  # flags of other scripts that this one cannot have, and why
+    flags_only: ClassVar[tuple[str, ...]] = ()  # settings that it does not take from the environment
     mistakes: ClassVar[tuple[str, ...]] = ()  # error messages about wrong edits
 
     model_config = SettingsConfigDict(
@@ -137,7 +138,7 @@ def _set_outside(form: type[Form], dotenv: dict[str, str | None]) -> dict[str, t
         field: (names[field.upper()], f"{field.upper()} in {place}")
         for place, names in ((".env", dotenv), ("the environment", os.environ))
         for field in form.model_fields
-        if field in IN_ENVIRONMENT and names.get(field.upper())
+        if field in IN_ENVIRONMENT and field not in form.flags_only and names.get(field.upper())
     }
 
 

@@ -197,6 +197,8 @@ def test_a_server_that_fails_loses_nothing(flat):
     with Server(answer()) as better:
         ended = run(*again.replace("http://HOST:3001/retrieval/", better.url).split(), cwd=flat)
     assert "the server's score: 698" in ended.stdout
+    assert metrics(flat / "results")["server_score"] == 698
+    assert "sent again as &#x27;Team AAA&#x27; on" in (flat / "results" / "report.html").read_text()
     runs = {line["script"]: line["outcome"]["word"] for line in ledger(flat / "results")}
     assert runs == {"model_not_tuned.py": "failed", "python -m retrieval.submission": "scored"}
 

@@ -15,11 +15,9 @@ from posixpath import basename
 import numpy as np
 
 from get_images import ImageFile, label_of
-from retrieval.errors import InputError, printable
+from retrieval.errors import InputError, listed
 from retrieval.metrics import UNSCORED, require_labels
 from retrieval.submission.protocol import NAMES_PER_QUERY
-
-SHOWN = 3  # names in a sentence
 
 
 @dataclass(frozen=True)
@@ -126,13 +124,3 @@ def read_pairs(table: Path, *heads: str) -> Iterator[tuple[str, list[str]]]:
 
 def repeated(names: Iterable[str]) -> set[str]:
     return {name for name, count in Counter(names).items() if count > 1}
-
-
-def listed(what: str, names: list[str]) -> str:
-    """Return what these names are, how many there are, and the first few.
-
-    >>> listed("unknown queries", ["a", "b", "c", "d"])
-    'unknown queries: 4 (a, b, c, …)'
-    """
-    shown = ", ".join(printable(name if len(name) <= 60 else f"{name[:59]}…") for name in names[:SHOWN])
-    return f"{what}: {len(names)} ({shown}{', …' * (len(names) > SHOWN)})"
