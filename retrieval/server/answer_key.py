@@ -97,7 +97,8 @@ def _identities(table: Path, images: set[str]) -> dict[str, str]:
     identities: dict[str, str] = {}
     for where, (name, identity) in read_pairs(table, "name", "identity"):
         if name not in images:
-            raise InputError(f"{where}: there is no query or gallery image {name}")
+            meant = next((f": write {image}" for image in images if name.endswith(f"/{image}")), "")
+            raise InputError(f"{where}: there is no query or gallery image {name}{meant}")
         if identities.setdefault(name, identity) != identity:
             raise InputError(f"{where}: {name} is {identities[name]} on an earlier line")
     return identities
