@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+SHOWN = 3  # names in a sentence
+
 
 class InputError(ValueError):
     """The user's input cannot be used: the sentence says what, where and what to do. Exit status 2."""
@@ -38,6 +40,16 @@ def printable(text: str) -> str:
     'No\\\\x1b[2J'
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def listed(what: str, names: list[str]) -> str:
+    """Return what these names are, how many there are, and the first few.
+
+    >>> listed("unknown queries", ["a", "b", "c", "d"])
+    'unknown queries: 4 (a, b, c, …)'
+    """
+    shown = ", ".join(printable(name if len(name) <= 60 else f"{name[:59]}…") for name in names[:SHOWN])
+    return f"{what}: {len(names)} ({shown}{', …' * (len(names) > SHOWN)})"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

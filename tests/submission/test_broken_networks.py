@@ -91,7 +91,7 @@ def test_an_answer_that_is_no_http_may_have_been_counted(saved, head):
 
 
 def test_a_password_in_the_url_is_used_and_shown_nowhere(saved, caplog):
-    with Server(answer(500, b"oops"), answer(404)) as server:
+    with Server(answer(500, b"oops"), answer(422)) as server:
         outcome = send(saved, server.url.replace("://", "://team:%C3%BC@"), retries=1)
     assert [headers["Authorization"] for _, _, headers, _ in server.received] == ["Basic dGVhbTrDvA=="] * 2
     shown = outcome.sentence + caplog.text
