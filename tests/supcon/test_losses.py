@@ -203,7 +203,7 @@ def test_the_shapes_of_supcontrast_are_taken(images, views):
     ("shape", "labels"), [((4, 8), [0, 1]), ((4, 2, 8), [0, 1] * 4), ((4,), [0] * 4), ((4, 2, 2, 8), [0] * 4)]
 )
 def test_other_shapes_are_a_sentence(shape, labels):
-    with pytest.raises(ValueError, match=r"give \(views, dimension\) with \(views,\), or \(images, views, dim"):
+    with pytest.raises(ValueError, match=r"give \(views, dimension\) with \(views,\), or \(images, v"):
         supcon_loss(torch.ones(shape), labels)
 
 
