@@ -24,6 +24,7 @@ from retrieval.settings import (
     RetrievalSettings,
     ServerUrl,
 )
+from supcon.settings import OF_TRAINING
 
 
 class Settings(RetrievalSettings, CheckpointSettings, MeansSettings):
@@ -38,9 +39,13 @@ class Settings(RetrievalSettings, CheckpointSettings, MeansSettings):
     group_name: GroupName = "my-team"
     output_dir: NewFolder = Path("results")
 
-    refused: ClassVar = dict.fromkeys(
-        ("model_type", "crop", "image_size", "detector", "face_margin", "min_face_size"),
-        "the checkpoint of --weights knows it; it is a setting of model_not_tuned.py",
+    refused: ClassVar = (
+        OF_TRAINING
+        | dict.fromkeys(
+            ("model_type", "crop", "image_size", "detector", "face_margin", "min_face_size"),
+            "the checkpoint of --weights knows it; it is a setting of model_not_tuned.py",
+        )
+        | {"model": "the checkpoint of --weights knows it"}
     )
 
 

@@ -7,6 +7,7 @@ Edit the settings below, or give them as flags, in the environment or in .env (t
 """
 
 from pathlib import Path
+from typing import ClassVar
 
 from retrieval.console import run_script  # first, since it checks that the packages are installed
 
@@ -23,6 +24,7 @@ from retrieval.settings import (
     RetrievalSettings,
     ServerUrl,
 )
+from supcon.settings import OF_TRAINING
 
 
 class Settings(RetrievalSettings, BackboneSettings, FaceSettings, MeansSettings):
@@ -36,6 +38,8 @@ class Settings(RetrievalSettings, BackboneSettings, FaceSettings, MeansSettings)
     server_url: ServerUrl = ""  # such as "http://10.0.0.7:3001/retrieval/", or "local"; empty: only save
     group_name: GroupName = "my-team"
     output_dir: NewFolder = Path("results")
+
+    refused: ClassVar = OF_TRAINING | {"model": "here it is --model_type"}
 
 
 def main(settings: Settings) -> None:

@@ -193,8 +193,9 @@ def best_of(found: list[Candidate], untuned: dict[str, Any], by_view: bool = Fal
     if low > 0:
         reason = f"it is shown to be better than the default, {usual} (score {usual.metrics['score']:.0f})"
     elif gain > 0:
-        reason = (f"it is the default, and {best} (score {best.metrics['score']:.0f}) may be higher by chance: "
-                  f"{gain:+.0f} [{low:+.0f}, {high:+.0f}] on {len(untuned['points'])} images")  # fmt: skip
+        shown = f"{gain:+.0f} [{low:+.0f}, {high:+.0f}] on {len(untuned['points'])} images"
+        reason = (f"it is the default, and {best} (score {best.metrics['score']:.0f}) may be higher by "
+                  f"chance: {shown}")  # fmt: skip
         best = usual
     else:
         best, reason = usual, "it is the default, and no other way scores higher"

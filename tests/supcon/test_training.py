@@ -20,7 +20,6 @@ from supcon import state, steps, training
 from supcon.batches import Split, find_and_split
 from supcon.checkpoints import open_folder
 from supcon.start import load_start
-from supcon.validation import Candidate, best_of
 from supcon.variants import VARIANTS, choices_of
 
 

@@ -60,7 +60,8 @@ def test_the_usual_way_to_embed_gives_way_to_what_is_shown_to_be_better():
         (
             candidate(ALONE, 1.0, 95),
             94,
-            "it stays near the untuned network (score 940): tuned (score 950) is not shown to be better than that",
+            "it stays near the untuned network (score 940): tuned (score 950) is not shown to be better than "
+            "that",
         ),
     ],
 )
@@ -71,7 +72,7 @@ def test_the_reason_of_the_choice_names_what_it_was_compared_with(best, untuned,
 
 @pytest.mark.parametrize(("won", "lost"), [(6, 3), (10, 6), (20, 15)])
 def test_as_many_images_as_would_tell_tell(won, lost):
-    """Of 100 images `won` are found only afterwards, and `lost` only before; of more images as many percent."""
+    """Of 100 images `won` are found only afterwards, and `lost` only before; and the same shares of more."""
 
     def gain_on(images):
         share = images // 100
