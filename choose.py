@@ -7,13 +7,13 @@ From the first minute on, the output folder holds a valid submission: stop it wh
 Edit the settings below, or give them as flags, in the environment or in .env (there in capitals).
 """
 
+from retrieval.console import run_script  # first: it checks the packages, and lets Ctrl-C end the imports
+
+# isort: split
 import json
 from pathlib import Path
 from typing import ClassVar
 
-from retrieval.console import run_script  # first, since it checks that the packages are installed
-
-# isort: split
 from retrieval.choosing.recipes import Source
 from retrieval.choosing.settings import ChoosingSettings, Models
 from retrieval.settings import Folder, GroupName, NewFolder, PositiveAmount, ServerUrl

@@ -6,12 +6,12 @@
 Edit the settings below, or give them as flags, in the environment or in .env (there in capitals).
 """
 
+from retrieval.console import run_script  # first: it checks the packages, and lets Ctrl-C end the imports
+
+# isort: split
 from pathlib import Path
 from typing import ClassVar
 
-from retrieval.console import run_script  # first, since it checks that the packages are installed
-
-# isort: split
 from retrieval.backbones.zoo import ModelType
 from retrieval.settings import (
     BackboneSettings,

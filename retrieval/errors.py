@@ -5,6 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+SOCKS = (
+    "a SOCKS proxy is set in the environment: `pip install pysocks socksio`, or unset ALL_PROXY, HTTPS_PROXY "
+    "and HTTP_PROXY to go without it"
+)
+
 
 class InputError(ValueError):
     """The user's input cannot be used: the sentence says what, where and what to do. Exit status 2."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from retrieval.errors import InputError, RunError
+from retrieval.errors import SOCKS, InputError, RunError
 from retrieval.files import write_whole
 from retrieval.machine import require
 
@@ -167,6 +167,8 @@ def _no_download(url: str, error: BaseException, by_hand: str) -> RunError:
 
 def _reason(error: BaseException) -> str:
     """Return the reason of a failed download. Its root cause is the same with each HTTP client."""
+    if "SOCKS" in str(error):  # of requests, and of the hub's client
+        return SOCKS
     root = error
     while cause := root.__cause__ or root.__context__:
         root = cause
