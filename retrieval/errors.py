@@ -19,6 +19,10 @@ class RunError(RuntimeError):
     """Something outside failed, such as the server: the sentence says what to do. Exit status 1."""
 
 
+class NotDownloadedError(RunError):
+    """A file of weights is not on this machine, and could not be downloaded. Exit status 1."""
+
+
 class OthersEndedError(BaseException):
     """Another process of this run has ended, so this one ends too. Exit status 1.
 
