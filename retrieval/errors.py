@@ -6,6 +6,10 @@ import difflib
 from collections.abc import Iterable
 
 SHOWN = 3  # names in a sentence
+SOCKS = (
+    "a SOCKS proxy is set in the environment: `pip install pysocks socksio`, or unset ALL_PROXY, HTTPS_PROXY "
+    "and HTTP_PROXY to go without it"
+)
 
 
 class InputError(ValueError):
@@ -14,6 +18,10 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """Something outside failed, such as the server: the sentence says what to do. Exit status 1."""
+
+
+class NotDownloadedError(RunError):
+    """A file of weights is not on this machine, and could not be downloaded. Exit status 1."""
 
 
 class OthersEndedError(BaseException):

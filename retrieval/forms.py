@@ -218,7 +218,20 @@ def read_form(form: type[FormType], arguments: list[str], program: str | None = 
         sentences = [_value_sentence(problem, arguments, origins, form) for problem in error.errors()]
         raise InputError("\nerror: ".join(sentences)) from None
     _log_overridden(settings, origins)
+    _warn_of_other_network(settings, recipe, origins)
     return settings
+
+
+def _warn_of_other_network(
+    settings: Form, recipe: dict[str, tuple[Any, str]], origins: dict[str, str]
+) -> None:
+    """Warn if a flag takes the place of the network for which the recipe's other settings were chosen."""
+    for name in ("model_type", "weights"):
+        if name in recipe and origins[name] == f"--{name}":
+            (chosen, origin), given = recipe[name], getattr(settings, name)
+            if str(given) != str(chosen):
+                log.warning("--%s %s wins over %s (%s), for which the recipe was chosen: nothing shows that "
+                            "its other settings help here", name, given, origin, chosen)  # fmt: skip
 
 
 def _log_overridden(settings: Form, origins: dict[str, str]) -> None:
@@ -232,18 +245,29 @@ def _log_overridden(settings: Form, origins: dict[str, str]) -> None:
 
 
 def _flag_sentence(problem: str, form: type[Form], arguments: list[str]) -> str:
+    problem = re.sub(r"ignored explicit argument .*", "a switch takes no value", problem)
     unknown = re.match(r"unrecognized arguments: ((--[^\s=]+)?.*)", problem)
     if not unknown:
         return f"{problem} (--help lists the flags)"
-    refused = form.refused.get((unknown[2] or "").removeprefix("--"))
-    if refused:
-        return f"{unknown[2]} is not for this script: {refused}"
-    if not unknown[2]:
-        if joined := _joined(unknown[1].split()[0], form, arguments):
-            return f"{unknown[1]} is neither a flag nor a flag's value: write {joined}, without a blank"
-        return f"{unknown[1]} is neither a flag nor a flag's value: quote what has blanks (see --help)"
-    hint = did_you_mean(unknown[2].lower(), [f"--{name}" for name in form.model_fields])
-    return f"there is no flag {unknown[2]}{hint} (--help lists the flags)"
+    flag = unknown[2]
+    if not flag and (joined := _joined(unknown[1].split()[0], form, arguments)):
+        return f"{unknown[1]} is neither a flag nor a flag's value: write {joined}, without a blank"
+    if not flag:
+        return (
+            f"{unknown[1]} is neither a flag nor a flag's value: quote what has blanks, and give a switch no "
+            "value (see --help)"
+        )
+    name = flag.removeprefix("--")
+    if refused := form.refused.get(name.removeprefix("no-")):
+        return f"{flag} is not for this script: {refused}"
+    if f"no_{name}" in form.model_fields:
+        return f"there is no flag {flag}: it is the default, and --no_{name} undoes it"
+    switches = [name for name, field in form.model_fields.items() if field.default is False]
+    known = [f"--{name}" for name in form.model_fields]
+    known += [f"--no-{name}" for name in switches if not name.startswith("no_")]
+    # What begins with "no" asks for the opposite: --no_flip means --no-flip, and --report not --no_report.
+    alike = [name for name in known if name.startswith("--no") == flag.lower().startswith("--no")]
+    return f"there is no flag {flag}{did_you_mean(flag.lower(), alike)} (--help lists the flags)"
 
 
 def _joined(word: str, form: type[Form], arguments: list[str]) -> str:

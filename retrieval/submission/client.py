@@ -18,7 +18,7 @@ from urllib.parse import unquote_to_bytes, urljoin, urlsplit
 import requests
 from urllib3.exceptions import HTTPError, NewConnectionError, ReadTimeoutError
 
-from retrieval.errors import printable
+from retrieval.errors import SOCKS, printable
 from retrieval.files import write_whole
 from retrieval.run import Outcome, set_aside
 from retrieval.settings import Url, masked
@@ -263,6 +263,8 @@ def _network_failure(error: Exception, url: Url, sent: bool, late: bool) -> tupl
             return f"{url} took the submission and did not answer in time", False
         case requests.exceptions.SSLError():
             return f"there is no secure connection to {url} ({cause}; is it http:// there?)", False
+        case requests.exceptions.InvalidSchema() if "SOCKS" in str(error):
+            return SOCKS, False
         case requests.exceptions.ProxyError():
             return f"the proxy in http_proxy or https_proxy failed ({cause})", True
         case requests.ConnectionError() if isinstance(wrapped, NewConnectionError):
