@@ -1,7 +1,6 @@
 # make demo: from nothing to a score.  make check: lint, format and the fast tests, in a minute.  make test: every test.
 # make torture: damaged and hostile files, servers and clients, MINUTES of each kind; SEED=1 tries others.
 # Each makes .venv first, once, by uv where it is there, else by pip. The demo needs fewer packages than the tests.
-# CPU=1 installs PyTorch without CUDA, from PyTorch's index: the locks hold digests of PyPI's files only.
 # The tests run in two processes, whose threads do not wait for each other's cores.
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,18 +9,9 @@ FOR_TESTS := $(VENV)/installed-for-tests
 UV := $(shell command -v uv)
 
 ifdef UV
-PIP = $(UV) pip install --python $(VENV)/bin/python
-FROM_CPU_INDEX = --torch-backend cpu
+INSTALL = $(UV) pip install --python $(VENV)/bin/python --require-hashes
 else
-PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check
-FROM_CPU_INDEX = --extra-index-url https://download.pytorch.org/whl/cpu
-endif
-ifdef CPU
-RUN_PACKAGES = $(FROM_CPU_INDEX) -r requirements.txt
-TEST_PACKAGES = $(RUN_PACKAGES) -r tests/requirements.txt
-else
-RUN_PACKAGES = --require-hashes -r requirements.lock
-TEST_PACKAGES = --require-hashes -r tests/requirements.lock
+INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --require-hashes
 endif
 
 PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -n 2 --dist worksteal
@@ -66,9 +56,9 @@ $(FOR_RUNS): requirements.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 14) or \
 		sys.exit("Python %d.%d is not supported: make PYTHON=python3.12 takes another one (3.11 to 3.14)" % v)'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) $(RUN_PACKAGES)
+	$(INSTALL) -r requirements.lock
 	@touch $@
 
 $(FOR_TESTS): tests/requirements.lock $(FOR_RUNS)
-	$(PIP) $(TEST_PACKAGES)
+	$(INSTALL) -r tests/requirements.lock
 	@touch $@
