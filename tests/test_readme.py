@@ -202,8 +202,9 @@ def test_make_demo_from_a_bare_checkout_prints_what_the_readme_shows(tmp_path):
 def test_the_readme_begins_with_make_demo_and_what_the_pages_make_there_is():
     assert commands_of("README.md")[0] == "make demo"
     for page in PAGES:
-        for target in re.findall(r"`make (\w+)|^ *make (\w+)", page.read_text(), re.M):
-            assert re.search(rf"\.PHONY:.*\b{''.join(target)}\b", MAKEFILE), f"{page.name}: make {target}"
+        for variable, target in re.findall(r"(?:`|^ *)make (?:(\w+)=\S+ )?(\w+)", page.read_text(), re.M):
+            assert re.search(rf"\.PHONY:[^#$]*\b{target}\b", MAKEFILE), f"{page.name}: make {target}"
+            assert not variable or re.search(rf"\b{variable}\b", MAKEFILE), f"{page.name}: {variable}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
