@@ -53,7 +53,7 @@ def main(settings: Settings) -> None:
         backbone = with_views(backbone, settings.flip, settings.views)
         others = find_fused(settings, backbone)  # of --fuse, if it is given
         vectors = embed_both(run, images, backbone, others)
-        ranking = rank_both(run, vectors, backbone, others)
+        ranking = rank_both(run, images, vectors, backbone, others)
         results = save(run, images, vectors, ranking, backbone)  # all is on the disk before anything is sent
         outcome = send(run, results)
         show(run, results, outcome)

@@ -215,8 +215,9 @@ def _metrics(values: dict[str, np.ndarray], rows: np.ndarray | slice = slice(Non
 
 def measure(ranking: Ranking, queries: Embeddings, gallery: Embeddings, top_k: int = 10) -> dict:
     """Return the counts of images and, where they are labelled, the metrics that `score` returns."""
-    unreadable = {"unreadable_queries": queries.unreadable, "unreadable_gallery_images": gallery.unreadable}
-    counts = {"queries": len(queries.names), "gallery_images": len(gallery.names), "k": top_k} | unreadable
+    counts = {"queries": len(queries.names), "gallery_images": len(gallery.names), "k": top_k}
+    counts |= {"unreadable_queries": queries.unreadable, "unreadable_gallery_images": gallery.unreadable}
+    counts |= {"damaged_queries": queries.damaged, "damaged_gallery_images": gallery.damaged}
     if queries.without_face is not None:
         counts["queries_without_face"] = len(queries.without_face)
         counts["gallery_images_without_face"] = len(gallery.without_face)

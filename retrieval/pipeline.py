@@ -31,6 +31,7 @@ from retrieval.metrics import measure, require_labels
 from retrieval.ranking.approximate import check_search, merge_shards, rank_by
 from retrieval.ranking.collapse import in_words as why_collapsed
 from retrieval.ranking.collapse import spread_of
+from retrieval.ranking.copies import find_copies, without_copies
 from retrieval.ranking.fusion import in_words, names_unreadable_by_all
 from retrieval.ranking.means import check_fused, check_means, means_of, rank_fused, rank_with
 from retrieval.ranking.projections import check_classes
@@ -147,13 +148,19 @@ def _sample(queries: Embeddings, gallery: ShardedEmbeddings) -> Sample | None:
 
 
 def rank_both(
-    run: Run, vectors: Vectors, backbone: LazyBackbone, others: Sequence[LazyBackbone] = ()
+    run: Run,
+    images: Images,
+    vectors: Vectors,
+    backbone: LazyBackbone,
+    others: Sequence[LazyBackbone] = (),
 ) -> tuple[Ranking, dict[str, Any]] | None:
     """Rank the gallery for each query, on the backbone's device; return the ranking and the search's metrics.
 
     With means or other backbones the metrics say which. Other ranks than 0 get None.
     """
-    k = max(run.settings.top_k, NAMES_PER_QUERY)
+    wanted = max(run.settings.top_k, NAMES_PER_QUERY)
+    copies = find_copies(images.queries, images.gallery) if run.settings.exclude_self else {}
+    k = wanted + max(map(len, copies.values()), default=0)
     queries, gallery, train, *_ = vectors
     means = means_of(run.settings)
     applied = means.applied()
@@ -164,8 +171,11 @@ def rank_both(
     else:
         own = rank_by(run.settings.search, queries, gallery.own, k, backbone.device)
         merged = merge_shards(*own, gallery, k)
+    if copies and merged:  # on rank 0
+        merged = without_copies(merged[0], copies, wanted), merged[1] | {"queries_with_copies": len(copies)}
     by = f" by {merged[1]['backbone']}" if others else ""
     by += f" with {', '.join(applied)}" if applied else ""
+    by += f", without the copies of {len(copies)} queries" if copies else ""
     run.done(
         "rank", f"ranked {len(gallery.names)} gallery images for each of {len(queries.names)} queries{by}"
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,13 +16,14 @@ class Embeddings:
     """The unit vectors of images: row i of `vectors` (images, dimension), float32, belongs to names[i].
 
     An unreadable image has a row of zeros. `without_face` are the names of the images in which no face was
-    found, or None if the backbone looks for no faces. The vectors may be a numpy.memmap, which may be larger
-    than the memory: it is read in chunks.
+    found, or None if the backbone looks for no faces; `damaged` those of which only a part could be read. The
+    vectors may be a numpy.memmap, which may be larger than the memory: it is read in chunks.
     """
 
     names: list[str]
     vectors: np.ndarray
     without_face: list[str] | None = None
+    damaged: list[str] = field(default_factory=list)
 
     @property
     def unreadable(self) -> list[str]:
@@ -38,7 +39,7 @@ class Embeddings:
 class ShardedEmbeddings:
     """Embeddings of which each process of a run holds a shard: `own` starts at row `start` of `names`.
 
-    `unreadable` and `without_face` are names in the shards of all processes, as Embeddings has them.
+    The others are names in the shards of all processes, as Embeddings has them.
     """
 
     names: list[str]
@@ -46,6 +47,7 @@ class ShardedEmbeddings:
     start: int
     unreadable: list[str]
     without_face: list[str] | None
+    damaged: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -189,6 +189,11 @@ class RetrievalSettings(Form):
 
     The report shows k matches of each query.
     """
+    exclude_self: bool = False
+    """leave out of a query's matches the gallery images that have its very bytes
+
+    For a query folder that is the gallery, or part of it. With fewer than ten other images they come last.
+    """
     custom_dataset: bool = False
     """score by the folder labels and send nothing; --no-custom_dataset undoes it"""
     server_url: ServerUrl = ""

@@ -17,6 +17,7 @@ from get_images import HIDDEN, ImageFile, find_images, label_of
 from retrieval.backbones.face_crop import FaceCrop
 from retrieval.backbones.transform import Transform
 from retrieval.distributed import progress_bar
+from retrieval.embedding.embed import warn_of_damage
 from retrieval.embedding.loader import FEW, read_batches
 from retrieval.errors import InputError
 from retrieval.machine import local_world_size, zeros
@@ -186,6 +187,7 @@ def load_images(files: list[ImageFile], transform: Transform | FaceCrop, kind: s
     pixels = torch.from_numpy(zeros(shape, np.uint8, "training images", local_world_size()))
     names: list[str] = []
     unreadable: dict[str, str] = {}
+    damaged: dict[str, str] = {}
     without_face = 0
     processes = transform.detects_faces or (torch.accelerator.is_available() and len(files) > FEW)
     with progress_bar(len(files), kind, leave=False) as bar:
@@ -194,9 +196,11 @@ def load_images(files: list[ImageFile], transform: Transform | FaceCrop, kind: s
             names += batch.names
             without_face += batch.faces.count(False)
             unreadable |= batch.unreadable
+            damaged |= batch.damaged
             bar.update(len(batch.names) + len(batch.unreadable))
     for name, reason in unreadable.items():
         log.warning("%s is left out of the %s: %s", name, kind, reason)
+    warn_of_damage(damaged, kind)
     if not names:
         raise InputError(f"not one of the {len(files)} {kind} can be read: see the reasons above")
     if unreadable:

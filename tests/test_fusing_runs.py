@@ -232,7 +232,7 @@ def test_an_image_is_unreadable_if_no_network_could_read_it(tmp_path):
 
     settings = model_not_tuned.Settings(query_dir=tmp_path, gallery_dir=tmp_path, fuse=["other=0.5"])
     own = of_a_network("q0", "g0", "g1")._replace(others=[of_a_network("g1", "g2")])
-    ranking, metrics = rank_both(Run(settings), own, Network("own"), [Network("other")])
+    ranking, metrics = rank_both(Run(settings), None, own, Network("own"), [Network("other")])
     assert metrics["unreadable_queries"] == ["q1"]
     assert metrics["unreadable_gallery_images"] == ["g1"]
     assert ranking.rows[1].tolist() == [0, 2, 1]  # the order of the gallery, and g1 last
@@ -256,5 +256,7 @@ def test_a_network_without_its_weights_ends_the_run_before_an_image_is_embedded(
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody listens
     ended = run_here("model_not_tuned.py", *FOLDERS, "--fuse", "resnet50=0.3", cwd=flat)
     assert ended.returncode == 1
-    assert re.search(r"^error: https://.*resnet50-11ad3fa6\.pth could not be downloaded", ended.stderr, re.M)
+    said = r"^error: --fuse resnet50=0\.3: https://.*resnet50-11ad3fa6\.pth could not be downloaded"
+    assert re.search(said, ended.stderr, re.M)
+    assert "--weights" not in ended.stderr  # which are the run's own network's
     assert "embedded" not in ended.stdout

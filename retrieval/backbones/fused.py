@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from retrieval.backbones.backbone import LazyBackbone, find_backbone
 from retrieval.backbones.views import with_views
-from retrieval.errors import InputError
+from retrieval.errors import InputError, RunError
 from retrieval.flag_values import fused_of
 from retrieval.settings import RetrievalSettings
 
@@ -24,6 +24,9 @@ def find_fused(settings: RetrievalSettings, own: LazyBackbone) -> list[LazyBackb
             backbone = find_backbone(model, settings.device, crop=crop)
         except InputError as error:
             raise InputError(f"--fuse {text}: {error}") from None
+        except RunError as error:  # no weights; those of --weights are the run's own network's
+            said = str(error).replace(", or give it with --weights FILE", "")
+            raise RunError(f"--fuse {text}: {said}") from None
         backbone = replace(backbone, model_name=text.rpartition("=")[0])
         found.append(with_views(backbone, settings.flip, settings.views))
     names = [backbone.model_name for backbone in found]

@@ -37,13 +37,15 @@ class Notes:
     """What a run reports of some images, beside their vectors."""
 
     unreadable: dict[str, str] = field(default_factory=dict)  # names, and why
+    damaged: dict[str, str] = field(default_factory=dict)  # names of those read in part, and why
     without_face: list[str] = field(default_factory=list)  # names, where faces are looked for
     unsaved: list[str] = field(default_factory=list)  # crops that could not be written, and why
     cached: int = 0  # vectors that came from the cache
 
     def __add__(self, other: Notes) -> Notes:
-        return Notes(self.unreadable | other.unreadable, self.without_face + other.without_face,
-                     self.unsaved + other.unsaved, self.cached + other.cached)  # fmt: skip
+        return Notes(self.unreadable | other.unreadable, self.damaged | other.damaged,
+                     self.without_face + other.without_face, self.unsaved + other.unsaved,
+                     self.cached + other.cached)  # fmt: skip
 
 
 def embed(
@@ -82,7 +84,7 @@ def embed(
         cache.flush()
     report_notes(notes, len(files), kind)
     without_face = notes.without_face if backbone.backbone.transform.detects_faces else None
-    return Embeddings([file.name for file in files], vectors, without_face)
+    return Embeddings([file.name for file in files], vectors, without_face, list(notes.damaged))
 
 
 def _lazy(backbone: Backbone | LazyBackbone, folder: Path | None) -> LazyBackbone:
@@ -128,14 +130,24 @@ def report_notes(notes: Notes, total: int, kind: str) -> None:
         log.info("%d of %d %s were embedded before", notes.cached, total, kind)
     for name, reason in notes.unreadable.items():
         log.warning("%s in the %s could not be embedded: %s", name, kind, reason)
+    warn_of_damage(notes.damaged, kind)
     if len(notes.unreadable) == total:
         raise InputError(f"not one of the {total} {kind} could be embedded: see the reasons above")
     if notes.unsaved:
         log.warning("%d crops could not be written, such as %s", len(notes.unsaved), notes.unsaved[0])
     if notes.without_face:
-        log.warning("no face was found in %d of the %d %s, such as %s: a square in the centre stands in "
-                    "(--save_crops shows it, and --min_face_size looks for smaller faces)",
-                    len(notes.without_face), total, kind, notes.without_face[0])  # fmt: skip
+        what = "--save_crops shows it, and --min_face_size looks for smaller faces"
+        if len(notes.without_face) > total / 2:
+            what = "if they are no portraits, a network for whole images does better"
+        log.warning("no face was found in %d of the %d %s, such as %s: a square in the centre stands in (%s)",
+                    len(notes.without_face), total, kind, notes.without_face[0], what)  # fmt: skip
+
+
+def warn_of_damage(damaged: dict[str, str], kind: str) -> None:
+    """Name the damaged images, if there are any, and say what is wrong with the first."""
+    if damaged:
+        log.warning("%d of the %s are damaged (%s), and the pixels that decode are used: %s",
+                    len(damaged), kind, next(iter(damaged.values())), ", ".join(damaged))  # fmt: skip
 
 
 def _embed_part(
@@ -158,6 +170,7 @@ def _embed_part(
         return found
     for batch, features in _run(rest, runtime, entries):
         notes.unreadable |= batch.unreadable
+        notes.damaged |= batch.damaged
         with runtime.timed("cache"):
             vectors = _unit_vectors(batch, features, notes)
             entries.write(vectors, batch)
@@ -292,10 +305,11 @@ class _Entries:
         """Write the vectors of a batch, by name, and the crops that gave them.
 
         The digest is that of the bytes that were decoded: the file may have changed since it was looked up.
+        Damaged images are read again by each run, so that each names them.
         """
-        if not self.cache or not vectors:
+        known = {name: batch.digests[name] for name in vectors if name not in batch.damaged}
+        if not self.cache or not known:
             return
-        known = {name: batch.digests[name] for name in vectors}
         self.cache.keep_vectors(self._key(), {digest: vectors[name] for name, digest in known.items()})
         if self.crops_key:
             images = zip(batch.names, batch.inputs(), strict=True)

@@ -104,10 +104,7 @@ def decode_on_gpu(batch: Batch, transform: Transform | FaceCrop, device: str) ->
                 _decode(rows[: len(rows) // 2])
                 _decode(rows[len(rows) // 2 :])
                 return
-            by_cpu = _by_cpu(batch.jpegs[rows[0]], transform)
-            if isinstance(by_cpu, str):
-                batch.unreadable[batch.names[rows[0]]] = by_cpu
-            else:
+            if by_cpu := _by_cpu(batch, rows[0], transform):
                 _fill_in(rows, torch.from_numpy(by_cpu.pixels[None]).to(device), [by_cpu.face])
         else:
             decoded += len(rows)
@@ -123,12 +120,17 @@ def decode_on_gpu(batch: Batch, transform: Transform | FaceCrop, device: str) ->
     return decoded
 
 
-def _by_cpu(jpeg: Jpeg, transform: Transform | FaceCrop) -> ModelInput | str:
-    """Return the network's input for a JPEG file, or why there is none."""
+def _by_cpu(batch: Batch, row: int, transform: Transform | FaceCrop) -> ModelInput | None:
+    """Return the network's input for one of the batch's JPEGs; note there what is wrong with it."""
+    name = batch.names[row]
     try:
-        return Reader(transform).read(jpeg.content)
+        found, damage = Reader(transform).read(batch.jpegs[row].content)
     except UnreadableImageError as error:
-        return str(error)
+        batch.unreadable[name] = str(error)
+        return None
+    if damage:
+        batch.damaged[name] = damage
+    return found
 
 
 def _parts(jpegs: dict[int, Jpeg]) -> Iterator[list[int]]:

@@ -84,6 +84,7 @@ class Batch:
     seconds: float = 0.0  # the processor's, for reading
     jpegs: dict[int, Jpeg] = field(default_factory=dict)
     digests: dict[str, bytes] = field(default_factory=dict)  # of the bytes that were decoded, by name
+    damaged: dict[str, str] = field(default_factory=dict)  # images that were read in part, and why
 
     @classmethod
     def joined(cls, batches: list[Batch]) -> Batch:
@@ -103,6 +104,7 @@ class Batch:
                 for row, jpeg in batch.jpegs.items()
             },
             digests={name: digest for batch in batches for name, digest in batch.digests.items()},
+            damaged={name: reason for batch in batches for name, reason in batch.damaged.items()},
         )
 
     def inputs(self) -> list[ModelInput]:
@@ -123,13 +125,16 @@ class Reader:
         start = time.thread_time()
         names: list[str] = []
         images: list[ModelInput | Jpeg] = []
-        unreadable, digests = {}, {}
+        unreadable, digests, damaged = {}, {}, {}
         for file in files:
             try:
                 content = read_bytes(file.path)
-                images.append(self.read(content))
+                image, damage = self.read(content)
+                images.append(image)
                 names.append(file.name)
                 digests[file.name] = digest_of(content)
+                if damage:
+                    damaged[file.name] = damage
             except UnreadableImageError as error:
                 unreadable[file.name] = str(error)
         jpegs = {row: image for row, image in enumerate(images) if isinstance(image, Jpeg)}
@@ -141,24 +146,28 @@ class Reader:
         in_a_process = multiprocessing.parent_process() is not None
         if in_a_process and "torch" in sys.modules and _should_be_shared(pixels):  # dlib needs no torch
             pixels = sys.modules["torch"].from_numpy(pixels)  # which does not go through the pipe
-        return Batch(names, pixels, faces, unreadable, time.thread_time() - start, jpegs, digests)
+        seconds = time.thread_time() - start
+        return Batch(names, pixels, faces, unreadable, seconds, jpegs, digests, damaged)
 
-    def read(self, content: bytes) -> ModelInput | Jpeg:
+    def read(self, content: bytes) -> tuple[ModelInput | Jpeg, str | None]:
         """Return the network's input for a file's bytes, or these bytes if the GPU is to decode them.
+
+        The second value says what is damaged, as decode_image does.
 
         Very large images are read one at a time, since there is no memory for one in every reader. Raises
         UnreadableImageError as decode_image does.
         """
         if self.leave_jpegs and (jpeg := plain_jpeg(content)):
-            return jpeg
+            return jpeg, None
         try:
             return self._input(content, readers=cores())
         except TooManyPixelsError:
             with _turn:
                 return self._input(content, readers=1)
 
-    def _input(self, content: bytes, readers: int) -> ModelInput:
-        return self.transform(decode_image(content, self.transform.enough, pixels_that_fit(readers)))
+    def _input(self, content: bytes, readers: int) -> tuple[ModelInput, str | None]:
+        pixels, damage = decode_image(content, self.transform.enough, pixels_that_fit(readers))
+        return self.transform(pixels), damage
 
 
 @functools.cache

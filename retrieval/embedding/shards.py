@@ -39,12 +39,12 @@ def embed_shard(
         start=rows.start,
         unreadable=[name for name in names if name in notes.unreadable],
         without_face=notes.without_face if faces else None,
+        damaged=list(notes.damaged),
     )
 
 
 def gather_shards(embeddings: ShardedEmbeddings) -> Embeddings:
     """Return the embeddings of the shards of all processes, in every process."""
     shards = all_gather(embeddings.own.vectors)
-    return Embeddings(
-        embeddings.names, shards[0] if len(shards) == 1 else np.concatenate(shards), embeddings.without_face
-    )
+    vectors = shards[0] if len(shards) == 1 else np.concatenate(shards)
+    return Embeddings(embeddings.names, vectors, embeddings.without_face, embeddings.damaged)

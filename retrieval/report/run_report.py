@@ -135,10 +135,12 @@ def _tables(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def _left_out(results: Results) -> dict[str, list[str]]:
-    """Return the names of the images that could not be embedded or show no face, under such a sentence."""
+    """Return the names of the images that could not be embedded, or not as they should be, by the reason."""
     left_out = {
         "queries that could not be embedded": results.metrics["unreadable_queries"],
         "gallery images that could not be embedded": results.metrics["unreadable_gallery_images"],
+        "damaged queries, of which a part was embedded": results.query_vectors.damaged,
+        "damaged gallery images, of which a part was embedded": results.gallery_vectors.damaged,
         "queries without a face": results.query_vectors.without_face,
         "gallery images without a face": results.gallery_vectors.without_face,
     }

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, run_here
 from corner import corner, embedded, paint, painted, runtime_of
+from PIL import Image
 
 import get_images
 from get_images import find_images
@@ -263,6 +264,22 @@ def test_unreadable_images_are_tried_again(files, backbone, tmp_path, caplog):
     vectors, seen = embedded(files, backbone, tmp_path / "cache")
     assert seen == 1
     assert vectors[3].any()
+
+
+def test_damaged_images_are_read_and_named_by_every_run(files, backbone, tmp_path, caplog):
+    whole = Image.effect_noise((60, 40), 50)
+    for row, kind in ((2, "JPEG"), (3, "PNG"), (5, "JPEG")):
+        whole.save(files[row].path, kind)
+        content = files[row].path.read_bytes()
+        files[row].path.write_bytes(content[: len(content) * 2 // 3])
+    first, seen = embedded(files, backbone, tmp_path / "cache")
+    assert seen == 7
+    second, seen = embedded(files, backbone, tmp_path / "cache")
+    assert seen == 3
+    assert np.array_equal(first, second)
+    assert first.any(axis=1).all()
+    assert caplog.text.count("3 of the images are damaged (image file is truncated") == 2
+    assert caplog.text.count(", ".join(files[row].name for row in (2, 3, 5))) == 2
 
 
 @pytest.mark.parametrize("content", [b"no database at all" * 100, b"SQLite format 3\0" + b"x" * 5000])

@@ -65,17 +65,18 @@ def test_what_the_gpu_decodes_has_the_vectors_that_the_cpu_gives(photographs, ca
     assert by_gpu.gpu_decodes
     assert by_gpu.seconds["decode"] > 0
     assert found.names == expected.names
-    assert found.unreadable == expected.unreadable == ["8.jpg", "9.jpg"]
-    assert (found.vectors[:8] * expected.vectors[:8]).sum(1).min() > 0.9999
+    assert found.unreadable == expected.unreadable == ["9.jpg"]
+    assert found.damaged == expected.damaged == ["8.jpg"]
+    assert (found.vectors[:9] * expected.vectors[:9]).sum(1).min() > 0.9999
     assert not np.array_equal(found.vectors, expected.vectors)  # it rounds once more
-    assert "8.jpg in the images could not be embedded" in caplog.text
+    assert "9.jpg in the images could not be embedded" in caplog.text
 
 
 def test_only_plain_jpegs_are_left_to_the_gpu(photographs, tmp_path):
     batch = Reader(Transform(32, "bicubic"), leave_jpegs=True).read_group(photographs)
-    assert batch.names == [file.name for file in photographs[:8]]
+    assert batch.names == [file.name for file in photographs[:9]]
     assert list(batch.jpegs) == [0, 1, 2, 3, 4, 5]
-    assert batch.pixels.shape == (2, 3, 32, 32)
+    assert batch.pixels.shape == (3, 3, 32, 32)
     kinds = {"CMYK": PHOTO.convert("CMYK"), "rgb": PHOTO, "grey": PHOTO.convert("L")}
     for name, image in kinds.items():
         image.save(tmp_path / name, "JPEG", keep_rgb=name == "rgb")
@@ -115,8 +116,26 @@ def test_what_neither_the_gpu_nor_the_cpu_can_decode_is_unreadable(photographs, 
     by_gpu = Reader(transform, leave_jpegs=True).read_group(photographs)
     assert "3.jpg" in by_gpu.names
     assert gpu_decoder.decode_on_gpu(by_gpu, transform, "cpu") == 0
-    assert by_gpu.names == [f"{n}.{'png' if n == 6 else 'jpg'}" for n in (0, 1, 2, 4, 5, 6, 7)]
+    assert by_gpu.names == [f"{n}.{'png' if n == 6 else 'jpg'}" for n in (0, 1, 2, 4, 5, 6, 7, 8)]
     assert by_gpu.unreadable["3.jpg"]
+
+
+def test_a_jpeg_that_the_gpu_refuses_and_that_decodes_in_part_is_damaged(photographs, monkeypatch):
+    def decode(jpegs, device):
+        raise RuntimeError("Failed to decode jpeg stream: 2")
+
+    monkeypatch.setattr(gpu_decoder, "decode", decode)
+    monkeypatch.setattr(gpu_decoder, "Reader", lambda transform: Cut(transform))
+
+    class Cut(Reader):
+        def read(self, content):
+            return super().read(content[: len(content) // 2])
+
+    transform = Transform(32, "bicubic")
+    by_gpu = Reader(transform, leave_jpegs=True).read_group(photographs)
+    gpu_decoder.decode_on_gpu(by_gpu, transform, "cpu")
+    assert list(by_gpu.damaged) == ["8.jpg", *(f"{number}.jpg" for number in range(6))]
+    assert len(by_gpu.pixels) == 9
 
 
 @pytest.mark.parametrize("why", ["no decoder", "other vectors"])
@@ -171,8 +190,8 @@ def test_small_groups_are_joined_to_batches(photographs, monkeypatch, jpeg_bytes
     runtime.settle(photographs)
     sizes.clear()
     found = embed(photographs, runtime)
-    assert sizes == ([4, 4] if jpeg_bytes > 1 else [2, 2, 2, 2])
-    assert found.unreadable == ["8.jpg", "9.jpg"]
+    assert sizes == ([4, 5] if jpeg_bytes > 1 else [2, 2, 2, 3])
+    assert (found.unreadable, found.damaged) == (["9.jpg"], ["8.jpg"])
 
 
 def test_the_cache_keeps_the_two_apart(photographs, tmp_path):

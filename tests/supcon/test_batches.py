@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import image_files
+from PIL import Image
 
 from retrieval import machine
 from retrieval.backbones.transform import Transform
@@ -103,12 +104,17 @@ def test_squares_are_what_the_transform_gives_and_unreadable_images_are_named_an
 
     shutil.copytree(few / "gallery", tmp_path / "train")
     (tmp_path / "train" / "1" / "broken.png").write_bytes(b"no image")
+    for name in ("0/cut.jpg", "1/cut.jpg", "2/cut.jpg"):
+        Image.effect_noise((40, 40), 50).save(tmp_path / "train" / name)
+        content = (tmp_path / "train" / name).read_bytes()
+        (tmp_path / "train" / name).write_bytes(content[:-300])
     files = find_images(tmp_path / "train")
     prepare = Transform(20, "bilinear")
     with caplog.at_level(logging.WARNING):
         found = load_images(files, prepare, "training images")
     assert "1/broken.png is left out of the training images: not an image" in caplog.text
     assert f"1 of the {len(files)} training images are left out" in caplog.text
+    assert "the pixels that decode are used: 0/cut.jpg, 1/cut.jpg, 2/cut.jpg" in caplog.text
     assert found.names == [file.name for file in files if "broken" not in file.name]
     assert found.classes == list("0123")
     assert found.labels.tolist() == [int(name[0]) for name in found.names]
