@@ -7,15 +7,17 @@ From the first minute on, the output folder holds a valid submission: stop it wh
 Edit the settings below, or give them as flags, in the environment or in .env (there in capitals).
 """
 
-import json
-from pathlib import Path
-
-from retrieval.console import run_script  # first, since it checks that the packages are installed
+from retrieval.console import run_script  # first: it checks the packages, and lets Ctrl-C end the imports
 
 # isort: split
+import json
+from pathlib import Path
+from typing import ClassVar
+
 from retrieval.choosing.recipes import Source
 from retrieval.choosing.settings import ChoosingSettings, Models
 from retrieval.settings import Folder, GroupName, NewFolder, PositiveAmount, ServerUrl
+from supcon.settings import OF_TRAINING
 
 
 class Settings(ChoosingSettings):
@@ -29,6 +31,8 @@ class Settings(ChoosingSettings):
     server_url: ServerUrl = ""  # such as "http://10.0.0.7:3001/retrieval/", or "local"; empty: only save
     group_name: GroupName = "my-team"
     output_dir: NewFolder = Path("results")
+
+    refused: ClassVar = OF_TRAINING | dict.fromkeys(("model", "model_type"), "here it is --models")
 
 
 def main(settings: Settings) -> None:

@@ -7,12 +7,12 @@ Then model_fine_tuned.py runs checkpoints/intel/fine_tuned_model.pth. Edit the s
 flags.
 """
 
+from retrieval.console import run_script  # first: it checks the packages, and lets Ctrl-C end the imports
+
+# isort: split
 import time
 from pathlib import Path
 
-from retrieval.console import run_script  # first, since it checks that the packages are installed
-
-# isort: split
 from retrieval.backbones.zoo import ModelType
 from retrieval.distributed import set_up
 from retrieval.settings import FaceSettings, Folder, NewFolder, PositiveInt

@@ -7,12 +7,12 @@
 Edit the settings below, or give them as flags, in the environment or in .env (there in capitals).
 """
 
+from retrieval.console import run_script  # first: it checks the packages, and lets Ctrl-C end the imports
+
+# isort: split
 from pathlib import Path
 from typing import ClassVar
 
-from retrieval.console import run_script  # first, since it checks that the packages are installed
-
-# isort: split
 from retrieval.settings import (
     CheckpointSettings,
     File,
@@ -24,6 +24,7 @@ from retrieval.settings import (
     RetrievalSettings,
     ServerUrl,
 )
+from supcon.settings import OF_TRAINING
 
 
 class Settings(RetrievalSettings, CheckpointSettings, MeansSettings):
@@ -38,9 +39,13 @@ class Settings(RetrievalSettings, CheckpointSettings, MeansSettings):
     group_name: GroupName = "my-team"
     output_dir: NewFolder = Path("results")
 
-    refused: ClassVar = dict.fromkeys(
-        ("model_type", "crop", "image_size", "detector", "face_margin", "min_face_size"),
-        "the checkpoint of --weights knows it; it is a setting of model_not_tuned.py",
+    refused: ClassVar = (
+        OF_TRAINING
+        | dict.fromkeys(
+            ("model_type", "crop", "image_size", "detector", "face_margin", "min_face_size"),
+            "the checkpoint of --weights knows it; it is a setting of model_not_tuned.py",
+        )
+        | {"model": "the checkpoint of --weights knows it"}
     )
 
 

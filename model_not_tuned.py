@@ -6,11 +6,12 @@
 Edit the settings below, or give them as flags, in the environment or in .env (there in capitals).
 """
 
-from pathlib import Path
-
-from retrieval.console import run_script  # first, since it checks that the packages are installed
+from retrieval.console import run_script  # first: it checks the packages, and lets Ctrl-C end the imports
 
 # isort: split
+from pathlib import Path
+from typing import ClassVar
+
 from retrieval.backbones.zoo import ModelType
 from retrieval.settings import (
     BackboneSettings,
@@ -23,6 +24,7 @@ from retrieval.settings import (
     RetrievalSettings,
     ServerUrl,
 )
+from supcon.settings import OF_TRAINING
 
 
 class Settings(RetrievalSettings, BackboneSettings, FaceSettings, MeansSettings):
@@ -36,6 +38,8 @@ class Settings(RetrievalSettings, BackboneSettings, FaceSettings, MeansSettings)
     server_url: ServerUrl = ""  # such as "http://10.0.0.7:3001/retrieval/", or "local"; empty: only save
     group_name: GroupName = "my-team"
     output_dir: NewFolder = Path("results")
+
+    refused: ClassVar = OF_TRAINING | {"model": "here it is --model_type"}
 
 
 def main(settings: Settings) -> None:

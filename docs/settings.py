@@ -87,7 +87,8 @@ def _table(form: type[Form]) -> str:
     """Return a row for each setting, the script's own first."""
     shared = [name for base in form.__bases__ for name in base.model_fields]
     rows = ["| flag | default | what it means |", "|---|---|---|"]
-    names = dict.fromkeys([*get_annotations(form), *shared])
+    own = [name for name in get_annotations(form) if name in form.model_fields]
+    names = dict.fromkeys([*own, *shared])
     return "\n".join(rows + [_row(name, form.model_fields[name]) for name in names])
 
 

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+
+STOPPED = "stopped by Ctrl-C; no file is half-written"
+
+
+def _end_by_ctrl_c(kind: type[BaseException], error: BaseException, trace: object) -> None:
+    """Print a sentence in the place of a traceback if Ctrl-C comes before run_command, in the imports."""
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, trace)
+    print(f"error: {STOPPED}", file=sys.stderr)
+    raise SystemExit(130)
+
+
+sys.excepthook = _end_by_ctrl_c
+
 import gc
 import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -14,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 # Before the imports that need a package: in a fresh checkout a sentence takes the place of a traceback.
+if sys.version_info < (3, 11):  # noqa: UP036
+    raise SystemExit(f"error: Python 3.{sys.version_info[1]} is not supported: take 3.11 to 3.14")
 if missing := [name for name in ("numpy", "PIL", "pydantic_settings", "dotenv", "requests", "tqdm")
                if find_spec(name) is None]:  # fmt: skip
     hint = "run `make demo` once and `source .venv/bin/activate`, or `pip install -r requirements.txt`"
@@ -58,7 +74,7 @@ def run_command(commands: dict[str, tuple[type[Form], Callable[[Any], None]]]) -
     except ModuleNotFoundError as error:
         _stop(f"{error}: run `pip install -r requirements.txt`", 1)
     except KeyboardInterrupt:
-        _stop("stopped by Ctrl-C; no file is half-written", 130)
+        _stop(STOPPED, 130)
     finally:
         gc.freeze()  # without it Python searches all of torch for garbage as it ends, for a second
 

@@ -5,6 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+SHOWN = 3  # names in a sentence
+SOCKS = (
+    "a SOCKS proxy is set in the environment: `pip install pysocks socksio`, or unset ALL_PROXY, HTTPS_PROXY "
+    "and HTTP_PROXY to go without it"
+)
+
 
 class InputError(ValueError):
     """The user's input cannot be used: the sentence says what, where and what to do. Exit status 2."""
@@ -12,6 +18,10 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """Something outside failed, such as the server: the sentence says what to do. Exit status 1."""
+
+
+class NotDownloadedError(RunError):
+    """A file of weights is not on this machine, and could not be downloaded. Exit status 1."""
 
 
 class OthersEndedError(BaseException):
@@ -38,6 +48,16 @@ def printable(text: str) -> str:
     'No\\\\x1b[2J'
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def listed(what: str, names: list[str]) -> str:
+    """Return what these names are, how many there are, and the first few.
+
+    >>> listed("unknown queries", ["a", "b", "c", "d"])
+    'unknown queries: 4 (a, b, c, …)'
+    """
+    shown = ", ".join(printable(name if len(name) <= 60 else f"{name[:59]}…") for name in names[:SHOWN])
+    return f"{what}: {len(names)} ({shown}{', …' * (len(names) > SHOWN)})"
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from inspect import get_annotations
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -27,7 +28,7 @@ from pydantic_settings import (
     SettingsError,
 )
 
-from retrieval.command_line import FormParser, help_of
+from retrieval.command_line import FormParser, choices_of, help_of
 from retrieval.errors import InputError, did_you_mean
 from retrieval.recipe import read_recipe
 
@@ -73,6 +74,7 @@ class Form(BaseSettings, metaclass=_FormClass):
     """
 
     refused: ClassVar[dict[str, str]] = {}  # flags of other scripts that this one cannot have, and why
+    flags_only: ClassVar[tuple[str, ...]] = ()  # settings that it does not take from the environment
     mistakes: ClassVar[tuple[str, ...]] = ()  # error messages about wrong edits
 
     model_config = SettingsConfigDict(
@@ -137,7 +139,7 @@ def _set_outside(form: type[Form], dotenv: dict[str, str | None]) -> dict[str, t
         field: (names[field.upper()], f"{field.upper()} in {place}")
         for place, names in ((".env", dotenv), ("the environment", os.environ))
         for field in form.model_fields
-        if field in IN_ENVIRONMENT and names.get(field.upper())
+        if field in IN_ENVIRONMENT and field not in form.flags_only and names.get(field.upper())
     }
 
 
@@ -211,12 +213,25 @@ def read_form(form: type[FormType], arguments: list[str], program: str | None = 
         origins |= {name: f"--{name}" for name in form.model_fields if {f"--{name}", f"--no-{name}"} & given}
         settings = form(_cli_settings_source=flags, **{name: value for name, (value, _) in recipe.items()})
     except SettingsError as error:
-        raise InputError(_flag_sentence(str(error), form)) from None
+        raise InputError(_flag_sentence(str(error), form, arguments)) from None
     except ValidationError as error:
         sentences = [_value_sentence(problem, arguments, origins, form) for problem in error.errors()]
         raise InputError("\nerror: ".join(sentences)) from None
     _log_overridden(settings, origins)
+    _warn_of_other_network(settings, recipe, origins)
     return settings
+
+
+def _warn_of_other_network(
+    settings: Form, recipe: dict[str, tuple[Any, str]], origins: dict[str, str]
+) -> None:
+    """Warn if a flag takes the place of the network for which the recipe's other settings were chosen."""
+    for name in ("model_type", "weights"):
+        if name in recipe and origins[name] == f"--{name}":
+            (chosen, origin), given = recipe[name], getattr(settings, name)
+            if str(given) != str(chosen):
+                log.warning("--%s %s wins over %s (%s), for which the recipe was chosen: nothing shows that "
+                            "its other settings help here", name, given, origin, chosen)  # fmt: skip
 
 
 def _log_overridden(settings: Form, origins: dict[str, str]) -> None:
@@ -229,17 +244,44 @@ def _log_overridden(settings: Form, origins: dict[str, str]) -> None:
             log.info("%s (%s) wins over the script's default for %s (%s)", origin, value, name, field.default)
 
 
-def _flag_sentence(problem: str, form: type[Form]) -> str:
+def _flag_sentence(problem: str, form: type[Form], arguments: list[str]) -> str:
+    problem = re.sub(r"ignored explicit argument .*", "a switch takes no value", problem)
     unknown = re.match(r"unrecognized arguments: ((--[^\s=]+)?.*)", problem)
     if not unknown:
         return f"{problem} (--help lists the flags)"
-    refused = form.refused.get((unknown[2] or "").removeprefix("--"))
-    if refused:
-        return f"{unknown[2]} is not for this script: {refused}"
-    if not unknown[2]:
-        return f"{unknown[1]} is neither a flag nor a flag's value: quote what has blanks (see --help)"
-    hint = did_you_mean(unknown[2].lower(), [f"--{name}" for name in form.model_fields])
-    return f"there is no flag {unknown[2]}{hint} (--help lists the flags)"
+    flag = unknown[2]
+    if not flag and (joined := _joined(unknown[1].split()[0], form, arguments)):
+        return f"{unknown[1]} is neither a flag nor a flag's value: write {joined}, without a blank"
+    if not flag:
+        return (
+            f"{unknown[1]} is neither a flag nor a flag's value: quote what has blanks, and give a switch no "
+            "value (see --help)"
+        )
+    name = flag.removeprefix("--")
+    if refused := form.refused.get(name.removeprefix("no-")):
+        return f"{flag} is not for this script: {refused}"
+    if f"no_{name}" in form.model_fields:
+        return f"there is no flag {flag}: it is the default, and --no_{name} undoes it"
+    switches = [name for name, field in form.model_fields.items() if field.default is False]
+    known = [f"--{name}" for name in form.model_fields]
+    known += [f"--no-{name}" for name in switches if not name.startswith("no_")]
+    # What begins with "no" asks for the opposite: --no_flip means --no-flip, and --report not --no_report.
+    alike = [name for name in known if name.startswith("--no") == flag.lower().startswith("--no")]
+    return f"there is no flag {flag}{did_you_mean(flag.lower(), alike)} (--help lists the flags)"
+
+
+def _joined(word: str, form: type[Form], arguments: list[str]) -> str:
+    """Return the flag before a surplus word with its values joined by commas; "" if it takes no such list."""
+    before = arguments[: arguments.index(word)] if word in arguments else []
+    places = [place for place, argument in enumerate(before) if argument.startswith("--")]
+    if not places:
+        return ""
+    first, *others = arguments[places[-1] :]
+    flag, *values = first.split("=", 1)
+    values += takewhile(lambda other: not other.startswith("--"), others)
+    field = form.model_fields.get(flag.removeprefix("--"))
+    takes_a_list = field and ("list[" in str(field.annotation) or any("," in c for c in choices_of(field)))
+    return f"{flag} {','.join(values)}" if takes_a_list else ""
 
 
 def _value_sentence(

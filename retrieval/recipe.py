@@ -25,7 +25,7 @@ def read_recipe(path: Path, known: Collection[str], refused: dict[str, str]) -> 
     """
     settings = _settings_in(path)
     for name in settings:
-        if name in refused:
+        if name in refused and name not in known:
             raise InputError(f"{name} in {path} is not for this script: {refused[name]}")
         if name not in known:
             raise InputError(f"{path} sets {name}, which is no setting{did_you_mean(name, IN_RECIPE)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -11,10 +13,10 @@ PAIRS_AT_ONCE = 2**22  # pairs of views that are compared at a time
 
 def supcon_loss(
     embeddings: Tensor,
-    labels: Tensor,
+    labels: Tensor | Sequence[int],
     temperature: float = 0.1,
     memory: Tensor | None = None,
-    memory_labels: Tensor | None = None,
+    memory_labels: Tensor | Sequence[int] | None = None,
 ) -> Tensor:
     """Return the supervised contrastive loss, L_out of Khosla et al. 2020 (eq. 2), a mean over the anchors.
 
@@ -22,33 +24,54 @@ def supcon_loss(
 
     `embeddings` (views, dimension) need not be of unit length: z are the normalised embeddings. `labels`
     (views,): P(i) are the other views with the label of i. If each image has a label of its own, this is
-    SimCLR's NT-Xent (Chen et al. 2020). `memory` (entries, dimension) with `memory_labels` are views of
-    earlier batches to compare with: no anchors, without a gradient (cross-batch memory, Wang et al. 2020).
+    SimCLR's NT-Xent (Chen et al. 2020). SupContrast's shapes are taken too: (images, views, dimension) with a
+    label per image. `memory` (entries, dimension) with `memory_labels` are views of earlier batches to
+    compare with: no anchors, without a gradient (cross-batch memory, Wang et al. 2020).
 
     An anchor without a positive is left out; if no anchor has a positive, the loss and its gradient are 0.
+    Embeddings in half precision are compared in float32, also inside autocast. SupContrast multiplies this
+    loss by τ/τ_base, 1.43 at its defaults for τ = 0.1; there is no such factor here. Raises ValueError for
+    embeddings and labels of other shapes.
 
     Three points on the circle, two of one label: each of the two sees the other at cosine 0 and the third at
     cosine −1 or 0, so that with τ = 1 the losses are log(1 + e⁻¹) and log(1 + 1), 0.5032 in the mean.
 
     >>> points = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
-    >>> round(supcon_loss(points, torch.tensor([0, 0, 1]), temperature=1.0).item(), 4)
+    >>> round(supcon_loss(points, [0, 0, 1], temperature=1.0).item(), 4)
     0.5032
     """
+    labels = torch.as_tensor(labels, device=embeddings.device)
+    if embeddings.ndim not in (2, 3) or labels.shape != embeddings.shape[:1]:
+        raise ValueError(
+            f"embeddings of shape {tuple(embeddings.shape)} and labels of shape {tuple(labels.shape)}: give "
+            "(views, dimension) with (views,), or (images, views, dimension) with (images,)"
+        )
+    if embeddings.ndim == 3:
+        labels = labels.repeat_interleave(embeddings.shape[1])
+        embeddings = embeddings.flatten(0, 1)
     if embeddings.dtype in (torch.float16, torch.bfloat16):
         embeddings = embeddings.float()
-    z = functional.normalize(embeddings)
-    memory = z[:0].detach() if memory is None else functional.normalize(memory.detach().to(z.dtype))
-    every = labels if memory_labels is None else torch.cat([labels, memory_labels])
+    memory = embeddings[:0] if memory is None else memory
+    if memory_labels is not None:
+        labels = torch.cat([labels, torch.as_tensor(memory_labels, device=labels.device)])
+    with torch.autocast(embeddings.device.type, enabled=False):
+        return _mean_loss(embeddings, memory.detach().to(embeddings.dtype), labels, temperature)
+
+
+def _mean_loss(embeddings: Tensor, memory: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Return the loss; `labels` (views + entries,) are those of the embeddings, then those of the memory."""
+    z, memory = functional.normalize(embeddings), functional.normalize(memory)
     # Σ_p z_i·z_p = z_i · (the sum over the class of i − z_i): only the denominator compares all pairs.
-    classes, of = torch.unique(every, return_inverse=True)
+    classes, of = torch.unique(labels, return_inverse=True)
     own = of[: len(z)]  # (views,) the row of each anchor's class
     positives = torch.bincount(of, minlength=len(classes))[own] - 1  # |P(i)|
     wide = z if z.device.type == "mps" else z.double()  # for sums of thousands; MPS has no float64
     sums = wide.new_zeros(len(classes), z.shape[1]).index_add(0, of, torch.cat([wide, memory.to(wide.dtype)]))
-    mean = ((wide * (sums[own] - wide)).sum(1) / (positives.clamp(min=1) * temperature)).to(z.dtype)
+    mean = (wide * (sums[own] - wide)).sum(1) / positives.clamp(min=1).to(wide.dtype) / temperature
     weights = (positives > 0).to(z.dtype)
     weights = weights / weights.sum().clamp(min=1)
-    return _LogSums.apply(z, memory, weights, temperature) - weights @ mean
+    loss = _LogSums.apply(z, memory, weights, temperature) - weights @ mean.to(z.dtype)
+    return loss.clamp(min=0)  # rounding may leave a difference of equal terms below 0
 
 
 class _LogSums(torch.autograd.Function):

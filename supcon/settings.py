@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from retrieval.backbones.zoo import ModelType
 from retrieval.settings import (
@@ -12,10 +12,12 @@ from retrieval.settings import (
     File,
     Folder,
     Form,
+    MeansSettings,
     NewFolder,
     PositiveAmount,
     PositiveInt,
     PositiveShare,
+    RetrievalSettings,
     Share,
     Side,
     Tracker,
@@ -28,6 +30,11 @@ Augmentation = Literal["gentle", "plain", "strong"]
 
 class TrainingSettings(Form):
     """More settings of the training."""
+
+    refused: ClassVar = dict.fromkeys(
+        [*RetrievalSettings.model_fields, *MeansSettings.model_fields],
+        "it is a flag of model_not_tuned.py and model_fine_tuned.py, which rank a gallery for each query",
+    ) | {"model_type": "here it is --model"}
 
     loss: Loss = "ce"
     """loss to train with
@@ -131,3 +138,10 @@ class LossSettings(Form):
     """scale of the cosines in a margin loss"""
     margin: PositiveAmount | None = None
     """margin: radians (arcface), cosine (cosface, proxy_anchor) or distance (triplet)"""
+
+
+# The flags of fine_tuning.py that the retrieval scripts refuse, and why.
+OF_TRAINING = dict.fromkeys(
+    [*TrainingSettings.model_fields, *OptimizerSettings.model_fields, *LossSettings.model_fields],
+    "it is a flag of fine_tuning.py, which trains a network for model_fine_tuned.py --weights FILE",
+)

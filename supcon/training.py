@@ -36,7 +36,16 @@ from supcon.checkpoints import BEST, BEST_EPOCH, CURVE, HISTORY
 from supcon.layers import share_of_rate
 from supcon.state import TrainingState, save
 from supcon.steps import StepInputs, planned_steps, step, with_views
-from supcon.validation import COLLAPSED, best_of, candidates, check_written, is_better, mixed, validate
+from supcon.validation import (
+    COLLAPSED,
+    best_of,
+    candidates,
+    check_written,
+    enough,
+    is_better,
+    mixed,
+    validate,
+)
 
 MANY_SKIPPED = 0.1  # share of an epoch's steps
 SAVE_EVERY = 300  # seconds
@@ -268,9 +277,12 @@ def choose(training: TrainingState) -> None:
     best = replace(training.tuned, network=copy.deepcopy(training.current.network))
     best.network.load_state_dict(kept["tuned"])
     found = candidates(training.validation, training.untuned, best)
-    chosen = best_of(found, progress.untuned, by_view=bool(training.validation.views))
+    chosen, reason = best_of(found, progress.untuned, by_view=bool(training.validation.views))
     log.info("%d ways to embed compared in %.1f s: %s is chosen", len(found),
              time.perf_counter() - started, chosen)  # fmt: skip
+    log.info("epoch %d scored %.0f with the tuned network alone; %s scores %.0f, and is chosen since %s",
+             kept["metrics"]["epoch"], found[0].metrics["score"], chosen, chosen.metrics["score"],
+             reason)  # fmt: skip
     network = best.network.state_dict()
     if chosen.embedding == MIXED:
         network = mixed(training.untuned, best, chosen.weight).network.state_dict()
@@ -298,10 +310,12 @@ def _log_before_and_after(untuned: dict[str, Any], tuned: dict[str, Any]) -> Non
     log.info("before: %s", in_words(untuned))
     log.info("after:  %s", in_words(tuned))
     if low <= 0:
+        images = len(tuned["points"])
+        more = f"about {enough(gain, low, images)} would tell if it stays so" if gain > 0 else "no gain"
         log.warning("NOT SHOWN TO BE BETTER THAN UNTUNED: %+.0f points [%+.0f, %+.0f] of 1000 on %d "
-                    "validation images. The result stays near the untuned network, which model_not_tuned.py "
-                    "runs as it is; more images or a smaller --lr may show more",
-                    gain, low, high, len(tuned["points"]))  # fmt: skip
+                    "validation images; %s. The result stays near the untuned network, which "
+                    "model_not_tuned.py runs as it is; more images or a smaller --lr may show more",
+                    gain, low, high, images, more)  # fmt: skip
 
 
 def recipe_of(

@@ -175,8 +175,10 @@ def check_written(file: Path, chosen: Candidate, validation: Validation, device:
                        f"{cosine:.3f}): do not use it, and report this")  # fmt: skip
 
 
-def best_of(found: list[Candidate], untuned: dict[str, Any], by_view: bool = False) -> Candidate:
+def best_of(found: list[Candidate], untuned: dict[str, Any], by_view: bool = False) -> tuple[Candidate, str]:
     """Choose both networks joined with λ = USUAL, unless validation shows another way to be better.
+
+    Return the choice and, in words, why it is chosen.
 
     Shown means that the 95 % interval of the difference lies above 0: several hundred images cannot tell most
     of the ways apart, and the highest of nine scores is high by chance too. If the choice is not shown to be
@@ -185,13 +187,35 @@ def best_of(found: list[Candidate], untuned: dict[str, Any], by_view: bool = Fal
     validation is `by_view`, as finding an image from a view of itself says little of other photographs.
     """
     joined = {candidate.weight: candidate for candidate in found if candidate.embedding == JOINED}
+    usual = joined[USUAL]
     best = max(found, key=lambda candidate: candidate.metrics["score"])
-    if not is_better(best.metrics, joined[USUAL].metrics):
-        best = joined[USUAL]
+    gain, (low, high) = compare(best.metrics["points"], usual.metrics["points"])
+    if low > 0:
+        reason = f"it is shown to be better than the default, {usual} (score {usual.metrics['score']:.0f})"
+    elif gain > 0:
+        shown = f"{gain:+.0f} [{low:+.0f}, {high:+.0f}] on {len(untuned['points'])} images"
+        reason = (f"it is the default, and {best} (score {best.metrics['score']:.0f}) may be higher by "
+                  f"chance: {shown}")  # fmt: skip
+        best = usual
+    else:
+        best, reason = usual, "it is the default, and no other way scores higher"
     if is_better(best.metrics, untuned):
-        return best
+        return best, reason
     lower = joined[CAREFUL].metrics["score"] < untuned["score"]
-    return joined[NEAREST if lower or by_view else CAREFUL]
+    reason = (f"it stays near the untuned network (score {untuned['score']:.0f}): {best} (score "
+              f"{best.metrics['score']:.0f}) is not shown to be better than that")  # fmt: skip
+    return joined[NEAREST if lower or by_view else CAREFUL], reason
+
+
+def enough(gain: float, low: float, images: int) -> int:
+    """Return about how many images would show a gain, of which `images` show the interval from `low` <= 0 on.
+
+    Its half-width falls with the root of their number: this is the number at which it equals the gain.
+
+    >>> enough(gain=12, low=-12, images=100)
+    400
+    """
+    return round(float(f"{images * ((gain - low) / gain) ** 2:.2g}"))
 
 
 def is_better(metrics: dict[str, Any], others: dict[str, Any]) -> bool:

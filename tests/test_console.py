@@ -3,8 +3,12 @@
 import errno
 import logging
 import os
+import re
+import runpy
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -131,6 +135,61 @@ def test_commands(monkeypatch, capsys):
         assert end.value.code == status
         said = capsys.readouterr()
         assert "one          A form with every kind" in said.out + said.err
+
+
+@pytest.mark.parametrize("script", ["model_not_tuned", "model_fine_tuned", "fine_tuning", "choose"])
+@pytest.mark.parametrize("module", ["retrieval.distributed", "pydantic_settings", "retrieval.settings"])
+def test_ctrl_c_while_a_script_imports_is_one_line(script, module, tmp_path):
+    """SIGINT comes as the import of the module begins."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        f"        if name == {module!r} and 'retrieval.console' in sys.modules:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt)\n"
+    )
+    ended = subprocess.run([sys.executable, ROOT / f"{script}.py", "--help"], cwd=tmp_path, text=True,
+                           capture_output=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (130, "")
+    assert ended.stderr == "error: stopped by Ctrl-C; no file is half-written\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["model_not_tuned", "model_fine_tuned", "fine_tuning", "choose"])
+def test_ctrl_c_at_any_moment_of_the_start_leaves_no_traceback(script, tmp_path):
+    """The clock starts where retrieval/console.py runs: before that only Python itself can answer."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Begin:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        if name == 'retrieval.distributed':\n"
+        "            print('begun', flush=True)\n"
+        "sys.meta_path.insert(0, Begin)\n"
+    )
+    folders = ["--train_dir=."] if script in ("fine_tuning", "choose") else []
+    folders += ["--query_dir=.", "--gallery_dir=."] if script != "fine_tuning" else []
+    command = [sys.executable, ROOT / f"{script}.py", "--device=cpu", *folders]
+    for seconds in (0.05, 0.1, 0.2, 0.4, 0.8, 1.6):
+        started = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   text=True, env=os.environ | {"PYTHONPATH": str(tmp_path)})  # fmt: skip
+        started.stdout.readline()
+        time.sleep(seconds)
+        started.send_signal(signal.SIGINT)
+        _, errors = started.communicate()
+        assert re.fullmatch("error: .*\n", errors)  # one line: the folder holds no images, or this:
+        assert (started.returncode == 130) == (
+            errors == "error: stopped by Ctrl-C; no file is half-written\n"
+        )
+
+
+@pytest.mark.parametrize("version", [(3, 8), (3, 9), (3, 10)])
+def test_an_old_python_is_a_sentence(version, monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (*version, 0, "final", 0))
+    with pytest.raises(
+        SystemExit, match=rf"^error: Python 3\.{version[1]} is not supported: take 3\.11 to 3\.14$"
+    ):
+        runpy.run_path(str(ROOT / "retrieval" / "console.py"))
 
 
 def test_a_reader_that_goes_away_is_no_noise(tmp_path):

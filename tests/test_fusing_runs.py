@@ -60,7 +60,10 @@ def test_weights_by_hand(runs, tmp_path):
     assert metrics["gain_over_best_run"] == pytest.approx(
         metrics["score"] - max(metrics["score_alone"].values())
     )
-    assert "python -m retrieval.submission results/fused/submission.json --server_url" in ended.stdout
+    assert (
+        f"python -m retrieval.submission {tmp_path}/results/fused/submission.json --server_url"
+        in ended.stdout
+    )
     (line,) = (tmp_path / "results/fused/runs.jsonl").read_text().splitlines()
     assert len(json.loads(line)["first"]) == 3 * PEOPLE
 

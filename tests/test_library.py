@@ -5,9 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
-from conftest import ROOT
+from conftest import ROOT, ranking_of
 from hub import lay_in_hub
 from huggingface_hub import constants
 from safetensors.torch import save_file
@@ -19,6 +20,7 @@ from retrieval.backbones.transform import Transform
 from retrieval.errors import InputError
 from retrieval.server.answer_key import key_of_folders
 from retrieval.server.serve import local_server
+from retrieval.submission.submission_file import write_submission
 
 URL = "http://HOST:3001/retrieval/"
 
@@ -93,6 +95,33 @@ def test_a_loaded_network_has_no_cache_since_its_weights_may_change(few, tmp_pat
         retrieval.embed(few / "query", mine, cache=tmp_path)
     assert retrieval.embed(few / "query", mine).vectors.shape == (8, 12)
     assert not network.training
+
+
+@pytest.mark.parametrize("wrong", ["data/query", None, [1, 0], np.eye(2, dtype=np.float32)])
+@pytest.mark.parametrize("side", [0, 1])
+def test_rank_says_what_it_takes(wrong, side):
+    sides = [retrieval.Embeddings(["x"], np.ones((1, 2), np.float32)) for _ in range(2)]
+    sides[side] = wrong
+    with pytest.raises(InputError, match="rank takes Embeddings, as embed returns them, and not "):
+        retrieval.rank(*sides)
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [
+    (("query", "dlib"), "embed takes a backbone, such as load_backbone('dlib'), and not 'dlib'"),
+    (("query", None), "embed takes a backbone, such as load_backbone('dlib'), and not None"),
+    ((["a.jpg"], None), "embed takes a folder, or a list of at least one image as find_images returns it, "
+                        "and not ['a.jpg']"),
+    (([], None), "and not []"), ((3, None), "and not 3"),
+])  # fmt: skip
+def test_embed_says_what_it_takes(arguments, sentence):
+    with pytest.raises(InputError) as refused:
+        retrieval.embed(*arguments)
+    assert str(refused.value).endswith(sentence)
+
+
+def test_a_path_to_submit_may_be_text(tmp_path):
+    path = write_submission(ranking_of({"q": ["a", "b"]}), "team", tmp_path)
+    assert retrieval.submit(str(path), "").sentence == retrieval.submit(path, "").sentence
 
 
 def test_readers_start_from_a_script_without_a_guard(tmp_path):

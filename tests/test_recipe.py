@@ -39,6 +39,25 @@ def test_flag_over_recipe_over_environment_over_dotenv_over_default(monkeypatch)
     assert read({}, "--recipe=unset").model_type == "efficientnet_lite1"
 
 
+@pytest.mark.parametrize(("script", "name", "chosen", "given"), [
+    ("model_not_tuned", "model_type", "dlib", "facenet"),
+    ("model_not_tuned", "model_type", "efficientnet_lite0", "timm:resnet18.a1_in1k"),
+    ("model_fine_tuned", "weights", "a.pth", "b.pth"),
+])  # fmt: skip
+def test_another_network_than_the_recipe_s_is_warned_of(script, name, chosen, given, caplog):
+    Path("a.pth").touch()
+    Path("b.pth").touch()
+    recipe = {name: chosen, "whiten": True}
+    read(recipe, script=script)
+    read(recipe, f"--{name}={chosen}", "--hubs=5", script=script)
+    assert not caplog.records
+    read(recipe, f"--{name}={given}", script=script)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"--{name} {given} wins over {name} in recipe.json ({chosen}), for which the recipe was chosen: "
+        "nothing shows that its other settings help here"
+    ]
+
+
 def test_each_setting_of_a_recipe_is_one_of_the_first_script():
     form = import_module("model_not_tuned").Settings
     assert set(IN_RECIPE) < set(form.model_fields)

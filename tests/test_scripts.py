@@ -168,14 +168,16 @@ def test_a_server_that_fails_loses_nothing(flat):
     assert ended.returncode == 1
     assert "error: the server answered 404 Not Found (check the URL" in ended.stderr
     assert "Traceback" not in ended.stderr
-    (again,) = re.findall(r"to send it again:\n    python (.*)$", ended.stderr, re.M)
+    (again,) = re.findall(r"to send it to the right URL:\n    cd .* python (.*)$", ended.stderr, re.M)
     assert (flat / "results" / "report.html").exists()
     assert metrics(flat / "results")["queries"] == 8
     assert (flat / "results" / "reply.txt").read_bytes() == b"<html><h1>Not Found</h1></html>"
     assert ledger(flat / "results")[0]["outcome"]["word"] == "failed"
     with Server(answer()) as better:
-        ended = run(*again.replace(server.url, better.url).split(), cwd=flat)
+        ended = run(*again.replace("http://HOST:3001/retrieval/", better.url).split(), cwd=flat)
     assert "the server's score: 698" in ended.stdout
+    assert metrics(flat / "results")["server_score"] == 698
+    assert "sent again as &#x27;Team AAA&#x27; on" in (flat / "results" / "report.html").read_text()
     runs = {line["script"]: line["outcome"]["word"] for line in ledger(flat / "results")}
     assert runs == {"model_not_tuned.py": "failed", "python -m retrieval.submission": "scored"}
 

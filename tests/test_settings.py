@@ -103,6 +103,21 @@ def test_a_dotenv_from_notepad():
         read()
 
 
+@pytest.mark.parametrize(("script", "arguments", "sentence"), [
+    ("fusion", "a b --mix 0.7 0.3", "0.3 is neither a flag nor a flag's value: write --mix 0.7,0.3, without"),
+    ("fusion", "a b --mix=0.7 0.2 0.1 --seed 1", "write --mix 0.7,0.2,0.1, without a blank"),
+    ("model_not_tuned", "--fuse clip=0.3 dlib=0.2", "write --fuse clip=0.3,dlib=0.2, without a blank"),
+    ("model_not_tuned", "--views flip scales", "write --views flip,scales, without a blank"),
+    ("choose", "--models dlib clip", "write --models dlib,clip, without a blank"),
+    ("model_not_tuned", "--group_name Team AAA", "AAA is neither a flag nor a flag's value: quote what has"),
+    ("model_not_tuned", "here --top_k 3", "here is neither a flag nor a flag's value: quote what has blanks"),
+])  # fmt: skip
+def test_a_list_with_blanks_is_told_its_commas(script, arguments, sentence):
+    form = import_module("retrieval.fusion" if script == "fusion" else script).Settings
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        read_form(form, arguments.split())
+
+
 def test_switches_take_no_value(monkeypatch):
     assert read("--custom_dataset").custom_dataset is True
     with pytest.raises(InputError, match="true is neither a flag nor"):

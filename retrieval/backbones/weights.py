@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from retrieval.errors import InputError, RunError
+from retrieval.errors import SOCKS, InputError, NotDownloadedError
 from retrieval.files import write_whole
 from retrieval.machine import require
 
@@ -64,7 +64,10 @@ class Download:
         return self.place() if os.path.isfile(self.place()) else None  # False, too, in a closed folder
 
     def fetch(self) -> Path:
-        """Return the file; download it first if need be, whole or not at all. Raises RunError if it fails."""
+        """Return the file; download it first if need be, whole or not at all.
+
+        Raises NotDownloadedError if that fails.
+        """
         file = self.place()
         if not os.path.isfile(file):
             log.info("downloading %s to %s", self.url, file.parent)
@@ -117,7 +120,10 @@ class OnHub:
         return next((file for file in map(self.place, self.names) if os.path.isfile(file)), None)
 
     def fetch(self) -> Path:
-        """Return the file; download it first if need be, whole or not at all. Raises RunError if it fails."""
+        """Return the file; download it first if need be, whole or not at all.
+
+        Raises NotDownloadedError if that fails.
+        """
         from huggingface_hub import hf_hub_url
         from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
@@ -159,15 +165,17 @@ def _check(digest: str, published: str) -> None:
         raise OSError("it is not the file that its publisher describes: its SHA-256 is another one")
 
 
-def _no_download(url: str, error: BaseException, by_hand: str) -> RunError:
+def _no_download(url: str, error: BaseException, by_hand: str) -> NotDownloadedError:
     reason = _reason(error)
-    return RunError(
+    return NotDownloadedError(
         f"{url} could not be downloaded ({reason}): fetch it on a machine with a network, and {by_hand}"
     )
 
 
 def _reason(error: BaseException) -> str:
     """Return the reason of a failed download. Its root cause is the same with each HTTP client."""
+    if "SOCKS" in str(error):  # of requests, and of the hub's client
+        return SOCKS
     root = error
     while cause := root.__cause__ or root.__context__:
         root = cause

@@ -206,12 +206,21 @@ def known_model_name(name: str) -> str:
 
     Whether timm has the model of timm:NAME is checked later, since timm takes seconds to import.
     """
-    if name not in PRETRAINED and name not in ALIASES and not re.fullmatch(r"timm:\S+", name):
-        hint = did_you_mean(name.lower(), [*PRETRAINED, *ALIASES])
+    if name in PRETRAINED or name in ALIASES or re.fullmatch(r"timm:\S+", name):
+        return name
+    if re.search("tuned|supcon", name.lower()) and not re.search(
+        "not|un", name.lower().partition("tuned")[0]
+    ):
         raise InputError(
-            f"there is no such backbone{hint} (model names: {', '.join(PRETRAINED)}, and timm:NAME)"
+            "a fine-tuned network is a file, not a name: `python fine_tuning.py --loss supcon` writes it, "
+            "and `python model_fine_tuned.py --weights FILE` runs it"
         )
-    return name
+    beginning = max((known for known in PRETRAINED if name.lower().startswith(known)), key=len, default="")
+    hint = did_you_mean(beginning or name.lower(), [*PRETRAINED, *ALIASES])
+    raise InputError(
+        f"there is no such backbone{hint or ';'} `python -m retrieval.backbones` lists the names, and "
+        "timm:NAME is any of timm's"
+    )
 
 
 ModelType = Annotated[str, AfterValidator(known_model_name)]

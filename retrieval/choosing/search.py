@@ -28,7 +28,7 @@ from retrieval.choosing.recipes import OFF, Recipe, Source, fusions, neighbours
 from retrieval.choosing.settings import check_send_first, source_of
 from retrieval.distributed import several
 from retrieval.embedding.cache import Cache
-from retrieval.errors import InputError, RunError
+from retrieval.errors import InputError, NotDownloadedError, RunError
 from retrieval.files import as_json, write_whole
 from retrieval.forms import Form
 from retrieval.records import Embeddings, Ranking
@@ -349,6 +349,8 @@ class Search:
 
     def _pass_over(self, source: Source, error: Exception) -> None:
         self.passed_over[str(source)] = str(error)
+        if isinstance(error, NotDownloadedError):  # the report has the whole sentence
+            error = f"its weights cannot be downloaded (python -m retrieval.backbones --fetch {source.model})"
         log.warning("%s is passed over: %s", source, error)
 
     # ---- what is kept

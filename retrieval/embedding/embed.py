@@ -73,6 +73,7 @@ def embed(
     of images without a face. Raises InputError if no image can be embedded; RunError if a single image does
     not fit into the GPU's memory, or a process that reads images was killed.
     """
+    _check_kinds(images, backbone)
     files = images if isinstance(images, list) else find_images(images)
     if cache is not None and not isinstance(cache, Cache):
         cache = Cache(Path(cache).expanduser())
@@ -85,6 +86,16 @@ def embed(
     report_notes(notes, len(files), kind)
     without_face = notes.without_face if backbone.backbone.transform.detects_faces else None
     return Embeddings([file.name for file in files], vectors, without_face, list(notes.damaged))
+
+
+def _check_kinds(images: object, backbone: object) -> None:
+    """Raise InputError unless these are images and a backbone, as embed takes them."""
+    are_files = isinstance(images, list) and images and all(isinstance(file, ImageFile) for file in images)
+    if not (are_files or isinstance(images, Path | str)):
+        raise InputError("embed takes a folder, or a list of at least one image as find_images returns it, "
+                         f"and not {images!r:.60}")  # fmt: skip
+    if not isinstance(backbone, Backbone | LazyBackbone | Runtime):
+        raise InputError(f"embed takes a backbone, such as load_backbone('dlib'), and not {backbone!r:.60}")
 
 
 def _lazy(backbone: Backbone | LazyBackbone, folder: Path | None) -> LazyBackbone:

@@ -45,7 +45,7 @@ from get_images import (
 )
 from retrieval.backbones.transform import ModelInput
 from retrieval.errors import RunError
-from retrieval.machine import cores, keep_freed_memory, local_world_size, memory
+from retrieval.machine import cores, keep_freed_memory, local_world_size, memory, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -302,6 +302,7 @@ def read_batches(
 
 
 def _reader_threads() -> ThreadPoolExecutor:
+    require("torch", "torch")  # a sentence, where the thread would print a traceback
     return ThreadPoolExecutor(cores(), initializer=use_one_thread)
 
 

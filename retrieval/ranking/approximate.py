@@ -18,7 +18,7 @@ import numpy as np
 
 from retrieval.distributed import gather
 from retrieval.errors import InputError
-from retrieval.ranking.exact import cosines_of, merge, rank
+from retrieval.ranking.exact import check_finite, cosines_of, merge, rank
 from retrieval.records import (
     UNREADABLE,
     Embeddings,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 SAMPLE = 200  # queries that are also ranked exactly, to measure the recall
 SEED = 0
+TIE = 1e-6  # cosines that differ by less may be in either order in float32
 TRAINING_IMAGES = 39  # for each cell: with fewer FAISS warns
 PROBED = 16  # the search probes at least this many cells, and at least a sixteenth of all
 NEIGHBOURS = 32  # edges of an image in the graph: the M of HNSW
@@ -60,20 +61,24 @@ def rank_by(
     share of the k nearest images that FAISS finds, measured on up to SAMPLE queries that are also ranked
     exactly; `index_seconds` and `search_seconds` are the times to build and to search the index.
 
-    FAISS's images are ordered by their exact cosines. Unreadable queries, and queries for which FAISS finds
-    too few images, are ranked exactly. The index holds the whole gallery in memory, 4 · dimension bytes for
-    each image; `hnsw` needs 8 · NEIGHBOURS bytes more for each.
+    FAISS's images are ordered by their exact cosines. Unreadable queries, queries for which FAISS finds too
+    few images, and queries whose image k + 1 ties with image k are ranked exactly, so that ties keep the
+    gallery's order. The index holds the whole gallery in memory, 4 · dimension bytes for each image; `hnsw`
+    needs 8 · NEIGHBOURS bytes more for each. Raises InputError where a vector holds NaN or infinity.
     """
     k = min(k, len(gallery.names))
     if search == "exact" or not k:
         return rank(queries, gallery, k, device), {}
+    for side in (queries, gallery):
+        check_finite(side)
     start = time.perf_counter()
     index = _build(search, gallery.vectors, k)
     built = time.perf_counter()
-    found = [index.search(np.ascontiguousarray(some), k)[1]  # rows of the gallery; -1: none
+    more = min(k + 1, len(gallery.names))  # one more than is wanted shows a tie
+    found = [index.search(np.ascontiguousarray(some), more)[1]  # rows of the gallery; -1: none
              for _, some in chunks(queries.vectors, rows_of_chunk(queries.vectors))]  # fmt: skip
     searched = time.perf_counter()
-    ranking, short = _exact_order(queries, gallery, np.concatenate(found))
+    ranking, short = _exact_order(queries, gallery, np.concatenate(found), k)
     exact = rank(queries.some(short), gallery, k, device)
     ranking.rows[short], ranking.cosines[short] = exact.rows, exact.cosines
     metrics = {"search_recall": _recall(queries, gallery, ranking, device)}
@@ -83,7 +88,9 @@ def rank_by(
         search, metrics["search_recall"], k, metrics["index_seconds"], metrics["search_seconds"],
     )  # fmt: skip
     if len(short):
-        log.info("%d queries for which the index found too few images were ranked exactly", len(short))
+        log.info(
+            "%d queries for which the index found too few images or ties were ranked exactly", len(short)
+        )
     return ranking, metrics
 
 
@@ -107,10 +114,12 @@ def merge_shards(
     return Ranking(ranking.queries, gallery.names, rows, cosines), merged
 
 
-def _exact_order(queries: Embeddings, gallery: Embeddings, found: np.ndarray) -> tuple[Ranking, np.ndarray]:
+def _exact_order(
+    queries: Embeddings, gallery: Embeddings, found: np.ndarray, k: int
+) -> tuple[Ranking, np.ndarray]:
     """Order the images that the index found by their float64 cosines, and ties by the gallery's order.
 
-    Return the ranking, and the rows of the queries for which it lacks images.
+    Return the ranking by the first k of them, and the rows of the queries for which it may lack images.
     """
     zeros = zero_rows(gallery.vectors)
     rows, cosines = np.empty_like(found), np.empty(found.shape)
@@ -119,12 +128,15 @@ def _exact_order(queries: Embeddings, gallery: Embeddings, found: np.ndarray) ->
         owners = np.repeat(np.arange(len(some)), found.shape[1])
         of_pairs = cosines_of(some, owners, gallery.vectors, found[part].ravel()).reshape(len(some), -1)
         of_pairs[np.isin(found[part], zeros)] = UNREADABLE
+        of_pairs[found[part] < 0] = UNREADABLE - 1  # none was found
         cosines[part], rows[part] = merge(of_pairs, found[part], found.shape[1])
-    short = (found < 0).any(axis=1)
+    short = (found[:, :k] < 0).any(axis=1)
+    if found.shape[1] > k:
+        short |= cosines[:, k - 1] - cosines[:, k] < TIE
     if len(zeros):  # FAISS ranks a row of zeros above an image with a negative cosine
-        short |= (cosines < 0).any(axis=1)
+        short |= (cosines[:, :k] < 0).any(axis=1)
     short = np.union1d(np.flatnonzero(short), zero_rows(queries.vectors))
-    return Ranking(queries.names, gallery.names, rows, cosines), short
+    return Ranking(queries.names, gallery.names, rows[:, :k].copy(), cosines[:, :k].copy()), short
 
 
 # ---- the indexes ----------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -35,12 +35,16 @@ def rank(queries: Embeddings, gallery: Embeddings, k: int = 10, device: Any = "c
     The ranking is exact: cosines are summed without rounding, and equal cosines keep the gallery's order. It
     is the same, bit for bit, on every `device`. Vectors that are not of unit length are divided by their
     length. Unreadable gallery images (rows of zeros) come last, and an unreadable query gets the gallery in
-    its order. Raises InputError where a vector holds NaN or infinity, or where queries and gallery differ in
-    dimension.
+    its order. Raises InputError where a vector holds NaN or infinity, where queries and gallery differ in
+    dimension, or where one of them is no Embeddings.
 
     Memory beyond the vectors and the result stays below 256 MiB for any number of images and k < 100 000. The
     gallery may be a numpy.memmap, which is read once.
     """
+    for side in (queries, gallery):
+        if not isinstance(side, Embeddings):
+            raise InputError(f"rank takes Embeddings, as embed returns them, and not {side!r:.60}: write "
+                             "rank(embed(queries, backbone), embed(gallery, backbone))")  # fmt: skip
     images = len(gallery.names)
     k = min(k, images)
     if not k or not queries.names:
@@ -147,10 +151,22 @@ def _unit(embeddings: Embeddings, start: int, vectors: np.ndarray, library: _Lib
     squares[library.put(zeros)] = 1
     wrong = library.xp.where(~((squares > 1e-30) & (squares < 1e30)))[0]
     if len(wrong):
-        raise InputError(f"the vector of {embeddings.names[start + int(wrong[0])]} holds NaN or infinity, or "
-                         "is too long or too short: look at what the network returns for it")  # fmt: skip
+        _refuse(embeddings.names[start + int(wrong[0])])
     squares[abs(squares - 1) < UNIT] = 1
     return vectors if (squares == 1).all() else vectors / squares[:, None] ** 0.5
+
+
+def check_finite(embeddings: Embeddings) -> None:
+    """Raise InputError where a vector holds NaN or infinity."""
+    for start, vectors in chunks(embeddings.vectors, rows_of_chunk(embeddings.vectors)):
+        wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if len(wrong):
+            _refuse(embeddings.names[start + int(wrong[0])])
+
+
+def _refuse(name: str) -> NoReturn:
+    raise InputError(f"the vector of {name} holds NaN or infinity, or is too long or too short: look at what "
+                     "the network returns for it")  # fmt: skip
 
 
 def _candidates(queries: Any, vectors: Any, zeros: np.ndarray, worst: Any, k: int, library: _Library) -> Any:

@@ -46,6 +46,13 @@ class Names(BaseModel):
     queries: list[str]
 
 
+class ResentLine(BaseModel):
+    """A line of a ledger that tells of a submission that was sent again, after its run."""
+
+    run: int | None = None  # the line of its run, from 1, if the ledger has it
+    accuracy: float | None = _within("outcome", "accuracy")  # the server's score
+
+
 class RunLine(BaseModel):
     """A line of a ledger. What the comparison does not need is ignored."""
 
@@ -134,16 +141,20 @@ def _ledgers_in(folder: Path) -> list[Path]:
 
 
 def _read_ledger(ledger: Path) -> list[RunLine]:
-    """Read the runs in a ledger. Skip a submission that was only sent again; skip a broken line and warn."""
-    runs = []
+    """Read the runs in a ledger, each with its latest score by the server. Warn of and skip a broken line."""
+    runs: dict[int, RunLine] = {}
     for number, line in enumerate(ledger.read_bytes().splitlines(), 1):
         if not line.strip():
             continue
         try:
             content = json.loads(line)
-            if isinstance(content, dict) and "metrics" not in content:  # a submission sent again
+            if isinstance(content, dict) and "metrics" not in content:
+                resent = ResentLine.model_validate(content)
+                if resent.run in runs and resent.accuracy is not None:
+                    scored = {"accuracy": resent.accuracy}
+                    runs[resent.run] = runs[resent.run].model_copy(update=scored)
                 continue
-            runs.append(RunLine.model_validate(content).model_copy(update={"ledger": ledger}))
+            runs[number] = RunLine.model_validate(content).model_copy(update={"ledger": ledger})
         except ValueError:  # no JSON, or pydantic's ValidationError
             log.warning("%s, line %d is not a line of a ledger and is skipped", ledger, number)
-    return runs
+    return list(runs.values())

@@ -15,11 +15,9 @@ from posixpath import basename
 import numpy as np
 
 from get_images import ImageFile, label_of
-from retrieval.errors import InputError, printable
+from retrieval.errors import InputError, listed
 from retrieval.metrics import UNSCORED, require_labels
 from retrieval.submission.protocol import NAMES_PER_QUERY
-
-SHOWN = 3  # names in a sentence
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,8 @@ def _identities(table: Path, images: set[str]) -> dict[str, str]:
     identities: dict[str, str] = {}
     for where, (name, identity) in read_pairs(table, "name", "identity"):
         if name not in images:
-            raise InputError(f"{where}: there is no query or gallery image {name}")
+            meant = next((f": write {image}" for image in images if name.endswith(f"/{image}")), "")
+            raise InputError(f"{where}: there is no query or gallery image {name}{meant}")
         if identities.setdefault(name, identity) != identity:
             raise InputError(f"{where}: {name} is {identities[name]} on an earlier line")
     return identities
@@ -126,13 +125,3 @@ def read_pairs(table: Path, *heads: str) -> Iterator[tuple[str, list[str]]]:
 
 def repeated(names: Iterable[str]) -> set[str]:
     return {name for name, count in Counter(names).items() if count > 1}
-
-
-def listed(what: str, names: list[str]) -> str:
-    """Return what these names are, how many there are, and the first few.
-
-    >>> listed("unknown queries", ["a", "b", "c", "d"])
-    'unknown queries: 4 (a, b, c, …)'
-    """
-    shown = ", ".join(printable(name if len(name) <= 60 else f"{name[:59]}…") for name in names[:SHOWN])
-    return f"{what}: {len(names)} ({shown}{', …' * (len(names) > SHOWN)})"

@@ -79,7 +79,8 @@ class SubmissionEndpoint:
 
     def _require_open(self) -> None:
         if self.rules.closed:
-            raise RefusedError(f"the competition closed at {moment(self.rules.closes_at)}", 403)
+            when = moment(self.rules.closes_at)
+            raise RefusedError(f"the competition closed at {when}: the leaderboard has the final scores", 403)
 
     def _owner(self, token: str) -> str:
         """Return the folded name of the group whose token this is; '' where anybody may submit."""
@@ -105,7 +106,12 @@ class SubmissionEndpoint:
         first_received, repeats = self.database.store(
             team, received, body, accuracy, public_accuracy, bytes(first.values())
         )
+        public = self.rules.public
+        overall = f" on the public share, {accuracy:.1f} over all queries" if public else ""
+        log.info("scored %r: %.1f of 1000%s%s", team, public_accuracy, overall, ", again" * (repeats > 0))
         reply = {"groupname": team, "accuracy": public_accuracy, "date": moment(first_received)}
+        if public:
+            reply["public_queries"] = len(public)
         if not self.rules.hide_scores:  # as the competition's server replies
             reply["scores"] = scores
         return reply | ({"repeat": True} if repeats else {})

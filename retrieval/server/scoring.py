@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from retrieval.errors import listed
 from retrieval.metrics import POINTS, competition_score, first_hit
-from retrieval.server.answer_key import AnswerKey, listed, repeated
+from retrieval.server.answer_key import AnswerKey, repeated
 from retrieval.server.group_names import folded
 from retrieval.submission.protocol import NAMES_PER_QUERY, SHAPE, is_list_of_names
 

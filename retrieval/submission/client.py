@@ -18,7 +18,7 @@ from urllib.parse import unquote_to_bytes, urljoin, urlsplit
 import requests
 from urllib3.exceptions import HTTPError, NewConnectionError, ReadTimeoutError
 
-from retrieval.errors import printable
+from retrieval.errors import SOCKS, printable
 from retrieval.files import write_whole
 from retrieval.run import Outcome, set_aside
 from retrieval.settings import Url, masked
@@ -27,6 +27,7 @@ from retrieval.submission.protocol import TOKEN
 
 LONGEST_WAIT = 120.0  # seconds that a server may ask the client to wait
 REDIRECTS = 3
+PROJECT = Path(__file__).resolve().parents[2]  # the folder that holds the package
 MOST_REPLY = 16 * 2**20  # bytes; a reply to 1455 queries has some 0.1 MB
 TOO_SLOW = "did not end its answer in time"
 
@@ -41,7 +42,7 @@ log = logging.getLogger("retrieval.sending")
 
 
 def send_submission(
-    path: Path,
+    path: Path | str,
     url: str,
     token: str = "",
     timeouts: tuple[float, float] = (10, 120),
@@ -57,6 +58,7 @@ def send_submission(
     says whether an earlier POST may have been counted. The returned outcome tells of every failure of the
     network or the server and of Ctrl-C: none of them raises.
     """
+    path = Path(path)
     if not url:
         what = f"{path} is not sent: set SERVER_URL or --server_url, or send it with"
         return Outcome("saved", f"{what}\n    {command_to_send(path)}")
@@ -66,7 +68,7 @@ def send_submission(
     _warn_of_folders(submission, url)
     log.info("sending %d queries to %s as %r, and waiting up to %g s for the answer",
              len(submission["images"]), url, submission["groupname"], timeouts[1])  # fmt: skip
-    fate, posting = NOTHING_SENT, False
+    fate, posting, url_is_wrong = NOTHING_SENT, False, False
     try:
         for attempt in range(retries + 1):
             posting = True
@@ -74,6 +76,7 @@ def send_submission(
             posting = False
             outcome = replace(outcome, sentence=printable(outcome.sentence))  # it holds the server's words
             fate = MAYBE_COUNTED if fate == MAYBE_COUNTED else fate_now
+            url_is_wrong = _is_wrong_url(outcome, fate_now, wait)
             if wait is None or attempt == retries:
                 break
             wait = max(backoff * 2**attempt, wait)
@@ -83,8 +86,8 @@ def send_submission(
         fate = MAYBE_COUNTED if posting else fate
         outcome = Outcome("interrupted", "stopped by Ctrl-C")
     if outcome.failed:
-        resend = f"{path} is saved; to send it again:\n    {command_to_send(path, url)}"
-        outcome = replace(outcome, sentence=f"{outcome.sentence}: {fate}.\n{resend}")
+        again = _how_to_resend(path, url, outcome, url_is_wrong)
+        outcome = replace(outcome, sentence=f"{outcome.sentence}: {fate}.\n{path} is saved; {again}")
     return outcome
 
 
@@ -105,8 +108,33 @@ def _is_loopback(host: str | None) -> bool:
 
 
 def command_to_send(path: Path, url: str = "http://HOST:3001/retrieval/") -> str:
-    """Return the command that sends a saved submission."""
-    return f"python -m retrieval.submission {shlex.quote(str(path))} --server_url {shlex.quote(url)}"
+    """Return the command that sends a saved submission, from any folder of this machine.
+
+    It goes to the current folder first, whose .env may set the token.
+    """
+    here = Path.cwd()
+    package = "" if here.resolve() == PROJECT else f"PYTHONPATH={shlex.quote(str(PROJECT))} "
+    file = shlex.quote(str(path.absolute()))
+    return (f"cd {shlex.quote(str(here))} && {package}python -m retrieval.submission {file} "
+            f"--server_url {shlex.quote(url)}")  # fmt: skip
+
+
+def _is_wrong_url(outcome: Outcome, fate: str, wait: float | None) -> bool:
+    """Return whether a failure is the URL's: another address is meant, or no attempt can get through."""
+    status = outcome.status or 0
+    return status in (404, 405) or 300 <= status < 400 or (fate == NOTHING_SENT and wait is None)
+
+
+def _how_to_resend(path: Path, url: Url, outcome: Outcome, url_is_wrong: bool) -> str:
+    """Return a command, and what it is for; it never repeats the URL or the token that was just refused."""
+    if outcome.status in (401, 403):
+        command = f"{command_to_send(path, url)} --group_token TOKEN"
+        return f"if the token was wrong, send it with the right one:\n    {command}"
+    if outcome.status == 404 and not url.endswith("/"):
+        return f"to send it to the same URL with a slash at its end:\n    {command_to_send(path, url + '/')}"
+    if url_is_wrong:
+        return f"to send it to the right URL:\n    {command_to_send(path)}"
+    return f"to send it again:\n    {command_to_send(path, url)}"
 
 
 def _post(
@@ -235,6 +263,8 @@ def _network_failure(error: Exception, url: Url, sent: bool, late: bool) -> tupl
             return f"{url} took the submission and did not answer in time", False
         case requests.exceptions.SSLError():
             return f"there is no secure connection to {url} ({cause}; is it http:// there?)", False
+        case requests.exceptions.InvalidSchema() if "SOCKS" in str(error):
+            return SOCKS, False
         case requests.exceptions.ProxyError():
             return f"the proxy in http_proxy or https_proxy failed ({cause})", True
         case requests.ConnectionError() if isinstance(wrapped, NewConnectionError):
@@ -266,7 +296,9 @@ def _read_reply(response: requests.Response, content: bytes, broken: str) -> Out
         return Outcome("failed", f"{answered}{kind}{hint}, {_excerpt(content)!r}", status=status)
     accuracy = _number(reply.get("accuracy"))
     if accuracy is not None:
-        sentence = f"the server's score: {accuracy:g} of 1000 (reply.txt holds its whole reply)"
+        public = reply.get("public_queries")  # of our own server, until the competition closes
+        share = f", on its {public} public queries only" if isinstance(public, int) else ""
+        sentence = f"the server's score: {accuracy:g} of 1000{share} (reply.txt holds its whole reply)"
         return Outcome("scored", sentence, accuracy, status)
     if "results" in reply:  # what an older server answered
         return Outcome("answered", f"the server's results: {_excerpt(content)}", status=status)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from retrieval.errors import InputError
+from retrieval.errors import InputError, listed
 from retrieval.files import as_json, write_whole
 from retrieval.records import Ranking
 from retrieval.run import SUBMISSION, set_aside
@@ -75,14 +77,58 @@ def check_submission(submission: Any) -> None:
 
 def read_submission(path: Path) -> dict[str, Any]:
     """Read a saved submission and check it. Raises FileNotFoundError, or InputError for any other file."""
-    try:
-        submission = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}): give the submission.json that a run wrote") from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder: give the submission.json in it") from None
+    submission = read_json(path)
     try:
         check_submission(submission)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     return submission
+
+
+def read_json(path: Path) -> Any:
+    """Read a file that may hold a submission. Raises as read_submission, but does not look at its shape."""
+    try:
+        return json.loads(path.read_bytes(), object_pairs_hook=_without_repeats)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({error}): give the submission.json that a run wrote") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder: give the submission.json in it") from None
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object of its pairs. Raises InputError for a name that stands in it twice."""
+    names = [name for name, _ in pairs]
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if twice:
+        raise InputError(f"{listed('names that stand twice', twice)}, and only one can count")
+    return dict(pairs)
+
+
+def faults_of(submission: Any, queries: Iterable[str], gallery: Iterable[str]) -> list[str]:
+    """Return a sentence for each kind of fault that a submission to these images has.
+
+    Without a fault, a server that knows the same images can score it.
+    """
+    match submission:
+        case {"groupname": str(group), "images": dict(images)} if len(submission) == 2:
+            pass
+        case _:
+            return [f"a submission looks like {SHAPE}"]
+    queries, gallery = dict.fromkeys(queries), set(gallery)
+    lists = {query: names for query, names in images.items() if is_list_of_names(names)}
+    length = min(NAMES_PER_QUERY, len(gallery))
+    unknown = dict.fromkeys(name for names in lists.values() for name in names if name not in gallery)
+    found = {
+        "missing queries": [query for query in queries if query not in images],
+        "queries that are not in the query folder": [query for query in images if query not in queries],
+        "queries without a list of names": [query for query in images if query not in lists],
+        f"queries that do not have {length} names":
+            [query for query, names in lists.items() if len(names) != length],
+        "queries that name an image twice":
+            [query for query, names in lists.items() if len(set(names)) < len(names)],
+        "names that are not in the gallery folder": list(unknown),
+    }  # fmt: skip
+    nameless = [] if group.strip() else ["there is no group name: give --group_name NAME when you send it"]
+    return nameless + [listed(what, names) for what, names in found.items() if names]

@@ -6,6 +6,7 @@ import time
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import requests
 from conftest import Server
 from huggingface_hub import constants
 
@@ -62,6 +63,21 @@ def test_a_download_comes_once_whole_and_checked(tmp_path, site):
         Download(f"{url}/other.pth", lambda: here).fetch()
     with pytest.raises(RunError, match="could not be downloaded"):
         Download("http://127.0.0.1:9/gone.pth", lambda: here).fetch()
+
+
+@pytest.mark.parametrize("proxy", ["socks4", "socks5", "socks5h"])
+def test_a_socks_proxy_without_its_package_is_a_sentence(proxy, monkeypatch, tmp_path):
+    def without_the_package(*_, **__):  # as requests does
+        raise requests.exceptions.InvalidSchema("Missing dependencies for SOCKS support.")
+
+    monkeypatch.setattr(requests.adapters, "SOCKSProxyManager", without_the_package)
+    monkeypatch.setenv("http_proxy", f"{proxy}://127.0.0.1:9")
+    url, advice = (
+        "http://example.org/net.pth",
+        r"\(a SOCKS proxy is set .*: `pip install pysocks socksio`, or unset",
+    )
+    with pytest.raises(RunError, match=f"{url} could not be downloaded {advice}"):
+        Download(url, lambda: tmp_path).fetch()
 
 
 def test_a_download_that_breaks_off_leaves_nothing(tmp_path):

@@ -355,8 +355,14 @@ def test_an_unknown_word_is_a_sentence_with_the_nearest():
         "efficientnet-lite": "did you mean efficientnet_lite",
         "face_net": "did you mean facenet",
         "resnet": "did you mean resnet50",
-        "zzzz": "model names: efficientnet_lite0",
+        "zzzz": "there is no such backbone; `python -m retrieval.backbones` lists the names",
         "DLIB": "did you mean dlib",
+        "clip-vit-b32": r"did you mean clip\?",
+        "dinov2_vitb14": r"did you mean dinov2\?",
+        "facenet-not-tuned": r"did you mean facenet\?",
+        "supcon-tuned": "a file, not a name: .* `python model_fine_tuned.py --weights FILE` runs it",
+        "simclr-tuned": "a file, not a name",
+        "facenet_fine_tuned": "a file, not a name",
         "timm:": "and timm:NAME",
     }.items():
         with pytest.raises(InputError, match=hint):

@@ -197,7 +197,7 @@ def test_ctrl_c_keeps_the_submission_and_says_how_to_go_on(here):
     said, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "results/submission.json is valid, by efficientnet_lite0" in said
-    assert "python -m retrieval.submission results/submission.json --server_url http://HOST" in said
+    assert f"python -m retrieval.submission {here}/results/submission.json --server_url http://HOST" in said
     assert (
         "would search anew, with vectors from the cache, and move this submission to results/earlier" in said
     )

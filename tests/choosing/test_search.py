@@ -17,8 +17,9 @@ from retrieval.choosing.evidence import Evidence
 from retrieval.choosing.networks import Clock, Networks
 from retrieval.choosing.recipes import Recipe, Source
 from retrieval.choosing.search import Search
+from retrieval.choosing.settings import source_of
 from retrieval.embedding.embed import Notes
-from retrieval.errors import InputError, RunError
+from retrieval.errors import InputError, NotDownloadedError, RunError
 from retrieval.ranking.means import Means
 from retrieval.submission.submission_file import read_submission
 
@@ -204,6 +205,18 @@ def test_if_the_first_network_fails_the_next_is_the_plain_way(tmp_path, caplog):
     assert search.passed_over == {"bad": "bad fails at the gallery images", "faces": "it looks for faces"}
     assert json.loads((tmp_path / "recipe.json").read_bytes())["passed_over"] == search.passed_over
     assert "bad is passed over: bad fails at the gallery images" in caplog.text
+
+
+@pytest.mark.parametrize("model", ["facenet", "clip:base", "clip@loose"])
+def test_weights_that_cannot_be_downloaded_are_a_short_warning_and_a_whole_sentence_in_the_recipe(
+    model, tmp_path, caplog
+):
+    search, whole = search_of(tmp_path, MadeUp(good=0.4)), "https://a/b.pth could not be downloaded: put it …"
+    search._pass_over(source_of(model), NotDownloadedError(whole))
+    assert search.passed_over == {model: whole}
+    (record,) = caplog.records
+    fetch = f"python -m retrieval.backbones --fetch {model.partition('@')[0]}"
+    assert record.getMessage() == f"{model} is passed over: its weights cannot be downloaded ({fetch})"
 
 
 def test_if_all_fail_nothing_is_written(tmp_path):

@@ -49,17 +49,35 @@ def test_flat_finds_what_exact_finds(clustered, caplog):
     )
 
 
-def test_of_copies_flat_may_take_others_which_are_no_worse():
+@pytest.mark.parametrize("search", ["flat", "ivf", "hnsw"])
+@pytest.mark.parametrize("copies", [2, 11, 50])
+def test_ties_keep_the_gallerys_order(search, copies):
+    """Rows 0, 40, 80 … are copies of one image, and so on."""
     random = np.random.default_rng(1)
-    gallery = embeddings(np.repeat(random.normal(size=(40, 16)), 50, axis=0), "g")
-    queries = embeddings(random.normal(size=(30, 16)), "q")
-    ranking, metrics = rank_by("flat", queries, gallery)
-    kind = {name: row // 50 for row, name in enumerate(gallery.names)}
-    found = ranking.names()
-    for query, names in rank(queries, gallery).names().items():
-        assert len(set(found[query])) == 10
-        assert [kind[name] for name in found[query]] == [kind[name] for name in names]
+    gallery = embeddings(np.tile(random.normal(size=(40, 16)), (copies, 1)), "g")
+    queries = embeddings(np.vstack([gallery.vectors[:5], random.normal(size=(25, 16))]), "q")
+    ranking, metrics = rank_by(search, queries, gallery)
+    assert ranking.names()["q0"][: min(copies, 10)] == [f"g{40 * n}" for n in range(min(copies, 10))]
+    if search == "flat" or copies > 10:  # all of the best ten are copies of each other
+        assert same(ranking, rank(queries, gallery))
     assert metrics["search_recall"] == 1
+
+
+def test_an_image_that_an_index_has_not_found_is_none_of_the_best():
+    """-1 stands for it, which as a row would be the last image of the gallery, here the best one."""
+    gallery = embeddings([[1, 2], [1, 3], [1, 0]], "g")
+    ranking, short = approximate._exact_order(embeddings([[1, 0]], "q"), gallery, np.array([[0, 1, -1]]), k=2)
+    assert (ranking.rows.tolist(), short.tolist()) == ([[0, 1]], [])
+
+
+@pytest.mark.parametrize("search", ["exact", "flat", "ivf", "hnsw"])
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("side", [0, 1])
+def test_no_search_ranks_by_nan_or_infinity(clustered, search, wrong, side):
+    sides = [Embeddings(each.names, each.vectors[:].copy()) for each in clustered]
+    sides[side].vectors[3, 5] = wrong
+    with pytest.raises(InputError, match=f"the vector of {'qg'[side]}3 holds NaN or infinity"):
+        rank_by(search, *sides)
 
 
 @pytest.mark.parametrize("search", ["ivf", "hnsw"])
@@ -112,7 +130,7 @@ def test_what_the_cells_do_not_hold_is_ranked_exactly(clustered, monkeypatch, ca
     monkeypatch.setattr(approximate, "PROBED", 1)
     ranking, _ = rank_by("ivf", *clustered, k=1000)
     assert {len(set(rows)) for rows in ranking.rows.tolist()} == {1000}
-    assert "queries for which the index found too few images were ranked exactly" in caplog.text
+    assert "queries for which the index found too few images or ties were ranked exactly" in caplog.text
 
 
 def test_a_small_gallery_has_few_cells():

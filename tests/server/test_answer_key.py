@@ -41,6 +41,13 @@ def test_a_table_that_is_none_says_where(tmp_path, sentence):
     assert sentence in str(refused.value)
 
 
+@pytest.mark.parametrize("name", ["query/1.jpg", "gallery/2.jpg", "data/test/gallery/2.jpg"])
+def test_a_name_with_the_images_folder_is_told_how_to_be_written(tmp_path, name):
+    (tmp_path / "answers.csv").write_text(f"name,identity\n{name},Ann\n")
+    with pytest.raises(InputError, match=f"line 2: .*image {name}: write {Path(name).name}$"):
+        key_of_table(tmp_path / "answers.csv", image_files(["1.jpg"]), image_files(["2.jpg"]))
+
+
 def test_a_name_of_a_query_and_a_gallery_image_can_have_no_line():
     with pytest.raises(InputError, match=r"rename 1\.jpg"):
         key_of_table(Path("none.csv"), image_files(["1.jpg"]), image_files(["1.jpg"]))

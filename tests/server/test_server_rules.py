@@ -17,6 +17,7 @@ from test_database import limit
 from retrieval.errors import InputError
 from retrieval.server import endpoint
 from retrieval.server.rules import read_tokens
+from retrieval.submission.client import send_submission
 
 STRANGE = [
     "<script>hacked=1</script>",
@@ -122,20 +123,46 @@ def test_an_end_and_a_public_share(serve, folder):
         right = [name for name in public if name.endswith("0.jpg")]  # at rank 1
         partly = (600 * len(right) + 400 * 4) / 4
         assert told["accuracy"] == partly != 600
-        assert len(told["scores"]["right10"]) == 4
+        assert len(told["scores"]["right10"]) == told["public_queries"] == 4
         assert post(address, body_of()).json() == told | {"repeat": True}
         assert table(address)[0][2] == str(partly)
         assert f"{partly:.1f}" in requests.get(f"{address}submissions/Team%20A").text
         assert "public share" in requests.get(address).text
         now[0] += timedelta(minutes=1)
-        late = post(address, body_of("late"))
-        assert late.status_code == 403
-        assert late.text.startswith("the competition closed at 2026-06-01 ")
+        for late in (body_of("late"), body_of(), body_of(shift=1)):  # the second was answered before
+            closed = post(address, late)
+            assert closed.status_code == 403
+            assert closed.text.startswith("the competition closed at 2026-06-01 ")
+            assert closed.text.endswith(": the leaderboard has the final scores")
         assert table(address)[0][2] == "600.0"
         assert "600.0" in requests.get(f"{address}submissions/Team%20A").text
         page = requests.get(address).text
         assert "final scores" in page
         assert "public share" not in page
+
+
+@pytest.mark.parametrize(("public", "share"), [
+    (None, ""), (("a/qa0.jpg",), " on the public share, 600.0 over all queries"),
+    (("b/qb0.jpg", "c/qc0.jpg"), " on the public share, 600.0 over all queries"),
+])  # fmt: skip
+def test_each_scored_submission_is_a_line_of_the_log(serve, caplog, public, share):
+    """Every third query is right at rank 1, so all are worth 600; those that end in 0 are worth 1000."""
+    caplog.set_level("INFO", "retrieval.server")
+    with serve(public=public) as address:
+        for group in ("Team A", "Team A", "b\x1b"):
+            post(address, body_of(group))
+    score = "1000.0" if public else "600.0"
+    line = f"scored 'Team A': {score} of 1000{share}"
+    assert caplog.messages[:2] == [line, f"{line}, again"]
+    assert caplog.messages[2].startswith("refused with 422")
+
+
+@pytest.mark.slow
+def test_the_script_says_that_a_score_is_of_a_public_share(serve, tmp_path):
+    (tmp_path / "submission.json").write_text(json.dumps(body_of()))
+    with serve(public=("a/qa0.jpg", "b/qb0.jpg", "b/qb1.jpg")) as address:
+        outcome = send_submission(tmp_path / "submission.json", f"{address}retrieval/")
+    assert outcome.sentence.startswith("the server's score: 800 of 1000, on its 3 public queries only (")
 
 
 def test_scores_can_be_hidden(serve):

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import pytest
+import requests
 from conftest import Server, answer
 from test_client import quiet, send
 
@@ -30,6 +31,17 @@ def test_no_broken_network_costs_a_submission_or_tells_a_lie():
             zip(kinds, pool.map(lambda kind: attempt(kind, random.Random(kind)), kinds), strict=True)
         )
     assert {kind: sentences for kind, sentences in broken.items() if sentences} == {}
+
+
+@pytest.mark.parametrize("proxy", ["socks4", "socks5", "socks5h"])
+def test_a_socks_proxy_without_its_package_is_a_sentence(proxy, saved, monkeypatch):
+    def without_the_package(*_, **__):  # as requests does
+        raise requests.exceptions.InvalidSchema("Missing dependencies for SOCKS support.")
+
+    monkeypatch.setattr(requests.adapters, "SOCKSProxyManager", without_the_package)
+    monkeypatch.setenv("http_proxy", f"{proxy}://127.0.0.1:9")
+    sentence = send(saved, "http://example.org/retrieval/").sentence
+    assert sentence.startswith("a SOCKS proxy is set in the environment: `pip install pysocks socksio`")
 
 
 def raw(start, line=b""):
@@ -91,7 +103,7 @@ def test_an_answer_that_is_no_http_may_have_been_counted(saved, head):
 
 
 def test_a_password_in_the_url_is_used_and_shown_nowhere(saved, caplog):
-    with Server(answer(500, b"oops"), answer(404)) as server:
+    with Server(answer(500, b"oops"), answer(422)) as server:
         outcome = send(saved, server.url.replace("://", "://team:%C3%BC@"), retries=1)
     assert [headers["Authorization"] for _, _, headers, _ in server.received] == ["Basic dGVhbTrDvA=="] * 2
     shown = outcome.sentence + caplog.text

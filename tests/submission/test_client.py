@@ -82,11 +82,19 @@ def test_replies_without_a_score_fail_with_a_sentence_and_are_sent_once(saved, b
         outcome = send(saved, server.url)
     assert outcome.failed
     assert sentence in outcome.sentence
-    assert (
-        f"to send it again:\n    python -m retrieval.submission {saved} --server_url {server.url}"
-        in outcome.sentence
-    )
+    assert f"{saved} is saved; " in outcome.sentence
+    assert f"python -m retrieval.submission {saved} --server_url http" in outcome.sentence
     assert len([request for request in server.received if request[0] == "POST"]) == 1
+
+
+@pytest.mark.parametrize(("more", "share"), [
+    ("", ""), (', "public_queries": 90', ", on its 90 public queries only"), (', "public_queries": null', ""),
+    (', "public_queries": "<b>"', ""),
+])  # fmt: skip
+def test_a_score_of_a_public_share_says_so(saved, more, share):
+    with Server(answer(200, f'{{"accuracy": 698.0{more}}}'.encode())) as server:
+        outcome = send(saved, server.url)
+    assert outcome.sentence == f"the server's score: 698 of 1000{share} (reply.txt holds its whole reply)"
 
 
 @pytest.mark.parametrize("reply", [
@@ -353,10 +361,7 @@ def test_a_proxy_that_is_not_there_is_named(saved, monkeypatch):
 def test_without_a_server_it_is_only_saved(saved):
     outcome = send(saved, "")
     assert (outcome.word, outcome.failed) == ("saved", False)
-    assert (
-        "is not sent: set SERVER_URL or --server_url, or send it with\n    python -m retrieval.submission"
-        in outcome.sentence
-    )
+    assert "is not sent: set SERVER_URL or --server_url, or send it with\n    cd " in outcome.sentence
 
 
 def test_a_reply_that_cannot_be_kept_hides_no_score(saved, caplog):

@@ -130,6 +130,83 @@ def test_few_digits_and_a_low_temperature_give_what_many_digits_give(dtype, clos
     assert gradient.abs().max() < 1e-4
 
 
+def equation_2(embeddings, labels, temperature):
+    """Return L_out of Khosla et al. 2020, eq. 2, in float64, with the whole matrix of cosines."""
+    z = functional.normalize(embeddings.double())
+    s = (z @ z.T / temperature).fill_diagonal_(-math.inf)
+    same = (labels[:, None] == labels) & ~torch.eye(len(z), dtype=torch.bool)
+    log_p = s - s.logsumexp(1, keepdim=True)
+    anchors = same.any(1)  # those with a positive
+    return (-log_p.where(same, 0).sum(1)[anchors] / same.sum(1)[anchors]).mean()
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.1, 0.3])  # each is rounded by float32
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_in_float64_value_and_gradient_have_the_digits_of_float64(temperature, seed):
+    random = torch.Generator().manual_seed(seed)
+    embeddings = torch.randn(20, 8, dtype=torch.float64, generator=random)
+    labels = torch.randint(0, 6, (20,), generator=random)
+    ours = value_and_gradient(supcon_loss, embeddings, labels, temperature)
+    wanted = value_and_gradient(equation_2, embeddings, labels, temperature)
+    for a, b in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [0.01, 0.03, 0.07])
+def test_the_loss_is_never_negative(temperature, dtype):
+    """Two classes far apart, two views each: the loss is exp(−1/τ), and rounding alone decides its sign."""
+    random = torch.Generator().manual_seed(0)
+    for spread in (0, 1e-6, 1e-3, 1e-2):
+        embeddings = torch.eye(2, 8).repeat(2, 1) + spread * torch.randn(4, 8, generator=random)
+        assert supcon_loss(embeddings.to(dtype), [0, 1, 0, 1], temperature) >= 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_inside_autocast_the_loss_is_that_of_float32(dtype):
+    random = torch.Generator().manual_seed(0)
+    embeddings, labels = torch.randn(24, 16, generator=random), torch.arange(6).repeat(4)
+    weights = torch.randn(16, 8, generator=random)
+
+    def inside(embeddings, labels, *more):
+        with torch.autocast("cpu", dtype):
+            return supcon_loss(embeddings, labels, 0.07, *more)
+
+    memory = torch.randn(10, 16, generator=random), torch.arange(10)
+    for more in ((), memory):
+        ours = value_and_gradient(inside, embeddings, labels, *more)
+        wanted = value_and_gradient(supcon_loss, embeddings, labels, 0.07, *more)
+        assert torch.equal(ours[0], wanted[0])
+        assert torch.equal(ours[1], wanted[1])
+    with torch.autocast("cpu", dtype):
+        half = embeddings @ weights  # a layer inside autocast gives half precision
+        value = supcon_loss(half, labels, 0.07)
+    assert half.dtype == dtype
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.double(), equation_2(half, labels, 0.07), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("images", "views"), [(5, 1), (6, 2), (4, 3)])
+def test_the_shapes_of_supcontrast_are_taken(images, views):
+    random = torch.Generator().manual_seed(images)
+    embeddings = torch.randn(images, views, 8, generator=random)
+    labels = torch.arange(images) % 3
+    flat, of_each_view = embeddings.flatten(0, 1), labels.repeat_interleave(views)
+    wanted = equation_2(flat, of_each_view, 0.1).float()
+    for given in (labels, labels.tolist(), labels.numpy()):
+        torch.testing.assert_close(supcon_loss(embeddings, given), wanted)
+    for given in (of_each_view, of_each_view.tolist(), tuple(of_each_view.tolist())):
+        torch.testing.assert_close(supcon_loss(flat, given), wanted)
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels"), [((4, 8), [0, 1]), ((4, 2, 8), [0, 1] * 4), ((4,), [0] * 4), ((4, 2, 2, 8), [0] * 4)]
+)
+def test_other_shapes_are_a_sentence(shape, labels):
+    with pytest.raises(ValueError, match=r"give \(views, dimension\) with \(views,\), or \(images, v"):
+        supcon_loss(torch.ones(shape), labels)
+
+
 def test_the_matrix_of_all_pairs_is_never_made():
     """The plain way has several of 4096 × 4096 numbers, 67 MB each; no tensor of ours comes near one."""
     embeddings = torch.randn(4096, 16, generator=torch.Generator().manual_seed(0), requires_grad=True)

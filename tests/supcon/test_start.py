@@ -147,7 +147,7 @@ def test_a_vit_is_tuned_at_a_smaller_size_and_embeds_again(
     create = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda *a, **k: create(*a, **({"depth": 1} | k)))
     monkeypatch.setattr(
-        training, "best_of", lambda found, *_, **__: next(c for c in found if c.embedding == embedding)
+        training, "best_of", lambda found, *_, **__: next((c, "") for c in found if c.embedding == embedding)
     )
     torch.manual_seed(0)
     network = timm.create_model(PRETRAINED[model].network.args[0])

@@ -20,7 +20,6 @@ from supcon import state, steps, training
 from supcon.batches import Split, find_and_split
 from supcon.checkpoints import open_folder
 from supcon.start import load_start
-from supcon.validation import Candidate, best_of
 from supcon.variants import VARIANTS, choices_of
 
 
@@ -136,7 +135,7 @@ def test_whatever_embedding_is_chosen_the_checkpoint_has_the_score_of_the_choice
     run = begun(settings)
     training.fit(run)
     monkeypatch.setattr(
-        training, "best_of", lambda found, *_, **__: next(c for c in found if c.embedding == embedding)
+        training, "best_of", lambda found, *_, **__: next((c, "") for c in found if c.embedding == embedding)
     )
     training.choose(run)
     recipe, _, _ = read_fine_tuned(settings.save_dir / "fine_tuned_model.pth")
@@ -144,24 +143,6 @@ def test_whatever_embedding_is_chosen_the_checkpoint_has_the_score_of_the_choice
     figures = validate(run.validation, load_fine_tuned(settings.save_dir / "fine_tuned_model.pth", "cpu"))
     figures["mean_cosine"] = pytest.approx(figures["mean_cosine"], abs=1e-5)
     assert recipe.metrics["tuned"] == training.without_points(figures)
-
-
-def test_the_usual_way_to_embed_gives_way_to_what_is_shown_to_be_better():
-    def candidate(embedding, weight, right):
-        points = [1000] * right + [0] * (100 - right)
-        return Candidate(embedding, weight, {"score": 10.0 * right, "points": points}, torch.empty(0))
-
-    untuned = candidate("", 0, 50).metrics
-    nearest, careful = candidate(JOINED, 0.25, 55), candidate(JOINED, 0.5, 60)
-    usual, tuned = candidate(JOINED, 2.0, 80), candidate(ALONE, 1.0, 82)
-    others = [nearest, careful, usual]
-    assert best_of([tuned, *others], untuned) is usual  # two of a hundred show nothing
-    better = candidate(ALONE, 1.0, 95)
-    assert best_of([better, *others], untuned) is better
-    assert best_of([nearest, careful, candidate(JOINED, 2.0, 61)], candidate("", 0, 59).metrics) is careful
-    assert best_of([better, *others], candidate("", 0, 94).metrics) is nearest
-    shown = [nearest, careful, candidate(JOINED, 2.0, 61)]
-    assert best_of(shown, candidate("", 0, 59).metrics, by_view=True) is nearest
 
 
 def test_a_training_that_came_to_its_end_is_not_chosen_from_twice(tiny, tmp_path, caplog):
@@ -186,7 +167,7 @@ def test_tuned_no_better_than_untuned_is_said_loudly_and_stays_near_it(tiny, tmp
     with caplog.at_level(logging.WARNING):
         training.choose(run)
     assert "NOT SHOWN TO BE BETTER THAN UNTUNED: " in caplog.text
-    assert "of 1000 on 8 validation images. The result stays near the untuned network" in caplog.text
+    assert "of 1000 on 8 validation images; no gain. The result stays near the untuned network" in caplog.text
     recipe, _, _ = read_fine_tuned(settings.save_dir / "fine_tuned_model.pth")
     assert (recipe.embedding, recipe.weight) == ("untuned + tuned", 0.5)  # near it: as good, not better
 
@@ -303,7 +284,7 @@ def test_a_file_that_does_not_embed_as_it_was_chosen_is_refused(embedding, tiny,
         training, "write_fine_tuned", lambda *arguments: real(*arguments[:2], untuned, arguments[3])
     )
     monkeypatch.setattr(
-        training, "best_of", lambda found, *_, **__: [c for c in found if c.embedding == embedding][-1]
+        training, "best_of", lambda found, *_, **__: [(c, "") for c in found if c.embedding == embedding][-1]
     )
     with pytest.raises(RunError, match=r"fine_tuned_model\.pth does not embed as .*a cosine of 0\.[0-9]+"):
         training.choose(run)
