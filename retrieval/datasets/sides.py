@@ -91,11 +91,11 @@ def _last(folder: str) -> str:
 def _choose(side: str, folders: list[str], source: Path) -> str | None:
     """Return the folder of a side, or None. Raises InputError if two are equally likely."""
 
-    def rank(folder: str) -> tuple[bool, int]:
+    def _rank(folder: str) -> tuple[bool, int]:
         above = folder.lower().split("/")[:-1]
         return side != TRAIN and above[-1:] != ["test"], len(above)
 
-    best = [folder for folder in folders if rank(folder) == min(map(rank, folders))]
+    best = [folder for folder in folders if _rank(folder) == min(map(_rank, folders))]
     if len(best) > 1:
         raise InputError(
             f"{source} holds {len(best)} folders that may be {side}/, {', '.join(sorted(best)[:5])}: unpack "

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import zipfile
 
 import numpy as np
@@ -281,31 +280,6 @@ def test_the_folders_may_have_other_names_and_lie_deeper(folders, pack, tmp_path
     assert not [record for record in caplog.records if record.levelname != "INFO"]
     assert names(tmp_path / "data") == ["test/gallery/g.png", "test/query/q.png", "train/ann/1.png"]
     assert f"{gallery.removeprefix('data/day/')}/ for test/gallery/" in caplog.text
-
-
-@pytest.mark.parametrize("lay_out", ["split", "competition"])
-def test_links_to_nothing_pipes_sockets_and_links_in_a_loop_are_left_out_and_named(lay_out, tmp_path, caplog):
-    source = classes(tmp_path / "source", 6, "query", "gallery")
-    if lay_out == "split":
-        (source / "query").rename(source / "a")
-    os.symlink("nowhere", source / "gallery" / "link.png")
-    os.symlink("loop.png", source / "gallery" / "loop.png")
-    os.mkfifo(source / "gallery" / "pipe.png")
-    with socket.socket(socket.AF_UNIX) as listening:
-        os.chdir(source / "gallery")  # the name of a socket may not be long
-        listening.bind("socket.png")
-    (lay_out_split if lay_out == "split" else lay_out_competition)(tmp_path / "out", source)
-    left_out = {
-        "gallery/link.png": "a link to nothing",
-        "gallery/loop.png": "too many levels of symbolic links",
-        "gallery/pipe.png": "not a regular file",
-        "gallery/socket.png": "not a regular file",
-    }
-    told = ", ".join(f"{name} ({why})" for name, why in left_out.items())
-    assert f"4 files of {source} cannot be read and are left out: {told}" in caplog.text
-    plan = json.loads((tmp_path / "out" / "split.json").read_bytes())
-    assert plan["unreadable"] == left_out
-    assert len(names(tmp_path / "out")) == 12
 
 
 # ---- the target

@@ -1,9 +1,13 @@
 """retrieval/datasets/readable.py: files that cannot be read are named, and cost no others."""
 
+import json
 import os
+import socket
 
 import pytest
 
+from get_images import find_images
+from retrieval.datasets.layouts import lay_out_competition, lay_out_split
 from retrieval.datasets.readable import readable_images
 from retrieval.errors import InputError
 
@@ -49,3 +53,27 @@ def test_a_file_that_this_user_may_not_read_is_left_out(tmp_path, monkeypatch, c
     (tmp_path / "a/open.jpg").unlink()
     with pytest.raises(InputError, match=r"no image of .* can be read"):
         readable_images(tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize(("lay_out", "first"), [(lay_out_split, "a"), (lay_out_competition, "query")])
+def test_links_to_nothing_pipes_sockets_and_loops_are_left_out_and_named(lay_out, first, tmp_path, caplog):
+    source = tmp_path / "source"
+    write(source, *(f"{folder}/{number}.jpg" for folder in (first, "gallery") for number in range(6)))
+    os.symlink("nowhere", source / "gallery" / "link.png")
+    os.symlink("loop.png", source / "gallery" / "loop.png")
+    os.mkfifo(source / "gallery" / "pipe.png")
+    with socket.socket(socket.AF_UNIX) as listening:
+        os.chdir(source / "gallery")  # the name of a socket may not be long
+        listening.bind("socket.png")
+    lay_out(tmp_path / "out", source, keep_duplicates=True)
+    left_out = {
+        "gallery/link.png": "a link to nothing",
+        "gallery/loop.png": "too many levels of symbolic links",
+        "gallery/pipe.png": "not a regular file",
+        "gallery/socket.png": "not a regular file",
+    }
+    told = ", ".join(f"{name} ({why})" for name, why in left_out.items())
+    assert f"4 files of {source} cannot be read and are left out: {told}" in caplog.text
+    plan = json.loads((tmp_path / "out" / "split.json").read_bytes())
+    assert plan["unreadable"] == left_out
+    assert len(find_images(tmp_path / "out")) == 12

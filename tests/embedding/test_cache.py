@@ -5,7 +5,6 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -74,44 +73,6 @@ def test_a_replaced_file_is_noticed_though_it_has_the_old_size_and_time(
     changed, seen = embedded(files, backbone, tmp_path / "cache")
     assert seen == 1
     assert not np.array_equal(changed[0], before[0])
-
-
-def replaced(first, second):
-    paint(first.with_name("new.png"), 50)
-    os.replace(first.with_name("new.png"), first)
-
-
-def exchanged(first, second):
-    first.rename(first.with_name("aside"))
-    second.rename(first)
-    first.with_name("aside").rename(second)
-
-
-def linked(first, second):
-    first.unlink()
-    os.link(second, first)
-
-
-@pytest.mark.parametrize("act", [replaced, exchanged, linked])
-@pytest.mark.parametrize("disk", ["dates a renaming", "does not"])
-def test_another_file_of_the_same_size_and_time_is_noticed(act, disk, files, tmp_path, monkeypatch):
-    def stat(path, stat=os.stat):
-        found = stat(path)
-        changed = found.st_ctime_ns if disk == "dates a renaming" else 0
-        return SimpleNamespace(st_mode=found.st_mode, st_size=found.st_size, st_mtime_ns=found.st_mtime_ns,
-                               st_ctime_ns=changed, st_ino=found.st_ino)  # fmt: skip
-
-    monkeypatch.setattr(caches, "JUST_WRITTEN", -1e9)
-    first, second = files[0].path, files[1].path
-    size, time = first.stat().st_size, first.stat().st_mtime
-    with monkeypatch.context() as patch:
-        patch.setattr(caches, "os", SimpleNamespace(**vars(os) | {"stat": stat}))
-        before = Cache(tmp_path / "cache").digests(files)
-        act(first, second)
-        after = Cache(tmp_path / "cache").digests(files)
-    assert (first.stat().st_size, first.stat().st_mtime) == (size, time)
-    assert after["0.png"] != before["0.png"]
-    assert after == Cache(tmp_path / "cache", verify=True).digests(files)
 
 
 def test_a_file_of_one_look_is_noticed_by_its_bytes_if_asked(files, backbone, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import os
 import re
 import sqlite3
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -112,6 +113,44 @@ def test_the_command_lists_a_cache_of_wrong_values(files, backbone, tmp_path):
     ended = run_here("-m", "retrieval.embedding", "--cache_dir", "cache", cwd=tmp_path)
     assert ended.returncode == 0
     assert ": 7 images, 0.0 MB, used 1970" in ended.stdout
+
+
+def replaced(first, second):
+    paint(first.with_name("new.png"), 50)
+    os.replace(first.with_name("new.png"), first)
+
+
+def exchanged(first, second):
+    first.rename(first.with_name("aside"))
+    second.rename(first)
+    first.with_name("aside").rename(second)
+
+
+def linked(first, second):
+    first.unlink()
+    os.link(second, first)
+
+
+@pytest.mark.parametrize("act", [replaced, exchanged, linked])
+@pytest.mark.parametrize("disk", ["dates a renaming", "does not"])
+def test_another_file_of_the_same_size_and_time_is_noticed(act, disk, files, tmp_path, monkeypatch):
+    def stat(path, stat=os.stat):
+        found = stat(path)
+        changed = found.st_ctime_ns if disk == "dates a renaming" else 0
+        return SimpleNamespace(st_mode=found.st_mode, st_size=found.st_size, st_mtime_ns=found.st_mtime_ns,
+                               st_ctime_ns=changed, st_ino=found.st_ino)  # fmt: skip
+
+    monkeypatch.setattr(caches, "JUST_WRITTEN", -1e9)
+    first, second = files[0].path, files[1].path
+    size, time = first.stat().st_size, first.stat().st_mtime
+    with monkeypatch.context() as patch:
+        patch.setattr(caches, "os", SimpleNamespace(**vars(os) | {"stat": stat}))
+        before = Cache(tmp_path / "cache").digests(files)
+        act(first, second)
+        after = Cache(tmp_path / "cache").digests(files)
+    assert (first.stat().st_size, first.stat().st_mtime) == (size, time)
+    assert after["0.png"] != before["0.png"]
+    assert after == Cache(tmp_path / "cache", verify=True).digests(files)
 
 
 @pytest.fixture
