@@ -179,14 +179,9 @@ def _walk(top: Path | str) -> Iterator[tuple[str, str]]:
 def find_query_and_gallery(query_dir: Path, gallery_dir: Path) -> tuple[list[ImageFile], list[ImageFile]]:
     """Return the images of both folders; raises as find_images.
 
-    Warns of queries whose header is no image's, if one folder lies in the other, and if they look swapped.
+    Warns if one folder lies in the other, and if they look swapped.
     """
     queries, gallery = find_images(query_dir), find_images(gallery_dir)
-    with ThreadPoolExecutor() as pool:
-        readable = list(pool.map(holds_image, [query.path for query in queries]))
-    if broken := [query.name for query, good in zip(queries, readable, strict=True) if not good]:
-        log.warning("queries in %s that no decoder opens get the gallery in its order: %s%s", query_dir,
-                    by_kind(broken), _heif_hint(broken))  # fmt: skip
     query_root, gallery_root = query_dir.resolve(), gallery_dir.resolve()
     if query_root.is_relative_to(gallery_root) or gallery_root.is_relative_to(query_root):
         log.warning(
@@ -196,6 +191,15 @@ def find_query_and_gallery(query_dir: Path, gallery_dir: Path) -> tuple[list[Ima
     elif why := why_swapped(query_dir, gallery_dir, queries, gallery):
         log.warning("are --query_dir %s and --gallery_dir %s swapped? %s", query_dir, gallery_dir, why)
     return queries, gallery
+
+
+def warn_of_unreadable(queries: list[ImageFile]) -> None:
+    """Warn of queries whose header is no image's, before the time to embed images is spent."""
+    with ThreadPoolExecutor() as pool:
+        readable = list(pool.map(holds_image, [query.path for query in queries]))
+    if broken := [query.name for query, good in zip(queries, readable, strict=True) if not good]:
+        log.warning("queries that no decoder opens get the gallery in its order: %s%s",
+                    by_kind(broken), _heif_hint(broken))  # fmt: skip
 
 
 def why_swapped(

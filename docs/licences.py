@@ -2,7 +2,7 @@
 
 python -m docs.licences
 
-It runs in the environment of `make`. A test compares the page with requirements.lock and the networks.
+It runs in the environment of `make`. A test compares the page with tests/requirements.lock and the networks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ are InsightFace's, for research only, and `yunet` is MIT.
 
 ## Packages
 
-All packages of `requirements.lock`, which `make` installs, on Linux; those for the tests are among them.
+All packages of `tests/requirements.lock` on Linux: those that a run needs, and those for the tests.
 Other systems install fewer or a few more, such as `colorama` (BSD) on Windows. Versions stand in the lock.
 
 {packages}
@@ -54,8 +54,8 @@ def page() -> str:
 
 
 def locked_packages() -> list[str]:
-    """Return the names of the packages in requirements.lock."""
-    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    """Return the names of the packages in the tests' lock, which holds those of a run too."""
+    lock = (ROOT / "tests" / "requirements.lock").read_text(encoding="utf-8")
     return list(dict.fromkeys(re.findall(r"^([a-z0-9._-]+)==", lock, re.M)))
 
 

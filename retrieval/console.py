@@ -35,6 +35,8 @@ if missing := [name for name in ("numpy", "PIL", "pydantic_settings", "dotenv", 
     hint = "run `make demo` once and `source .venv/bin/activate`, or `pip install -r requirements.txt`"
     raise SystemExit(f"error: No module named {missing[0]!r}: {hint}")
 
+from tqdm import tqdm
+
 from retrieval.distributed import rank
 from retrieval.errors import InputError, OthersEndedError, RunError, StopError, did_you_mean, printable
 from retrieval.files import FULL
@@ -98,7 +100,7 @@ def _log_to_console() -> None:
         if hasattr(stream, "reconfigure"):  # a notebook's stream has no such method
             stream.reconfigure(errors="backslashreplace")  # a file name in another script must not stop a run
     logging.raiseExceptions = False  # nor must a reader that closes the pipe, as `| head` does
-    output, errors = logging.StreamHandler(sys.stdout), logging.StreamHandler(sys.stderr)
+    output, errors = _AboveBars(sys.stdout), _AboveBars(sys.stderr)
     output.addFilter(lambda record: record.levelno < logging.WARNING)
     output.setFormatter(_Printable("%(message)s"))
     errors.setLevel(logging.WARNING)
@@ -115,6 +117,15 @@ def _set_a_home() -> None:
     """Give a user id without a home `/`, as Docker does: else `~` raises, or names a folder here."""
     if os.path.expanduser("~") == "~":
         os.environ["HOME"] = "/"
+
+
+class _AboveBars(logging.StreamHandler):
+    """Prints above the progress bars, which are drawn again below, and not behind one in its line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record."""
+        with tqdm.external_write_mode(self.stream):
+            super().emit(record)
 
 
 class _Printable(logging.Formatter):

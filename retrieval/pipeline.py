@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from get_images import ImageFile, find_images, find_query_and_gallery
+from get_images import ImageFile, find_images, find_query_and_gallery, warn_of_unreadable
 from retrieval.backbones.backbone import LazyBackbone
 from retrieval.distributed import claim_devices, gather, rank_zero_only, set_up, several
 from retrieval.embedding.cache import Cache
@@ -81,6 +81,7 @@ def find(run: Run) -> Images:
     if settings.fuse:
         check_fused(means, settings.search, settings.save_embeddings)
     queries, gallery = find_query_and_gallery(settings.query_dir, settings.gallery_dir)
+    warn_of_unreadable(queries)
     train = find_images(settings.train_dir) if means.learns else []
     if train:
         check_classes([image.name for image in train])

@@ -211,7 +211,7 @@ class Server:
                 self.received.append((handler.command, handler.path, dict(handler.headers), body))
                 (remaining.pop(0) if len(remaining) > 1 else remaining[0])(handler)
 
-            do_GET = do_POST  # noqa: N815
+            do_GET = do_HEAD = do_POST  # noqa: N815
 
             def log_message(handler, *_):  # noqa: N805
                 pass

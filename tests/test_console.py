@@ -1,6 +1,7 @@
 """retrieval/console.py: a script ends with a sentence and an exit status."""
 
 import errno
+import io
 import logging
 import os
 import re
@@ -9,10 +10,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, run
+from tqdm import tqdm
 
 from retrieval import console, errors, files
 from retrieval.errors import InputError
@@ -87,6 +90,26 @@ def test_no_text_commands_the_terminal(monkeypatch, capsys):
         console.run_script(main, Example)
     shown = "warning: a \\x1b[2Jname\\r\nerror: \\x1b]0;title\\x07\nsecond line\n"
     assert capsys.readouterr().err == shown
+
+
+@pytest.mark.parametrize("level", ["info", "warning"])
+@pytest.mark.parametrize("bars", [1, 2])
+def test_a_line_stands_above_the_bars_and_not_behind_one(monkeypatch, level, bars):
+    terminal = io.StringIO()
+
+    def main(form):
+        with ExitStack() as stack:
+            for row in range(bars):
+                stack.enter_context(tqdm(total=8, desc="images", file=terminal, position=row))
+            getattr(logging.getLogger("retrieval"), level)("loading")
+
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    console.run_script(main, Example)
+    lines = re.split(r"[\r\n]+(?:\x1b\[A)*", terminal.getvalue())  # ESC [A: one line up
+    assert lines.count("loading" if level == "info" else "warning: loading") == 1
+    assert lines[-2].startswith("images:")  # drawn again
 
 
 @pytest.mark.parametrize(

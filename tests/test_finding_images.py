@@ -3,7 +3,7 @@ import os
 import pytest
 from PIL import Image
 
-from get_images import find_images, find_query_and_gallery, may_begin_image
+from get_images import find_images, find_query_and_gallery, may_begin_image, warn_of_unreadable
 
 PHOTO = Image.effect_noise((60, 40), 50)
 
@@ -62,6 +62,7 @@ def test_queries_that_no_decoder_opens_are_counted_by_kind_before_anything_is_em
         (tmp_path / "query" / name).write_text("<html>404")
     queries, _ = find_query_and_gallery(tmp_path / "query", tmp_path / "gallery")
     assert len(queries) == 6
+    warn_of_unreadable(queries)
     assert "get the gallery in its order: 2 .jpg (c.jpg, empty.jpg), 2 .heic (d.heic, e.heic)" in caplog.text
 
 

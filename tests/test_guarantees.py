@@ -1,4 +1,4 @@
-"""docs/guarantees.md, docs/licences.md and requirements.lock, beside what they speak of."""
+"""docs/guarantees.md, docs/licences.md and the locks, beside what they speak of."""
 
 import re
 from importlib.util import find_spec
@@ -35,21 +35,33 @@ def test_every_test_that_a_promise_names_is_there():
         assert found, f"{file} has no {test}"
 
 
-def test_the_lock_holds_the_versions_of_both_requirements():
-    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
-    for file in ("requirements.txt", "tests/requirements.txt"):
-        for name, version in re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / file).read_text(), re.M):
-            locked = name.lower().replace("_", "-")
-            assert f"\n{locked}=={version} " in lock, (
-                f"{file} has {name} {version}: write requirements.lock anew"
-            )
+RUNS, TESTS = "requirements.txt", "tests/requirements.txt"
 
 
-def test_every_locked_file_has_a_digest():
-    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+def locked(name):
+    """The packages of a lock, with their digests: a name and a version, as NAME==VERSION → its lines."""
+    lock = (ROOT / name).read_text(encoding="utf-8")
     packages = re.split(r"^(?=[a-z0-9])", lock, flags=re.M)[1:]
-    assert len(packages) > 100
-    assert [package for package in packages if "--hash=sha256:" not in package] == []
+    return {package.split()[0]: package for package in packages}
+
+
+@pytest.mark.parametrize(
+    ("lock", "files"), [("requirements.lock", [RUNS]), ("tests/requirements.lock", [RUNS, TESTS])]
+)
+def test_a_lock_holds_the_versions_of_its_requirements_and_a_digest_of_each_file(lock, files):
+    packages = locked(lock)
+    assert len(packages) > 90
+    assert [package for package in packages.values() if "--hash=sha256:" not in package] == []
+    for file in files:
+        for name, version in re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / file).read_text(), re.M):
+            pinned = f"{name.lower().replace('_', '-')}=={version}"
+            assert pinned in packages, f"{file} has {pinned}: write {lock} anew"
+
+
+def test_the_tests_run_on_the_packages_that_users_install():
+    runs, tests = locked("requirements.lock"), locked("tests/requirements.lock")
+    assert runs.items() <= tests.items()
+    assert not [package for package in runs if package.startswith(("pytest", "ruff", "wandb", "selenium"))]
 
 
 def test_the_page_of_licences_names_every_locked_package_and_every_network():

@@ -1,5 +1,6 @@
 """Every command and link of the README and of the pages below docs/, run and followed as a reader does."""
 
+import base64
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from huggingface_hub import constants
 from retrieval.datasets.layouts import INTEL
 
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")])
+THE_DAY = ROOT / "docs" / "the_day.md"
 MAKEFILE = " ".join((ROOT / "Makefile").read_text().replace("\\\n", " ").split())
 
 
@@ -124,6 +126,39 @@ def test_every_command_of_the_first_pages_runs(run_pages):
 
 
 @pytest.mark.usefixtures("exported")
+def test_every_command_of_the_page_for_the_day_runs_and_sends_three_submissions(run_pages, project):
+    received = run_pages("docs/the_day.md")
+    assert [method for method, *_ in received] == ["HEAD", "POST", "POST", "POST"]  # the doctor's, and ours
+    bodies = [body for *_, body in received[1:]]
+    assert bodies[0] == bodies[2] == (project / "results" / "submission.json").read_bytes()
+    assert bodies[1] == (project / "results" / "chosen" / "submission.json").read_bytes()
+
+
+def test_the_page_for_the_day_quotes_what_the_program_says():
+    source = "".join(path.read_text() for path in [*ROOT.glob("retrieval/**/*.py"), ROOT / "get_images.py"])
+    (table,) = re.findall(r"^\| the line says.*?\n\n|^\| the line says.*", THE_DAY.read_text(), re.M | re.S)
+    quoted = [text for row in table.splitlines()[2:] for text in re.findall("`([^`]+)`", row.split(" | ")[0])]
+    assert len(quoted) >= 10
+    for text in quoted:
+        assert text in source, f"docs/the_day.md: no line says `{text}`"
+
+
+def test_the_page_for_the_day_is_one_printed_page(browser, tmp_path):
+    """On A4, in the size and with the margins of a browser's print of a plain page."""
+    from markdown import markdown
+    from selenium.webdriver.common.print_page_options import PrintOptions
+
+    body = markdown(THE_DAY.read_text(), extensions=["tables", "fenced_code"])
+    (tmp_path / "page.html").write_text(f'<meta charset="utf-8"><body style="font: 10pt sans-serif">{body}')
+    browser.driver.get((tmp_path / "page.html").as_uri())
+    a4 = PrintOptions()
+    a4.page_width, a4.page_height = 21.0, 29.7  # cm
+    printed = base64.b64decode(browser.driver.print_page(a4))
+    (tmp_path / "page.pdf").write_bytes(printed)
+    assert len(re.findall(rb"/Type\s*/Page\b", printed)) == 1
+
+
+@pytest.mark.usefixtures("exported")
 def test_every_command_of_the_pages_about_networks_runs(run_pages, project):
     from retrieval.backbones.fine_tuned import read_fine_tuned
 
@@ -167,8 +202,9 @@ def test_make_demo_from_a_bare_checkout_prints_what_the_readme_shows(tmp_path):
 def test_the_readme_begins_with_make_demo_and_what_the_pages_make_there_is():
     assert commands_of("README.md")[0] == "make demo"
     for page in PAGES:
-        for target in re.findall(r"`make (\w+)|^ *make (\w+)", page.read_text(), re.M):
-            assert re.search(rf"\.PHONY:.*\b{''.join(target)}\b", MAKEFILE), f"{page.name}: make {target}"
+        for variable, target in re.findall(r"(?:`|^ *)make (?:(\w+)=\S+ )?(\w+)", page.read_text(), re.M):
+            assert re.search(rf"\.PHONY:[^#$]*\b{target}\b", MAKEFILE), f"{page.name}: make {target}"
+            assert not variable or re.search(rf"\b{variable}\b", MAKEFILE), f"{page.name}: {variable}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -57,6 +57,7 @@ def load_onnx(
         except Exception as error:  # ONNX Runtime's errors have no common class
             log.warning("%s is broken (%s): the network is exported again",
                         files.path(EXPORTED), _first_line(error))  # fmt: skip
+    log.info("loading %s and exporting it for ONNX Runtime, once: some seconds", lazy.model_name)
     backbone = lazy.load()
     try:
         exported = export(backbone)

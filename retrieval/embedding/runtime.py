@@ -5,6 +5,7 @@ On a CPU that is ONNX Runtime from BREAK_EVEN images on, or if the network has b
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +47,8 @@ BREAK_EVEN = 200  # images: from there on the export saves more time than it tak
 DECODER = f"{gpu_decoder.VERSION}.decoder"  # kind of file that says what decodes JPEGs: GPU or CPU
 QUEUED = 16  # batches that wait for ONNX Runtime's threads while the cache is written
 ONNX_PACKAGES = ("onnxruntime", "onnx")
+
+log = logging.getLogger("retrieval.runtime")
 
 
 @dataclass
@@ -136,6 +139,7 @@ class Runtime:
                 pool = ThreadPoolExecutor(self.threads, initializer=with_torch)
                 self._start = lambda pixels: pool.submit(run, pixels).result
                 return
+            log.info("loading %s: some seconds", self.backbone.model_name)
             backbone = self.backbone.load()
             self.name = ONNX if backbone.onnx else TORCH
             self._choose_decoder(files, backbone)

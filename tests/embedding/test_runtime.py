@@ -103,6 +103,25 @@ def test_the_exported_network_is_found_again_without_torch_or_the_weights(tmp_pa
     assert len(list((tmp_path / "networks").glob("*.onnx"))) == 2
 
 
+@pytest.mark.parametrize(
+    ("asked", "before", "sentences"),
+    [
+        (ONNX, [], ["loading small and exporting it for ONNX Runtime, once: some seconds"]),
+        (TORCH, [], ["loading small: some seconds"]),
+        (ONNX, [ONNX], []),  # the export of an earlier run takes no second
+    ],
+)
+def test_a_line_comes_before_the_seconds_in_which_a_network_is_loaded(
+    tmp_path, caplog, asked, before, sentences
+):
+    for engine in before:
+        settled(lazy(Small()), tmp_path, engine)
+    caplog.set_level("INFO", "retrieval.runtime")
+    caplog.clear()
+    settled(lazy(Small()), tmp_path, asked)
+    assert caplog.messages == sentences
+
+
 def test_small_folders_do_not_pay_for_the_export(tmp_path):
     backbone = lazy(Small())
     assert choose_runtime(backbone, "auto", BREAK_EVEN - 1, 32, tmp_path).name == TORCH
