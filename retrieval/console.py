@@ -55,6 +55,7 @@ def run_script(main: Callable[[FormType], None], form: type[FormType]) -> None:
 def run_command(commands: dict[str, tuple[type[Form], Callable[[Any], None]]]) -> None:
     """Run the command {name: (form, main)} that the first argument names, as run_script does."""
     _log_to_console()
+    _set_a_home()
     gc.set_threshold(100_000)  # collect less often: importing torch and timm then takes about 10 % less time
     form = None
     try:
@@ -109,6 +110,13 @@ def _log_to_console() -> None:
     # Rank 0 logs for all processes; the others print errors only.
     package.setLevel(logging.INFO if rank() == 0 else logging.ERROR)
     package.handlers = [output, errors]
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # not that it cannot keep its list of fonts
+
+
+def _set_a_home() -> None:
+    """Give a user id without a home `/`, as Docker does: else `~` raises, or names a folder here."""
+    if os.path.expanduser("~") == "~":
+        os.environ["HOME"] = "/"
 
 
 class _AboveBars(logging.StreamHandler):

@@ -102,18 +102,21 @@ def embed_both(
     InputError if ONNX Runtime is asked for and cannot be used.
     """
     run.done("backbone")
-    own = _embed(run, images, backbone, run.settings.save_crops)
-    vectors = [_embed(run, images, other, None) for other in others]
-    sample = None if run.settings.no_report else _sample(own.queries, own.gallery)
+    settings = run.settings
+    cache = None if settings.no_cache else Cache(settings.cache_dir, settings.verify_cache)
+    own = _embed(run, images, backbone, settings.save_crops, cache)
+    vectors = [_embed(run, images, other, None, cache) for other in others]
+    sample = None if settings.no_report else _sample(own.queries, own.gallery)
     run.done("embed")
     return own._replace(sample=sample, others=vectors)
 
 
-def _embed(run: Run, images: Images, backbone: LazyBackbone, crops: Path | None) -> Vectors:
+def _embed(
+    run: Run, images: Images, backbone: LazyBackbone, crops: Path | None, cache: Cache | None
+) -> Vectors:
     """Embed all images by one backbone, and log it; write its crops into a folder, if one is given."""
     settings = run.settings
     count = sum(map(len, images))
-    cache = None if settings.no_cache else Cache(settings.cache_dir, settings.verify_cache)
     claim_devices()
     runtime = choose_runtime(backbone, settings.engine, count, settings.batch_size, settings.cache_dir)
     if several():  # all choose one runtime, also a process whose shard is cached

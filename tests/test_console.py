@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, run
@@ -19,7 +20,7 @@ from tqdm import tqdm
 from retrieval import console, errors, files
 from retrieval.errors import InputError
 from retrieval.forms import Form
-from retrieval.settings import NewFolder, PositiveInt
+from retrieval.settings import CACHE_DIR, NewFolder, PositiveInt
 
 
 class Example(Form):
@@ -48,6 +49,35 @@ def test_a_full_disk_names_the_flag_of_its_folder(monkeypatch, tmp_path, capsys)
         console.run_script(lambda form: files.write_whole(form.save_dir / "best.pth", b"a"), Writing)
     advice = "no space left on device: make room, or give another --save_dir"
     assert capsys.readouterr().err == f"error: {tmp_path / 'b' / 'best.pth'}: {advice}\n"
+
+
+class Placed(Form):
+    """A form with a folder below the home."""
+
+    cache_dir: NewFolder = CACHE_DIR
+    """folder of the cache"""
+
+
+@pytest.mark.parametrize(
+    ("home", "folder"),
+    [(None, "/.cache"), ("", "/.cache"), ("/", "/.cache"), ("/home/ann", "/home/ann/.cache")],
+)
+@pytest.mark.skipif(os.name != "posix", reason="no user ids")
+def test_a_user_id_without_a_home_has_the_root_as_its_home(home, folder, monkeypatch):
+    import pwd
+
+    def nobody(number):
+        raise KeyError(f"getpwuid(): uid not found: {number}")
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setenv("HOME", home or "")
+    if home is None:
+        monkeypatch.delenv("HOME")
+    monkeypatch.delenv("CACHE_DIR")
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    forms = []
+    console.run_script(forms.append, Placed)
+    assert forms[0].cache_dir == Path(folder) / "image-retrieval"
 
 
 def test_no_text_commands_the_terminal(monkeypatch, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ HOW_TO_USE_A_GPU = (
 )
 
 log = logging.getLogger("retrieval.backbones")
+# Its import would write an id of this machine into the home, and warn of a home that it cannot write to.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 def choose_onnx_device(device: str, asked: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
+import os
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class Download:
 
     def find(self) -> Path | None:
         """Return the file if it is on this machine."""
-        return self.place() if self.place().is_file() else None
+        return self.place() if os.path.isfile(self.place()) else None  # False, too, in a closed folder
 
     def fetch(self) -> Path:
         """Return the file; download it first if need be, whole or not at all.
@@ -68,7 +69,7 @@ class Download:
         Raises NotDownloadedError if that fails.
         """
         file = self.place()
-        if not file.is_file():
+        if not os.path.isfile(file):
             log.info("downloading %s to %s", self.url, file.parent)
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -112,11 +113,11 @@ class OnHub:
 
         cached = Path(constants.HF_HUB_CACHE) / f"models--{self.repository.replace('/', '--')}"
         branch = cached / "refs" / "main"
-        return cached / "snapshots" / (branch.read_text() if branch.is_file() else "main") / name
+        return cached / "snapshots" / (branch.read_text() if os.path.isfile(branch) else "main") / name
 
     def find(self) -> Path | None:
         """Return the file if it is on this machine."""
-        return next((file for file in map(self.place, self.names) if file.is_file()), None)
+        return next((file for file in map(self.place, self.names) if os.path.isfile(file)), None)
 
     def fetch(self) -> Path:
         """Return the file; download it first if need be, whole or not at all.

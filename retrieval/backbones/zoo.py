@@ -54,9 +54,12 @@ class Pretrained:
 
 
 def torch_checkpoints(hub: str = "hub") -> Path:
-    """Return torch.hub's folder, to which torchvision and timm download; found without importing torch."""
+    """Return torch.hub's folder, to which torchvision and timm download; found without importing torch.
+
+    Without a home, `~` stays as it is, as in torch.
+    """
     home = os.getenv("TORCH_HOME", f"{os.getenv('XDG_CACHE_HOME', '~/.cache')}/torch")
-    return Path(home).expanduser() / hub / "checkpoints"
+    return Path(os.path.expanduser(home)) / hub / "checkpoints"
 
 
 def _same(value: float) -> Three:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import shutil
 import stat
 import tarfile
@@ -14,7 +15,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
-from get_images import is_image
+from get_images import BY_WINDOWS, HIDDEN, by_kind, is_image, may_begin_image
 from retrieval.errors import InputError, RunError, printable
 from retrieval.files import naming
 
@@ -22,6 +23,8 @@ from retrieval.files import naming
 MOST_GROWTH, ALWAYS_ALLOWED = 100, 2**30  # times its size; bytes
 # The errors of a name that the disk cannot take: too long, a file that is also a folder, or other characters.
 OF_NAMES = {errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.EILSEQ}
+
+log = logging.getLogger("retrieval.datasets")
 
 
 class Member(NamedTuple):
@@ -61,18 +64,18 @@ def unpacked(source: Path, beside: Path) -> Iterator[Path]:
 
 
 def _unpack(source: Path, folder: Path) -> None:
-    if zipfile.is_zipfile(source):
+    if tarfile.is_tarfile(source):  # first: a tar that ends with a zip looks like a zip
+        with tarfile.open(source) as archive:
+            members = [Member(info.name, info.size, not info.isfile(), partial(archive.extractfile, info))
+                       for info in archive.getmembers() if not info.isdir()]  # fmt: skip
+            _write(source, members, folder)
+    elif zipfile.is_zipfile(source):
         with zipfile.ZipFile(source) as archive:
-            files = [info for info in archive.infolist() if not info.is_dir()]
+            files = [info for info in archive.infolist() if not info.filename.endswith(("/", "\\"))]
             if any(info.flag_bits & 1 for info in files):
                 raise InputError(f"{source} is locked by a password: unpack it, and give the folder")
             members = [Member(info.filename, info.file_size, stat.S_ISLNK(info.external_attr >> 16),
                               partial(archive.open, info)) for info in files]  # fmt: skip
-            _write(source, members, folder)
-    elif tarfile.is_tarfile(source):
-        with tarfile.open(source) as archive:
-            members = [Member(info.name, info.size, not info.isfile(), partial(archive.extractfile, info))
-                       for info in archive.getmembers() if not info.isdir()]  # fmt: skip
             _write(source, members, folder)
     else:
         raise InputError(f"{source} is neither a zip nor a tar archive: unpack it, and give the folder")
@@ -80,11 +83,20 @@ def _unpack(source: Path, folder: Path) -> None:
 
 def _write(source: Path, members: list[Member], folder: Path) -> None:
     """Write the images among the members, all of them below the folder."""
+    # Some programs of Windows write backslashes.
+    members = [member._replace(name=member.name.replace("\\", "/")) for member in members]
     for member in members:
         _refuse_unless_plain(source, member)
-    images = [member for member in members if is_image(member.name)]
+    images = [member for member in members if _is_image(member)]
+    names = {member.name for member in members} - {member.name for member in images}
+    others = by_kind(sorted(name for name in names if not _is_hidden(name)))
     if not images:
-        raise InputError(f"{source} holds no images, but {len(members)} other files")
+        raise InputError(
+            f"{source} holds no images, only {printable(others) or 'hidden files'}: give what holds images "
+            "(archives inside it are yours to unpack)"
+        )
+    if others:
+        log.warning("files in %s that are no images are left out: %s", source, others)
     needed, free = sum(member.size for member in images), shutil.disk_usage(folder).free
     if needed > max(ALWAYS_ALLOWED, MOST_GROWTH * source.stat().st_size):
         raise InputError(
@@ -108,6 +120,21 @@ def _write(source: Path, members: list[Member], folder: Path) -> None:
             ) from None
 
 
+def _is_image(member: Member) -> bool:
+    """Return whether a member is an image, by its name or else by its first bytes."""
+    if is_image(member.name):
+        return True
+    if any(folder.startswith(HIDDEN) for folder in member.name.split("/")[:-1]):
+        return False
+    with member.open() as packed:
+        return may_begin_image(packed.read(16))
+
+
+def _is_hidden(name: str) -> bool:
+    """Return whether a member is hidden, or one of those that Windows and macOS leave everywhere."""
+    return name.lower().endswith(BY_WINDOWS) or any(part.startswith(HIDDEN) for part in name.split("/"))
+
+
 def _write_member(source: Path, member: Member, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
@@ -119,7 +146,7 @@ def _write_member(source: Path, member: Member, path: Path) -> None:
 
 
 def _refuse_unless_plain(source: Path, member: Member) -> None:
-    parts = PurePosixPath(member.name.replace("\\", "/"))
+    parts = PurePosixPath(member.name)
     if parts.is_absolute() or ".." in parts.parts or (parts.parts and ":" in parts.parts[0]):
         raise InputError(
             f"{source} holds {member.name!r}, which would be written outside its folder: do not trust it"

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import shlex
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -16,10 +19,11 @@ from PIL import Image
 from get_images import ImageFile, find_images, label_of
 from retrieval.datasets.archives import unpacked
 from retrieval.datasets.duplicates import find_duplicates
+from retrieval.datasets.readable import readable_images
+from retrieval.datasets.sides import GALLERY, QUERY, TRAIN, find_sides, side_of, without_common_folders
 from retrieval.errors import InputError, RunError
 from retrieval.files import as_json, naming
 
-TRAIN, QUERY, GALLERY = "train", "test/query", "test/gallery"
 QUERIES = 0.4  # share of a class's test images, as in the SimCLR-SupCon study; the others are its gallery
 PLAN = "split.json"
 INTEL = ["buildings", "forest", "glacier", "mountain", "sea", "street"]
@@ -42,7 +46,7 @@ def lay_out_intel(out: Path, archive: Path | None, seed: int = 0, keep_duplicate
     _refuse_full(out)
     source = archive or _download_intel()
     with unpacked(source, out) as folder:
-        files = find_images(folder)
+        files, unreadable = readable_images(folder, source)
         train, test = _below(files, "seg_train"), _below(files, "seg_test")
         for part, images in (("seg_train", train), ("seg_test", test)):
             classes = sorted({label_of(image.name) or "none" for image in images})
@@ -52,7 +56,7 @@ def lay_out_intel(out: Path, archive: Path | None, seed: int = 0, keep_duplicate
                     f"and not {', '.join(INTEL)} (`python -m retrieval.datasets split` lays out other sets)"
                 )
         places = {f"{TRAIN}/{image.name}": image for image in train} | _divided(test, 0.0, seed)
-        _lay_out(out, places, source, {"seed": seed}, keep_duplicates)
+        _lay_out(out, places, source, {"seed": seed} | unreadable, keep_duplicates)
 
 
 def lay_out_split(
@@ -60,47 +64,32 @@ def lay_out_split(
 ) -> None:
     """Lay out a folder or an archive with a folder per class: a share of each to train, the rest 40 : 60.
 
-    A class too small for a query and a gallery image goes to train as a whole. Raises InputError for another
-    layout, and FileExistsError if `out` holds a data set already.
+    A class too small for a query and a gallery image goes to train as a whole, with a warning. Raises
+    InputError for another layout, or if all classes are that small, and FileExistsError if `out` holds a data
+    set already.
     """
     _refuse_full(out)
     with unpacked(source, out) as folder:
-        files = _without_wrapping(find_images(folder))
-        bare = [image.name for image in files if label_of(image.name) is None]
-        if bare:
-            raise InputError(
-                f"{len(bare)} images of {source}, such as {bare[0]}, lie in no class folder: lay them out as "
-                f"{source.name}/<class>/x.jpg"
-            )
-        classes = {label_of(image.name) for image in files}
-        if len(classes) < 2:
-            raise InputError(
-                f"all images of {source} lie in one class folder, {classes.pop()}: give what holds several"
-            )
-        _lay_out(out, _divided(files, train, seed), source, {"seed": seed, "train": train}, keep_duplicates)
+        files, unreadable = readable_images(folder, source)
+        files = without_common_folders(files, least=1)
+        _check_classes(files, source)
+        _check_sizes(files, source, train)
+        notes = {"seed": seed, "train": train} | unreadable
+        _lay_out(out, _divided(files, train, seed), source, notes, keep_duplicates)
 
 
 def lay_out_competition(out: Path, archive: Path, keep_duplicates: bool = False) -> None:
-    """Lay out the organisers' archive: train/, test/query/ and test/gallery/, possibly inside one folder.
+    """Lay out the organisers' archive: its train, query and gallery folders, as find_sides finds them.
 
     All test images stay, since the server asks for them; only train loses its duplicates of test images.
     Raises InputError if the folders are missing, and the errors of lay_out_split.
     """
     _refuse_full(out)
     with unpacked(archive, out) as folder:
-        files = find_images(folder)
-        if not _of_side(QUERY, files):
-            files = _inside(files)
-        if not _of_side(QUERY, files) or not _of_side(GALLERY, files):
-            there = sorted({image.name.rpartition("/")[0] or "." for image in find_images(folder)})
-            raise InputError(
-                f"{archive} holds no images in {QUERY}/ and {GALLERY}/, neither at its root nor one folder "
-                f"down: they lie in {', '.join(there[:5])}{' …' * (len(there) > 5)}"
-            )
-        if not _of_side(TRAIN, files):
-            log.info("%s holds no train/: only the test folders are laid out", archive)
-        places = {image.name: image for side in (TRAIN, QUERY, GALLERY) for image in _of_side(side, files)}
-        _lay_out(out, places, archive, {}, keep_duplicates, all_of_the_test=True)
+        files, unreadable = readable_images(folder, archive)
+        places = {f"{side}/{image.name}": image
+                  for side, images in find_sides(files, archive).items() for image in images}  # fmt: skip
+        _lay_out(out, places, archive, unreadable, keep_duplicates, all_of_the_test=True)
 
 
 def lay_out_sample(out: Path) -> None:
@@ -151,6 +140,48 @@ def _download_intel() -> Path:
         ) from error
 
 
+# ---- what a source must hold -----------------------------------------------------------------------
+
+
+def _check_classes(files: list[ImageFile], source: Path) -> None:
+    """Raise InputError unless the images lie in several folders that may be classes."""
+    bare = [image.name for image in files if label_of(image.name) is None]
+    if bare:
+        raise InputError(
+            f"{len(bare)} images of {source}, such as {bare[0]}, lie in no class folder: lay them out as "
+            f"{source.name}/<class>/x.jpg"
+        )
+    classes = sorted({label_of(image.name) for image in files})
+    if len(classes) < 2:
+        raise InputError(
+            f"all images of {source} lie in one class folder, {classes[0]}: give what holds several"
+        )
+    parts = [name for name in classes if side_of(name) or re.fullmatch("(?i)(seg_)?(test|val|valid.*)", name)]
+    if len(parts) > 1:
+        command = f"python -m retrieval.datasets competition --archive {shlex.quote(str(source))}"
+        raise InputError(
+            f"{source} is already divided into {', '.join(parts)}: give one of these folders, or, if they "
+            f"are train, query and gallery, use `{command}`"
+        )
+
+
+def _check_sizes(files: list[ImageFile], source: Path, train: float) -> None:
+    """Warn of classes that are too small for a test; raise InputError if all are."""
+    sizes = Counter(label_of(image.name) for image in files)
+    small = [label for label, count in sizes.items() if not _tested(count, train)]
+    if len(small) == len(sizes):
+        largest = max(sizes.values())
+        cure = f"give --train {10 * (largest - 2) // largest / 10:g}" if largest > 1 else "give more images"
+        raise InputError(
+            f"no class of {source} is large enough for a query and a gallery image beside --train {train:g}: "
+            f"the largest, {sizes.most_common(1)[0][0]}, has {largest}: {cure}"
+        )
+    if small:
+        log.warning("%d of %d classes are too small for a query and a gallery image beside --train %g, and "
+                    "go to train as a whole: %s%s", len(small), len(sizes), train, ", ".join(small[:5]),
+                    ", …" * (len(small) > 5))  # fmt: skip
+
+
 # ---- the places of the images ---------------------------------------------------------------------
 
 
@@ -160,22 +191,10 @@ def _below(files: list[ImageFile], part: str) -> list[ImageFile]:
             for image in files if f"/{part}/" in f"/{image.name}"]  # fmt: skip
 
 
-def _inside(files: list[ImageFile]) -> list[ImageFile]:
-    """Return the images below the first folders of their names, with names that begin there."""
-    return [ImageFile(image.name.partition("/")[2], image.path) for image in files if "/" in image.name]
-
-
-def _without_wrapping(files: list[ImageFile]) -> list[ImageFile]:
-    """Remove the folders around all images from their names: archives often hold one folder around all."""
-    while len({label_of(image.name) for image in files}) == 1 and all(
-        image.name.count("/") > 1 for image in files
-    ):
-        files = _inside(files)
-    return files
-
-
-def _of_side(side: str, files: list[ImageFile]) -> list[ImageFile]:
-    return [image for image in files if image.name.startswith(f"{side}/")]
+def _tested(count: int, train: float) -> int:
+    """Return how many images of a class are for the test: at least two, or none."""
+    tested = count - round(train * count)
+    return tested if tested > 1 else 0
 
 
 def _divided(files: list[ImageFile], train: float, seed: int) -> Places:
@@ -187,8 +206,7 @@ def _divided(files: list[ImageFile], train: float, seed: int) -> Places:
     places: Places = {}
     for members in of_class.values():
         members = [members[row] for row in random.permutation(len(members))]
-        tested = len(members) - round(train * len(members))
-        tested = tested if tested > 1 else 0
+        tested = _tested(len(members), train)
         queries = min(max(1, round(QUERIES * tested)), tested)
         parts = (QUERY, members[:queries]), (GALLERY, members[queries:tested]), (TRAIN, members[tested:])
         places |= {f"{place}/{image.name}": image for place, part in parts for image in part}
@@ -217,6 +235,11 @@ def _lay_out(
                     "(--keep_duplicates keeps them)", len(duplicates), len(left_out))  # fmt: skip
     kept = {name: image for name, image in sorted(places.items()) if name not in left_out}
     counts = {side: sum(name not in left_out for name in names) for side, names in sides.items()}
+    if not (counts[QUERY] and counts[GALLERY]):
+        raise InputError(
+            f"{source} has no gallery image that is not a duplicate of a query: give other images, or "
+            "--keep_duplicates"
+        )
     plan = {"source": source.name, **notes, "counts": counts, "left_out": left_out,
             "files": {name: image.name for name, image in kept.items()}}  # fmt: skip
     with _unfinished(out) as folder:
@@ -235,7 +258,7 @@ def _refuse_full(out: Path) -> None:
     """Raise FileExistsError if the folder holds one of the names that are laid out."""
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file: give a folder as --out")
-    there = [name for name in ("train", "test", PLAN) if (out / name).exists()]
+    there = [name for name in ("train", "test", PLAN) if os.path.lexists(out / name)]
     if there:
         what = " and ".join(there)
         raise FileExistsError(f"{out} holds {what} already: give another --out, or remove what is there")

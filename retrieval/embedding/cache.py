@@ -86,7 +86,7 @@ class Cache:
     pending: deque[Future] = field(default_factory=deque, init=False)
 
     def __post_init__(self) -> None:
-        if self.folder.is_file():
+        if os.path.isfile(self.folder):  # Path.is_file would raise where this user may not look
             raise InputError(f"--cache_dir {self.folder} is not a folder but a file: give another one")
         self.thread.submit(self._attempt, self._open).result()
 
@@ -295,16 +295,16 @@ class Look(NamedTuple):
     """What a file's metadata tell, without reading it."""
 
     path: bytes
-    look: str  # its size, the time when its content changed, and that when it or its metadata did (ns)
-    changed: float  # the later of the two, in seconds
+    look: str  # its size, the two times when its content and its metadata changed (ns), and its inode
+    changed: float  # the later of the two times, in seconds
 
 
 def look(path: Path) -> Look | None:
     """Return the look of a file; None if there is no such file.
 
     A program can set the first time, so that a replaced file may have the old one. It cannot set the second,
-    which changes whenever a file is written, renamed or linked. (On Windows the second is the time when the
-    file was made.)
+    which changes whenever a file is written, renamed or linked. On Windows, where the second is the time when
+    a file was made, and on disks where renaming changes no time, the inode tells that a file was replaced.
     """
     try:
         found = os.stat(path)
@@ -314,7 +314,7 @@ def look(path: Path) -> Look | None:
     if not stat.S_ISREG(found.st_mode):  # reading a pipe would block
         return None
     times = found.st_mtime_ns, found.st_ctime_ns
-    return Look(real, f"{found.st_size} {times[0]} {times[1]}", max(times) / 1e9)
+    return Look(real, f"{found.st_size} {times[0]} {times[1]} {found.st_ino}", max(times) / 1e9)
 
 
 def digests_of_files(files: list[ImageFile]) -> list[bytes | None]:

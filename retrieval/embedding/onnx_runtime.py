@@ -156,7 +156,7 @@ class NetworkFiles:
 
     def exists(self, kind: str) -> bool:
         """Return whether an earlier run has written this kind of file."""
-        return self.folder is not None and self.path(kind).is_file()
+        return self.folder is not None and os.path.isfile(self.path(kind))  # False, too, where it is closed
 
     def read(self, kind: str) -> bytes:
         """Return what an earlier run has written, and mark the file as used.
@@ -187,6 +187,8 @@ class NetworkFiles:
             file.parent.mkdir(parents=True, exist_ok=True)
             write_whole(file, self._digest(kind, content) + b"\n" + content)
         except OSError as error:
+            if not os.path.exists(self.folder):  # the cache has warned of it, if the run wants one
+                return
             log.warning("%s cannot be kept (%s): the next run makes it again, or give another --cache_dir",
                         file, error.strerror)  # fmt: skip
 

@@ -128,7 +128,58 @@ def test_half_an_archive_and_one_without_images_are_refused(tmp_path, png):
     whole.write_bytes(whole.read_bytes()[:50_000])
     refused(whole, tmp_path, "cannot be unpacked")
     whole.unlink()
-    refused(zip_of(tmp_path / "a.zip", **{"a.txt": b"x"}), tmp_path, "holds no images, but 1 other files")
+
+
+@pytest.mark.parametrize("make", [zip_of, tar_of])
+@pytest.mark.parametrize(
+    ("contents", "words"),
+    [
+        ({"a.txt": b"x"}, r"holds no images, only 1 \.txt \(a\.txt\)"),
+        (
+            {"train.zip": b"PK", "query.zip": b"PK"},
+            r"only 2 \.zip \(query\.zip, train\.zip\).*inside it are yours",
+        ),
+        ({"__MACOSX/._x.png": b"", ".DS_Store": b""}, "only hidden files"),
+    ],
+)
+def test_an_archive_without_images_is_refused_with_what_it_holds(make, contents, words, tmp_path):
+    refused(make(tmp_path / "archive", **contents), tmp_path, words)
+
+
+def test_a_tar_of_zips_is_no_zip(png, tmp_path):
+    inner = zip_of(tmp_path / "inner.zip", **{"x.png": png})
+    content = inner.read_bytes()
+    inner.unlink()
+    outer = tar_of(tmp_path / "a.tar", "w", **{"train.zip": content, "query.zip": content})
+    refused(outer, tmp_path, r"holds no images, only 2 \.zip")
+
+
+@pytest.mark.parametrize("make", [zip_of, tar_of])
+def test_members_are_known_by_their_bytes_and_the_others_are_named(make, png, tmp_path, caplog):
+    names = ["a/1", "a/2.jfif", "a/3.png ", "a/4.dat", "a/.5.png"]
+    others = {"a/notes.txt": b"x", "a/Thumbs.db": b"x", "__MACOSX/6": png}
+    with unpacked(
+        make(tmp_path / "archive", **dict.fromkeys(names, png), **others), tmp_path / "out"
+    ) as there:
+        assert sorted(path.name for path in there.glob("a/*")) == sorted(name[2:] for name in names)
+        assert not (there / "__MACOSX").exists()
+    assert caplog.messages == [
+        f"files in {tmp_path / 'archive'} that are no images are left out: 1 .txt (a/notes.txt)"
+    ]
+
+
+@pytest.mark.parametrize("make", [zip_of, tar_of])
+def test_backslashes_of_windows_are_folders(make, png, tmp_path, caplog):
+    names = ["train\\ann\\1.png", "test\\query\\q.png", "test/gallery\\g.png", "__MACOSX\\train\\._1.png"]
+    folders = {"train\\": b"", "test\\query\\": b""} if make is zip_of else {}
+    with unpacked(
+        make(tmp_path / "archive", **folders, **dict.fromkeys(names, png)), tmp_path / "out"
+    ) as there:
+        found = sorted(path.relative_to(there).as_posix() for path in there.rglob("*.png"))
+    assert found == ["test/gallery/g.png", "test/query/q.png", "train/ann/1.png"]
+    assert not caplog.messages
+    twice = make(tmp_path / "archive", **dict.fromkeys(["a/1.png", "a\\1.png"], png))
+    refused(twice, tmp_path, "holds a/1.png twice")
 
 
 def test_a_zip_with_a_password_is_said_to_be_locked(tmp_path, png):

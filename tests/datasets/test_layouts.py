@@ -94,12 +94,51 @@ def test_a_folder_around_the_classes_is_looked_through(tmp_path):
     assert {name.split("/")[0] for name in names(tmp_path / "out" / "train")} == {"a", "b"}
 
 
-def test_a_class_of_one_or_two_goes_to_train(tmp_path):
+def test_a_class_of_one_or_two_goes_to_train_and_is_named(tmp_path, caplog):
     classes(tmp_path / "source", 10, "a")
     paint(tmp_path / "source", "b/only.png", seed=1)
     paint(tmp_path / "source", "c/1.png", "c/2.png", seed=2)
     lay_out_split(tmp_path / "out", tmp_path / "source", train=0.7)
     assert {"b/only.png", "c/1.png", "c/2.png"} <= set(names(tmp_path / "out" / "train"))
+    assert "2 of 3 classes are too small for a query and a gallery image beside --train 0.7" in caplog.text
+    assert "go to train as a whole: b, c" in caplog.text
+
+
+@pytest.mark.parametrize(("count", "cure"), [(1, None), (2, 0), (3, 0.3), (4, 0.5), (5, 0.6)])
+def test_classes_that_are_all_too_small_are_refused_with_a_share_that_would_do(count, cure, tmp_path):
+    source = classes(tmp_path / "source", count, "a", "b")
+    advice = "give more images" if cure is None else f"give --train {cure:g}"
+    with pytest.raises(
+        InputError, match=rf"no class of .* --train 0.7: the largest, a, has {count}: {advice}$"
+    ):
+        lay_out_split(tmp_path / "out", source)
+    assert not (tmp_path / "out").exists()
+    if cure is not None:
+        lay_out_split(tmp_path / "out", source, train=cure)
+        counts = json.loads((tmp_path / "out" / "split.json").read_bytes())["counts"]
+        assert min(counts["test/query"], counts["test/gallery"]) >= 2
+
+
+def test_a_gallery_of_duplicates_alone_is_refused(tmp_path):
+    source = classes(tmp_path / "source", 1, "a", "b")
+    for label in "ab":
+        for number in range(1, 10):
+            (source / label / f"{number}.png").write_bytes((source / label / "0.png").read_bytes())
+    with pytest.raises(InputError, match=r"no gallery image that is not a duplicate.*--keep_duplicates"):
+        lay_out_split(tmp_path / "out", source)
+    assert not (tmp_path / "out").exists()
+    lay_out_split(tmp_path / "out", source, keep_duplicates=True)
+
+
+@pytest.mark.parametrize(
+    "parts", [("train", "test"), ("Training", "Query", "gallery"), ("seg_train", "seg_test")]
+)
+def test_a_divided_set_is_no_set_of_classes(parts, tmp_path):
+    source = paint(tmp_path / "source", *(f"{part}/{label}/1.png" for part in parts for label in "ab"))
+    with pytest.raises(
+        InputError, match=rf"already divided into {', '.join(sorted(parts))}: give one of these"
+    ):
+        lay_out_split(tmp_path / "out", source)
 
 
 @pytest.mark.parametrize(
@@ -219,9 +258,28 @@ def test_test_folders_without_train_will_do_and_train_without_them_will_not(tmp_
     lay_out_competition(tmp_path / "data", paint(tmp_path / "a", "test/query/q.png", "test/gallery/g.png"))
     assert names(tmp_path / "data") == ["test/gallery/g.png", "test/query/q.png"]
     with pytest.raises(
-        InputError, match=r"holds no images in test/query/ and test/gallery/.*they lie in train/x"
+        InputError, match=r"holds no images in test/query/ and test/gallery/: they lie in train \(1\)"
     ):
         lay_out_competition(tmp_path / "other", paint(tmp_path / "b", "train/x/q.png"))
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("Train", "Query", "Gallery"),
+        ("training", "queries", "database"),
+        ("data/day/train_images", "data/day/test/probe", "data/day/test/index"),
+    ],
+)
+@pytest.mark.parametrize("pack", [zipped, lambda folder, file: folder], ids=["zip", "folder"])
+def test_the_folders_may_have_other_names_and_lie_deeper(folders, pack, tmp_path, caplog):
+    caplog.set_level("INFO")
+    train, query, gallery = folders
+    handed = paint(tmp_path / "handed", f"{train}/ann/1.png", f"{query}/q.png", f"{gallery}/g.png")
+    lay_out_competition(tmp_path / "data", pack(handed, tmp_path / "x.zip"))
+    assert not [record for record in caplog.records if record.levelname != "INFO"]
+    assert names(tmp_path / "data") == ["test/gallery/g.png", "test/query/q.png", "train/ann/1.png"]
+    assert f"{gallery.removeprefix('data/day/')}/ for test/gallery/" in caplog.text
 
 
 # ---- the target

@@ -1,16 +1,20 @@
-"""What was damaged in the cache, or changed while it was read, is made again."""
+"""What was damaged in the cache, or changed while it was read, is made again; a run needs no cache."""
 
 import os
+import re
 import sqlite3
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import run_here
+from conftest import run, run_here
 from corner import corner, embedded, paint, painted, runtime_of
 
+from retrieval.backbones.zoo import PRETRAINED
 from retrieval.embedding import cache as caches
 from retrieval.embedding.cache import FILE, Cache
 from retrieval.embedding.embed import embed
+from retrieval.embedding.onnx_runtime import EXPORTED, NetworkFiles
 
 
 @pytest.fixture
@@ -109,3 +113,80 @@ def test_the_command_lists_a_cache_of_wrong_values(files, backbone, tmp_path):
     ended = run_here("-m", "retrieval.embedding", "--cache_dir", "cache", cwd=tmp_path)
     assert ended.returncode == 0
     assert ": 7 images, 0.0 MB, used 1970" in ended.stdout
+
+
+def replaced(first, second):
+    paint(first.with_name("new.png"), 50)
+    os.replace(first.with_name("new.png"), first)
+
+
+def exchanged(first, second):
+    first.rename(first.with_name("aside"))
+    second.rename(first)
+    first.with_name("aside").rename(second)
+
+
+def linked(first, second):
+    first.unlink()
+    os.link(second, first)
+
+
+@pytest.mark.parametrize("act", [replaced, exchanged, linked])
+@pytest.mark.parametrize("disk", ["dates a renaming", "does not"])
+def test_another_file_of_the_same_size_and_time_is_noticed(act, disk, files, tmp_path, monkeypatch):
+    def stat(path, stat=os.stat):
+        found = stat(path)
+        changed = found.st_ctime_ns if disk == "dates a renaming" else 0
+        return SimpleNamespace(st_mode=found.st_mode, st_size=found.st_size, st_mtime_ns=found.st_mtime_ns,
+                               st_ctime_ns=changed, st_ino=found.st_ino)  # fmt: skip
+
+    monkeypatch.setattr(caches, "JUST_WRITTEN", -1e9)
+    first, second = files[0].path, files[1].path
+    size, time = first.stat().st_size, first.stat().st_mtime
+    with monkeypatch.context() as patch:
+        patch.setattr(caches, "os", SimpleNamespace(**vars(os) | {"stat": stat}))
+        before = Cache(tmp_path / "cache").digests(files)
+        act(first, second)
+        after = Cache(tmp_path / "cache").digests(files)
+    assert (first.stat().st_size, first.stat().st_mtime) == (size, time)
+    assert after["0.png"] != before["0.png"]
+    assert after == Cache(tmp_path / "cache", verify=True).digests(files)
+
+
+@pytest.fixture
+def closed(tmp_path):
+    """A folder that its user may not enter, such as /root for a user id that Docker was given."""
+    (tmp_path / "closed").mkdir(mode=0)
+    is_root = os.geteuid() == 0
+    if is_root:
+        os.seteuid(12345)
+    yield tmp_path / "closed"
+    if is_root:
+        os.seteuid(0)
+    (tmp_path / "closed").chmod(0o700)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no modes")
+@pytest.mark.parametrize("below", [".cache", ".cache/image-retrieval", "a/b/c"])
+def test_a_home_that_may_not_be_entered_is_warned_of_once(closed, below, caplog, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(closed / below))
+    cache, networks = Cache(closed / below), NetworkFiles(closed / below, b"key")
+    networks.write(EXPORTED, b"a network")
+    assert networks.read(EXPORTED) == b""
+    assert cache.digests([]) == {}
+    assert PRETRAINED["resnet50"].weights.find() is None
+    (warning,) = caplog.messages
+    assert f"the cache {cache.folder / FILE} cannot be used" in warning
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--fuse", "efficientnet_lite1=0.3"], ["--no_cache"]])
+def test_a_run_without_a_usable_home_warns_once_of_its_cache(flags, few, tmp_path, monkeypatch):
+    monkeypatch.delenv("CACHE_DIR")
+    script = ("model_not_tuned.py", "--query_dir", few / "query", "--gallery_dir", few / "gallery")
+    ended = run(*script, "--engine", "onnx", *flags, cwd=tmp_path, HOME="/dev/null")
+    assert ended.returncode == 0, ended.stderr
+    assert "drew results/report.html" in ended.stdout
+    without = "warning: the cache /dev/null/.cache/image-retrieval/embeddings-3.sqlite cannot be used"
+    warned = re.findall(r"^.*(?:warning|denied|failed|temporary).*$", ended.stderr, re.M | re.I)
+    assert [line.startswith(without) for line in warned] == ([] if "--no_cache" in flags else [True])

@@ -27,7 +27,7 @@ from unittest.mock import patch
 import numpy as np
 from PIL import Image
 
-from get_images import is_image
+from get_images import is_image, may_begin_image
 from retrieval.datasets import archives
 from retrieval.datasets.archives import unpacked
 from retrieval.errors import InputError, RunError
@@ -87,8 +87,12 @@ def _is_right(folder: Path, packed: int) -> bool:
     """Return whether a folder holds regular files of images alone, and no more bytes than it may."""
     files = [path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()]
     size = sum(path.lstat().st_size for path in files)
-    plain = all(stat.S_ISREG(path.lstat().st_mode) and is_image(path.name) for path in files)
+    plain = all(stat.S_ISREG(path.lstat().st_mode) and _is_image(path) for path in files)
     return bool(files) and plain and size <= max(MOST, archives.MOST_GROWTH * packed)
+
+
+def _is_image(path: Path) -> bool:
+    return is_image(path.name) or may_begin_image(path.read_bytes()[:16])
 
 
 def cases(rng: np.random.Generator) -> Iterator[Case]:
