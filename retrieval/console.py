@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from types import FrameType
 
 STOPPED = "stopped by Ctrl-C; no file is half-written"
 
@@ -15,12 +18,22 @@ def _end_by_ctrl_c(kind: type[BaseException], error: BaseException, trace: objec
     raise SystemExit(130)
 
 
+def _on_ctrl_c(_: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt; but inside an import end at once, as the C++ code of torch would abort."""
+    while frame:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            print(f"error: {STOPPED}", file=sys.stderr, flush=True)
+            os._exit(130)
+        frame = frame.f_back
+    raise KeyboardInterrupt
+
+
 sys.excepthook = _end_by_ctrl_c
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as by nohup
+    signal.signal(signal.SIGINT, _on_ctrl_c)
 
 import gc
 import logging
-import os
-import signal
 import time
 from collections.abc import Callable
 from importlib.util import find_spec

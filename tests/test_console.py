@@ -229,7 +229,7 @@ def test_a_file_name_that_no_console_can_show_stops_nothing(tmp_path):
         "model_not_tuned.py", "--query_dir", ".", "--gallery_dir", ".", cwd=tmp_path, PYTHONIOENCODING="ascii"
     )
     assert ended.returncode == 2
-    assert "such as \\udcff.txt" in ended.stderr
+    assert "1 .txt (\\udcff.txt)" in ended.stderr
 
 
 @pytest.mark.slow
