@@ -14,7 +14,6 @@ from get_images import label_of
 from retrieval.backbones.backbone import package_versions
 from retrieval.files import write_whole
 from retrieval.html import render
-from retrieval.machine import version_of
 from retrieval.metrics import CUTS, MORE
 from retrieval.ranking.collapse import in_words as why_collapsed
 from retrieval.report import charts
@@ -148,8 +147,7 @@ def _left_out(results: Results) -> dict[str, list[str]]:
 def versions() -> dict[str, str]:
     """Return the versions of Python, the system and the packages, and the commit of this code, if known."""
     found = {"python": platform.python_version(), "system": platform.platform(terse=True)}
-    found |= package_versions() | {"scikit-learn": version_of("scikit-learn")}  # scikit-learn draws the map
-    return found | _commit(Path(__file__).parent.parent.parent)
+    return found | package_versions() | _commit(Path(__file__).parent.parent.parent)
 
 
 def _commit(folder: Path) -> dict[str, str]:

@@ -79,7 +79,7 @@ def test_the_page_holds_every_query_with_its_matches_and_their_pictures(digits, 
 def test_the_pictures_shrink_where_there_are_many_and_the_last_are_left_out(digits, monkeypatch):
     matches = Matches(digits)
     large = page_data(digits, matches, [])["pictures"]
-    monkeypatch.setattr(viewer, "SIDES", {10: 96, 1000: 16})
+    monkeypatch.setattr(viewer, "SIDES", {10: 96, 1000: 4})
     small = page_data(digits, matches, [])["pictures"]
     assert small.keys() == large.keys()
     assert all(len(small[row]) < len(large[row]) for row in large)
