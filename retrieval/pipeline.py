@@ -202,6 +202,7 @@ def save(
     (ranking, search), (queries, gallery, _, sample, _) = ranked, vectors
     metrics = {"backbone": backbone.model_name, "tuned": backbone.trained is not None}
     metrics |= {"names": run.write_names(queries.names, gallery.names)}
+    metrics |= {"cached_gallery_images": gallery.cached}
     metrics |= measure(ranking, queries, gallery, run.settings.top_k) | search
     metrics |= spread_of(ranking, queries)
     if metrics["collapsed"]:

@@ -46,6 +46,7 @@ class ShardedEmbeddings:
     start: int
     unreadable: list[str]
     without_face: list[str] | None
+    cached: int = 0  # vectors of all processes that came from the cache
 
 
 @dataclass(frozen=True)

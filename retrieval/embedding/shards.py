@@ -39,6 +39,7 @@ def embed_shard(
         start=rows.start,
         unreadable=[name for name in names if name in notes.unreadable],
         without_face=notes.without_face if faces else None,
+        cached=notes.cached,
     )
 
 

@@ -1,8 +1,8 @@
 """Vectors in; their positions on a t-SNE map out.
 
 L. van der Maaten and G. Hinton, JMLR 9 (2008) 2579. All pairs of the points are computed, in blocks that stay
-in the processor's cache. For the report's 1000 points this takes a fraction of the time of scikit-learn, whose
-approximation is for more, and whose import alone takes as long (benchmarks/README.md).
+in the processor's cache. For the report's 1000 points this takes a fraction of the time of scikit-learn:
+its approximation is for more, and its import alone takes as long (benchmarks/README.md).
 """
 
 from __future__ import annotations
