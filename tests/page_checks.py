@@ -80,7 +80,8 @@ return found;
 
 # Pairs of texts that lie over each other, among those that stand level.
 OVERLAPS = """
-const kinds = "svg text, .axis i, .bars > span, h1, h2, p, dt, dd, .caption, .verdict, label, th, td, output, nav a";
+const kinds = "svg text, .axis i, .bars > span, h1, h2, p, dt, dd, .caption, .verdict, label, th, td, "
+  + "output, nav a";
 const texts = [...document.querySelectorAll(kinds)]
   .filter((node) => node.textContent.trim() && node.getClientRects().length)
   .filter((node) => !/rotate\\((?!-?0\\b)/.test(node.getAttribute("transform") || ""))
