@@ -216,6 +216,7 @@ def save(
     (ranking, search), (queries, gallery, _, sample, _) = ranked, vectors
     metrics = {"backbone": backbone.model_name, "tuned": backbone.trained is not None}
     metrics |= {"names": run.write_names(queries.names, gallery.names)}
+    metrics |= {"cached_gallery_images": gallery.cached}
     metrics |= measure(ranking, queries, gallery, run.settings.top_k) | search
     metrics |= spread_of(ranking, queries)
     if metrics["collapsed"]:
@@ -260,7 +261,8 @@ def show(run: Run, results: Results, outcome: Outcome) -> None:
     """Draw the report, unless it is not wanted, tell the tracker, and end with the outcome's status."""
     metrics = results.metrics | outcome.metrics
     if not run.settings.no_report and outcome.word != "interrupted":
-        from retrieval.report.run_report import write_report  # imports matplotlib and scikit-learn
+        log.info("drawing the report (--no_report leaves it out)")
+        from retrieval.report.run_report import write_report  # imports matplotlib
 
         try:
             run.done("report", f"drew {write_report(run, results, outcome)}")

@@ -48,6 +48,7 @@ class ShardedEmbeddings:
     unreadable: list[str]
     without_face: list[str] | None
     damaged: list[str] = field(default_factory=list)
+    cached: int = 0  # vectors of all processes that came from the cache
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,8 @@ return found;
 
 # Pairs of texts that lie over each other, among those that stand level.
 OVERLAPS = """
-const kinds = "svg text, h1, h2, p, dt, dd, .caption, .verdict, label, th, td, output, nav a";
+const kinds = "svg text, .axis i, .bars > span, h1, h2, p, dt, dd, .caption, .verdict, label, th, td, "
+  + "output, nav a";
 const texts = [...document.querySelectorAll(kinds)]
   .filter((node) => node.textContent.trim() && node.getClientRects().length)
   .filter((node) => !/rotate\\((?!-?0\\b)/.test(node.getAttribute("transform") || ""))
@@ -93,4 +94,14 @@ texts.forEach(({ node, box }, i) => texts.slice(i + 1).forEach((other) => {
   if (width > 1.5 && height > 1.5) found.push([node.textContent, other.node.textContent]);
 }));
 return found;
+"""
+
+
+# What is wider than its box and scrolls there, without a shadow at its edge that shows it.
+SCROLLS_UNSEEN = """
+return [...document.querySelectorAll("body *")]
+  .filter((node) => ["auto", "scroll"].includes(getComputedStyle(node).overflowX))
+  .filter((node) => node.scrollWidth > node.clientWidth + 1)
+  .filter((node) => !getComputedStyle(node).backgroundAttachment.includes("local"))
+  .map((node) => node.textContent.trim().slice(0, 40));
 """

@@ -40,6 +40,7 @@ def embed_shard(
         unreadable=[name for name in names if name in notes.unreadable],
         without_face=notes.without_face if faces else None,
         damaged=list(notes.damaged),
+        cached=notes.cached,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.font_manager import get_font_names
 from matplotlib.lines import Line2D
@@ -51,12 +54,17 @@ class Chart:
 def chart_of(figure: Figure, name: str, description: str) -> Chart:
     """Render a figure in both forms. A screen reader reads the description of its SVG.
 
-    The ids in the SVG begin with the chart's name, since a page holds several charts.
+    The ids in the SVG begin with the chart's name, since a page holds several charts. The canvases draw the
+    figure once each, where Figure.savefig draws it twice.
     """
     with warnings.catch_warnings(), mpl.rc_context({"svg.hashsalt": name}):
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a box stands for it in the PNG
-        figure.savefig(png := io.BytesIO(), format="png", dpi=110)
-        figure.savefig(text := io.StringIO(), format="svg", transparent=True, metadata={"Date": None})
+        figure.set_dpi(110)
+        FigureCanvasAgg(figure).print_png(png := io.BytesIO())
+        figure.set_layout_engine("none")  # the PNG's layout serves both
+        for part in (figure, *figure.axes):
+            part.patch.set_visible(False)  # the page's ground shows through
+        FigureCanvasSVG(figure).print_svg(text := io.StringIO(), metadata={"Date": None})
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
@@ -88,10 +96,15 @@ def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, l
 
 @style()
 def per_class(metrics: dict[str, dict[str, Any]]) -> Chart:
-    """Draw the top-1 accuracy of each class with its interval, the worst first; of many classes the worst."""
-    worst = sorted(metrics, key=lambda label: (metrics[label]["top_1"], label))
+    """Draw the top-1 accuracy of each class with its interval, the worst first; of many classes the worst.
+
+    If all bars would be empty, as with many classes of one query each, count the classes by their best match.
+    """
+    worst = worst_first(metrics)
     failing = sum(metrics[label]["top_1"] < 1 for label in worst)
     shown = worst if len(worst) <= MOST_CLASSES else worst[: max(1, min(MOST_CLASSES, failing))]
+    if len(worst) > MOST_CLASSES and not any(metrics[label]["top_1"] for label in shown):
+        return _classes_by_best_match(metrics)
     figure, (axes,) = new_figure(7, 1 + 0.3 * len(shown))
     shares = np.array([metrics[label]["top_1"] for label in shown])
     low, high = np.array([metrics[label]["top_1_interval"] for label in shown]).T
@@ -106,10 +119,42 @@ def per_class(metrics: dict[str, dict[str, Any]]) -> Chart:
     return chart_of(figure, "per_class", f"Top-1 of each class: the worst is {shown[0]}, {shares[0]:.2f}")
 
 
+def worst_first(metrics: dict[str, dict[str, Any]]) -> list[str]:
+    """Sort the classes by their top-1 accuracy, and equal ones by the rank of their first right images."""
+    return sorted(metrics, key=lambda label: (metrics[label]["top_1"], metrics[label]["mrr"], label))
+
+
+def _classes_by_best_match(metrics: dict[str, dict[str, Any]]) -> Chart:
+    """Draw how many classes find a right image as the first match of all their queries, of some, or later."""
+    groups = {"first match": 0, "first match of some queries": 0, "2nd or 3rd": 0, "4th or 5th": 0,
+              "6th to 10th": 0, "none of the first 10": 0}  # fmt: skip
+    for found in metrics.values():
+        shares = (found["top_1"] == 1, found["top_1"], found["top_3"], found["top_5"], found["top_10"], 1)
+        best = next(group for group, share in zip(groups, shares, strict=True) if share)
+        groups[best] += 1
+    if not groups["first match of some queries"]:  # as where each class has one query
+        del groups["first match of some queries"]
+    figure, (axes,) = new_figure(7, 3)
+    bars = axes.barh(list(groups), list(groups.values()), color=COLOURS[0], height=0.7)
+    axes.bar_label(bars, padding=4)
+    axes.invert_yaxis()
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("classes")
+    axes.set_title(f"best right match of each of {len(metrics)} classes")
+    counts = ", ".join(f"{group}: {count}" for group, count in groups.items())
+    return chart_of(figure, "per_class", f"Classes by their best right match. {counts}")
+
+
 @style()
 def confusion(queries: list[str], matches: list[str]) -> Chart:
-    """Draw which class the first matches of each class have; of many classes the most confused."""
+    """Draw which class the first matches of each class have; of many classes the most confused.
+
+    If there are many and no two are confused twice, draw which classes the wrong first matches have instead.
+    """
     pairs = list(zip(queries, matches, strict=True))
+    confused = Counter(pair for pair in pairs if pair[0] != pair[1])
+    if len({*queries, *matches}) > MOST_CLASSES and set(confused.values()) == {1}:
+        return _taken_for([match for _, match in confused])
     classes = sorted({*queries, *matches})
     if len(classes) > MOST_CLASSES:
         wrong = {label: sum(label in pair for pair in pairs if pair[0] != pair[1]) for label in classes}
@@ -136,10 +181,28 @@ def confusion(queries: list[str], matches: list[str]) -> Chart:
     axes.set_xlabel("class of the first match")
     axes.set_ylabel("class of the query")
     of = "" if len(classes) == len({*queries, *matches}) else f", the {len(classes)} most confused classes"
-    axes.set_title(f"first matches{of}")
+    axes.set_title(f"first matches, right on the diagonal{of}")
     right = sum(query == match for query, match in pairs)
     return chart_of(
         figure, "confusion", f"Class of the first match: right for {right} of {len(pairs)} queries"
+    )
+
+
+def _taken_for(wrong: list[str]) -> Chart:
+    """Draw the classes that most wrong first matches have."""
+    shown = Counter(sorted(wrong)).most_common(MOST_CLASSES)
+    figure, (axes,) = new_figure(7, 1.3 + 0.3 * len(shown))
+    labels, counts = zip(*shown, strict=True)
+    bars = axes.barh(range(len(shown)), counts, color=COLOURS[2], height=0.7)
+    axes.bar_label(bars, padding=4)
+    axes.set_yticks(range(len(shown)), [_short(label) for label in labels])
+    axes.margins(y=0.01)
+    axes.invert_yaxis()
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("queries of other classes")
+    axes.set_title(f"{len(wrong)} wrong first matches, of {len(set(wrong))} classes: the most frequent")
+    return chart_of(
+        figure, "confusion", f"{len(wrong)} wrong first matches; most, {counts[0]}, are {labels[0]}"
     )
 
 
@@ -154,12 +217,13 @@ def similarities(first: np.ndarray, right: np.ndarray | None, kind: str = "cosin
     for name, values, colour in parts:
         # wrong matches are hatched, so that they can be told apart without colours
         looks = {"hatch": "////", "fill": False} if name == "wrong" else {"color": colour, "alpha": 0.6}
-        axes.hist(values, bins, label=f"{name} ({len(values)})", edgecolor=colour, **looks)
+        label = f"{name} ({len(values)})"
+        axes.hist(values, bins, histtype="stepfilled", label=label, edgecolor=colour, **looks)
     axes.set_xlabel(f"{kind} similarity of the first match")
     axes.set_ylabel("queries")
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.set_title("similarity of the first matches")
-    axes.legend(loc="upper left")
+    axes.legend()
     medians = ", ".join(f"{name} {np.median(values):.2f}" for name, values, _ in parts if len(values))
     return chart_of(figure, "similarities", f"Similarity of the first match, in the median: {medians}")
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from html import escape
 from itertools import chain
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 from scipy.stats import binomtest
@@ -24,7 +26,8 @@ NOTE = (
     "In brackets: the 95 % interval. Each run is compared with the best, query by query: top-1 by McNemar's "
     "exact test (5 %, corrected by Holm for the rows of a table), the score by a paired bootstrap, whose "
     "interval is not corrected and must exclude 0. MAP@R cuts R, a query's number of right images, to the "
-    "number of ranked images: k, but at least 10."
+    "number of ranked images: k, but at least 10. s: the seconds of the run without its page; vectors that "
+    "came from the cache (of the gallery) cost none."
 )
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -58,16 +61,22 @@ def compare_ledgers(folders: list[Path]) -> Path:
     Reads every runs.jsonl in and below the folders; a ledger can stand for its folder. Raises InputError if
     there is no ledger, or no run in any.
     """
-    groups = [{"title": _title(rows), "rows": rows, "tables": [_cells(rows), *_more_cells(rows)]}
+    out = folders[0].parent if folders[0].is_file() else folders[0]
+    groups = [{"title": _title(rows), "rows": rows, "tables": [_cells(rows), *_more_cells(rows)],
+               "pages": [_address(row.run.page, out) for row in rows]}
               for rows in map(_beside_the_best, _grouped(read_ledgers(folders)))]  # fmt: skip
     tables = [[f"**{_escaped(group['title'])}**", *map(_markdown, group["tables"])] for group in groups]
     text = "\n\n".join([*chain(*tables), NOTE])
     log.info("%s", text)
-    out = folders[0].parent if folders[0].is_file() else folders[0]
     write_whole(out / TABLE, f"{text}\n".encode("utf-8", "replace"))
     write_whole(out / PAGE, render(TEMPLATES, "comparison.html", title="Runs compared", groups=groups,
                                    most=MOST_NAMES, note=NOTE))  # fmt: skip
     return out / PAGE
+
+
+def _address(page: Path | None, folder: Path) -> str:
+    """Return the address of a run's page in a page that lies in `folder`, "" if there is none."""
+    return quote(os.fsencode(os.path.relpath(page, folder)).replace(b"\\", b"/")) if page else ""
 
 
 def _grouped(runs: list[RunLine]) -> list[list[RunLine]]:
@@ -177,10 +186,12 @@ def _cells_of(row: Row, with_server: bool) -> list[str]:
         by, (low, high) = row.difference
         difference = f"{by:+.0f} [{low:+.0f}, {high:+.0f}]"
     server = run.accuracy
+    of = "" if run.cached == run.gallery_images else f"{run.cached} of {run.gallery_images} "
+    cached = f" ({of}cached)" if run.cached else ""
     return [row.name + again, "yes" if run.tuned else "no", *shares,
             _estimate(run, "score", lambda score: f"{score:.0f}"),
             *(["–" if server is None else f"{server:g}"] if with_server else []), difference, row.significant,
-            f"{run.seconds:.0f}"]  # fmt: skip
+            f"{run.seconds:.0f}{cached}"]  # fmt: skip
 
 
 def _share(run: RunLine, metric: str) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
 
 from get_images import label_of
 from retrieval.report import charts
 from retrieval.report.charts import Chart
 from retrieval.report.results import Results
+from retrieval.report.tsne import tsne
 
 FEWEST_POINTS = 5
 
@@ -49,14 +48,3 @@ def _colours(results: Results, rows: np.ndarray) -> tuple[list[str | None], dict
     verdicts += [None] * len(results.gallery)
     colours = {"first match right": charts.RIGHT, "first match wrong": charts.WRONG}
     return [verdicts[row] for row in rows], colours
-
-
-def tsne(vectors: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Reduce vectors (points, dimension) to (points, 2) by PCA to 50 dimensions, then t-SNE.
-
-    L. van der Maaten and G. Hinton, JMLR 9 (2008) 2579.
-    """
-    reduced = PCA(min(50, *vectors.shape), random_state=seed).fit_transform(vectors)
-    perplexity = min(30.0, (len(vectors) - 1) / 3)
-    start = reduced[:, :2] / max(reduced[:, 0].std(), 1e-12) * 1e-4  # as Kobak and Berens 2019 do
-    return TSNE(init=start, perplexity=perplexity, max_iter=500, random_state=seed).fit_transform(reduced)

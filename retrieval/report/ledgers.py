@@ -33,6 +33,12 @@ class Settings(BaseModel):
     face_margin: float | str | None = None
     min_face_size: float | str | None = None
     weights: str | None = None
+    search: str | None = None
+    exclude_self: bool = False
+
+
+# Values of settings that stand for "not given".
+PLAIN = (None, False, "", "auto", "none", "exact")
 
 
 def _within(part: str, name: str) -> Any:
@@ -53,6 +59,13 @@ class ResentLine(BaseModel):
     accuracy: float | None = _within("outcome", "accuracy")  # the server's score
 
 
+class Beside(BaseModel):
+    """A file metrics.json, as far as it tells whose page lies beside it."""
+
+    names: str
+    seconds: float = Field(validation_alias=AliasPath("seconds", "total"))
+
+
 class RunLine(BaseModel):
     """A line of a ledger. What the comparison does not need is ignored."""
 
@@ -66,6 +79,8 @@ class RunLine(BaseModel):
     tuned: bool = _within("metrics", "tuned")
     names: str = _within("metrics", "names")  # the digest in names-DIGEST.json: the same for the same images
     estimates: dict[str, Estimate] = Field(validation_alias="metrics")  # empty without labels
+    means: dict[str, Any] = Field({}, validation_alias=AliasPath("metrics", "means"))  # such as {"hubs": 10}
+    cached: int = Field(0, validation_alias=AliasPath("metrics", "cached_gallery_images"))
     accuracy: float | None = _within("outcome", "accuracy")  # the server's score
     seconds: float = _within("seconds", "total")
     first: tuple[int, ...] | None = None  # the rank of each query's first right image, or 0; None: no labels
@@ -90,18 +105,19 @@ class RunLine(BaseModel):
 
     @property
     def name(self) -> str:
-        """The model name and the settings that were given; a weights file is named by the end of its path."""
-        given = self.settings.model_dump()
+        """The model name, the settings and the means that were given; of a weights file the path's end."""
+        given = self.settings.model_dump() | self.means
         if given["weights"]:
             given["weights"] = "/".join(Path(given["weights"]).parts[-2:])
-        given = {name: value for name, value in given.items() if value not in (None, "", "auto")}
-        return ", ".join([self.backbone, *(f"{name} {value}" for name, value in given.items())])
+        given = {name: value for name, value in given.items() if value not in PLAIN}
+        words = [name if value is True else f"{name} {value}" for name, value in given.items()]
+        return ", ".join([self.backbone, *words])
 
     @property
     def identity(self) -> tuple:
-        """What a repeated run has in common with the first: network, settings, and results."""
+        """What a repeated run has in common with the first: network, settings, means, and results."""
         results = self.accuracy if self.first is None else self.first  # sending changes no ranking
-        return self.backbone, self.settings.model_dump_json(), results
+        return self.backbone, self.settings.model_dump_json(), json.dumps(self.means, sort_keys=True), results
 
     @property
     def sort_score(self) -> float:
@@ -109,6 +125,23 @@ class RunLine(BaseModel):
         if "score" in self.estimates:
             return self.estimates["score"].value
         return -1.0 if self.accuracy is None else self.accuracy
+
+    @property
+    def page(self) -> Path | None:
+        """The run's report.html, which the next run moves to earlier/; None if it was not drawn or is gone.
+
+        The metrics.json beside a run's page has the same seconds as the run's line in the ledger.
+        """
+        folder = self.ledger.parent
+        for path in [folder / "metrics.json", *folder.glob(f"{EARLIER}/*/metrics.json")]:
+            try:
+                beside = Beside.model_validate_json(path.read_bytes())
+            except (OSError, ValueError):
+                continue
+            page = path.with_name("report.html")
+            if (beside.names, beside.seconds) == (self.names, self.seconds) and page.is_file():
+                return page
+        return None
 
     def query_names(self) -> list[str]:
         """Read the names of the queries; return their row numbers if the file of names is lost."""

@@ -14,7 +14,6 @@ from get_images import label_of
 from retrieval.backbones.backbone import package_versions
 from retrieval.files import write_whole
 from retrieval.html import render
-from retrieval.machine import version_of
 from retrieval.metrics import CUTS, MORE
 from retrieval.ranking.collapse import in_words as why_collapsed
 from retrieval.report import charts
@@ -53,6 +52,7 @@ def write_report(run: Run, results: Results, outcome: Outcome) -> Path:
         labelled=results.labelled,
         charts=drawn,
         data=data,
+        failing=_failing(results.metrics.get("per_class", {})),
         query_classes=[(number, data["classes"][number]) for number in sorted(classes)],
         mapped=len(results.sample.rows),
         fused=results.fused,
@@ -60,7 +60,7 @@ def write_report(run: Run, results: Results, outcome: Outcome) -> Path:
         images=queries + images,
         command=_command(run),
         time=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        tables=_tables(run),
+        tables=_tables(run, results.metrics.get("cached_gallery_images", 0)),
         left_out=_left_out(results),
     )
     write_whole(run.folder / PAGE, page)
@@ -80,6 +80,14 @@ def _charts(results: Results, matches: Matches) -> list[Chart]:
     if results.trained and results.trained.history:
         drawn.append(charts.curves(results.trained.history, results.trained.untuned))
     return drawn
+
+
+def _failing(per_class: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return the classes with wrong first matches, the worst first, and how many of their queries."""
+    failing = [label for label in charts.worst_first(per_class) if per_class[label]["top_1"] < 1]
+    counts = [(per_class[label]["queries"], per_class[label]["top_1"]) for label in failing]
+    return [(label, f"{round((1 - right) * queries)} of {queries}")
+            for label, (queries, right) in zip(failing, counts, strict=True)]  # fmt: skip
 
 
 def _command(run: Run) -> str:
@@ -123,12 +131,15 @@ def _more(metrics: dict[str, Any], ranked: int) -> str:
     return " · ".join(shown)
 
 
-def _tables(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
+def _tables(run: Run, cached: int) -> list[tuple[str, list[tuple[str, str]]]]:
     """Return the tables that say how the run was made: captions and rows."""
     seconds = run.rounded_seconds()
     seconds["all but this page"] = seconds.pop("total")
+    steps = [(step, f"{spent:.1f}") for step, spent in seconds.items()]
+    if cached:
+        steps.append(("of the gallery", f"{cached} images came from the cache, which costs no embedding"))
     return [
-        ("seconds of each step", [(step, f"{spent:.1f}") for step, spent in seconds.items()]),
+        ("seconds of each step", steps),
         ("settings", [(name, "–" if value is None else str(value)) for name, value in run.settings]),
         ("versions", list(versions().items())),
     ]
@@ -150,8 +161,7 @@ def _left_out(results: Results) -> dict[str, list[str]]:
 def versions() -> dict[str, str]:
     """Return the versions of Python, the system and the packages, and the commit of this code, if known."""
     found = {"python": platform.python_version(), "system": platform.platform(terse=True)}
-    found |= package_versions() | {"scikit-learn": version_of("scikit-learn")}  # scikit-learn draws the map
-    return found | _commit(Path(__file__).parent.parent.parent)
+    return found | package_versions() | _commit(Path(__file__).parent.parent.parent)
 
 
 def _commit(folder: Path) -> dict[str, str]:

@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
+from tqdm import tqdm
 
 from get_images import ImageFile, UnreadableImageError, label_of, read_image
 from retrieval.files import write_whole
+from retrieval.machine import cores
 from retrieval.records import Ranking
 
 SIDE, GAP, FRAME = 96, 12, 4  # pixels: of a thumbnail's side, between thumbnails, of a frame
@@ -44,9 +46,10 @@ def draw_matches(
 
 
 def encoded_thumbnails(images: list[ImageFile], side: int) -> list[str]:
-    """Resize each image to fit `side` × `side` pixels, as WebP in base64; empty if it cannot be read."""
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda image: _encoded_thumbnail(image.path, side), images))
+    """Shrink each image to fit `side` × `side` pixels, as WebP in base64; empty if it cannot be read."""
+    with ThreadPoolExecutor(cores()) as pool:
+        encoded = pool.map(lambda image: _encoded_thumbnail(image.path, side), images)
+        return list(tqdm(encoded, "pictures", len(images), leave=False, unit="image", delay=3))  # seconds
 
 
 def _encoded_thumbnail(path: Path, side: int) -> str:
@@ -54,7 +57,7 @@ def _encoded_thumbnail(path: Path, side: int) -> str:
         image = Image.fromarray(read_image(path))
     except UnreadableImageError:
         return ""
-    scale = side / max(image.size)
+    scale = min(1, side / max(image.size))
     size = [max(1, round(length * scale)) for length in image.size]  # a strip keeps a pixel
     file = io.BytesIO()
     image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0).save(file, "WEBP", quality=60, method=2)

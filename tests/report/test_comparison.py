@@ -1,5 +1,7 @@
 import json
+import re
 from datetime import UTC, datetime
+from urllib.parse import unquote
 
 import pytest
 from conftest import ranking_of, run_here
@@ -9,7 +11,7 @@ from retrieval.errors import InputError
 from retrieval.metrics import competition_score, first_hits, metrics_of
 from retrieval.report.comparison import compare_ledgers, holm, mcnemar
 from retrieval.report.ledgers import read_ledgers
-from retrieval.run import Outcome, Run
+from retrieval.run import Outcome, Run, set_aside
 from retrieval.settings import Form, NewFolder
 
 NAMES = [f"a/{number}.jpg" for number in range(10)]
@@ -225,14 +227,17 @@ def test_real_runs_from_the_command_line(few, exported, tmp_path):
 
 @pytest.mark.parametrize("width", [1280, 400])
 def test_the_page_fits_and_is_readable(browser, tmp_path, width):
-    from page_checks import LOW_CONTRAST
+    from page_checks import LOW_CONTRAST, OVERLAPS, SCROLLS_UNSEEN
 
     put(tmp_path, "a network with a long name, fine-tuned with supcon", GOOD)
+    put(tmp_path, "vit_large_patch14_clip_224.openai_ft_in12k_in1k@loose", FAIR)
     put(tmp_path, "other", POOR)
     page = compare_ledgers([tmp_path])
     for scheme in ("light", "dark"):
         browser.open(page.as_uri(), width, scheme)
         assert browser.run(LOW_CONTRAST) == []
+        assert browser.run(OVERLAPS) == []
+        assert browser.run(SCROLLS_UNSEEN) == []
         assert browser.run("return document.documentElement.scrollWidth") <= width
 
 
@@ -351,6 +356,80 @@ def test_a_line_of_wrong_values_is_passed_over_too(tmp_path, caplog, broken):
     change(tmp_path, **broken)
     assert [row[0] for row in table(compare_ledgers([tmp_path]))[1:]] == ["word"]
     assert "runs.jsonl, line 2 is not a line of a ledger" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("told", "wanted"),
+    [
+        ({"metrics": {"means": {"hubs": 10}}}, "word, hubs 10"),
+        (
+            {"metrics": {"means": {"centre": True, "query_expansion": "5:3"}}},
+            "word, centre, query_expansion 5:3",
+        ),
+        ({"settings": {"search": "ivf"}}, "word, search ivf"),
+        ({"settings": {"exclude_self": True, "search": "exact"}}, "word, exclude_self"),
+    ],
+    ids=str,
+)
+def test_a_name_shows_the_means_and_the_search(tmp_path, told, wanted):
+    put(tmp_path, "word", GOOD)
+    put(tmp_path, "word", GOOD)
+    change(tmp_path, **told)
+    assert {row[0] for row in table(compare_ledgers([tmp_path]))[1:]} == {"word", wanted}
+
+
+@pytest.mark.parametrize(("cached", "wanted"), [(10, " (cached)"), (4, " (4 of 10 cached)"), (0, "")])
+def test_a_run_whose_vectors_were_cached_says_so(tmp_path, cached, wanted):
+    put(tmp_path, "word", GOOD)
+    change(tmp_path, seconds={"total": 3.2}, metrics={"cached_gallery_images": cached})
+    assert table(compare_ledgers([tmp_path]))[1][-1] == f"3{wanted}"
+
+
+def links(page):
+    return re.findall(r'<th scope="row"><a href="([^"]*)">([^<]*)', page.read_text())
+
+
+def test_a_row_links_to_its_run_s_page_also_after_later_runs(tmp_path):
+    for total, (word, first) in enumerate((("one", POOR), ("two", FAIR), ("three", GOOD)), 1):
+        folder = tmp_path / "a b" / ("elsewhere" if word == "three" else "results")
+        folder.mkdir(parents=True, exist_ok=True)
+        set_aside(folder)
+        put(folder, word, first)
+        change(folder, seconds={"total": total})
+        metrics = json.loads((folder / "metrics.json").read_text())
+        (folder / "metrics.json").write_text(json.dumps(metrics | {"seconds": {"total": total}}))
+        (folder / "report.html").write_text(word)
+    set_aside(tmp_path / "a b" / "results")
+    put(tmp_path / "a b" / "results", "without a page", POOR)
+    page = compare_ledgers([tmp_path])
+    found = {name: (tmp_path / unquote(address)).read_text() for address, name in links(page)[:3]}
+    assert found == {"three": "three", "two": "two", "one": "one"}
+    assert len(links(page)) == 2 * 3  # tables
+
+
+def test_a_page_that_is_gone_gets_no_link(tmp_path):
+    put(tmp_path, "word", GOOD)
+    assert links(compare_ledgers([tmp_path])) == []
+    (tmp_path / "report.html").write_text("")
+    assert len(links(compare_ledgers([tmp_path]))) == 2
+    for broken in (b"", b"[]", b'{"names": 3}'):
+        (tmp_path / "metrics.json").write_bytes(broken)
+        assert links(compare_ledgers([tmp_path])) == []
+
+
+def test_the_scores_have_an_axis_with_numbers(browser, tmp_path):
+    put(tmp_path, "word", FAIR)
+    page = compare_ledgers([tmp_path])
+    for width, ticks in ((1280, ["0", "250", "500", "750", "1000"]), (400, ["0", "500", "1000"])):
+        browser.open(page.as_uri(), width)
+        seen = browser.run("""return [...document.querySelectorAll(".axis i")]
+            .filter((i) => i.getClientRects().length).map((i) => i.textContent)""")
+        assert seen == ticks
+        apart = browser.run("""
+            const mid = (e) => e.getBoundingClientRect().left + e.getBoundingClientRect().width / 2;
+            const tick = [...document.querySelectorAll(".axis i")].find((i) => i.textContent === "500");
+            return Math.abs(mid(tick) - mid(document.querySelector(".bar")));""")
+        assert apart < 2
 
 
 def test_the_table_to_paste_holds_no_tags_and_no_broken_lines(tmp_path):

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from page_checks import LOW_CONTRAST, OVERLAPS
+from page_checks import LOW_CONTRAST, OVERLAPS, SCROLLS_UNSEEN
 from pages import STRANGE, drawn, found_of
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -141,6 +141,7 @@ def test_it_is_readable_wide_and_narrow_light_and_dark(browser, page, width, sch
     browser.open(page, width, scheme)
     assert browser.run(LOW_CONTRAST) == []
     assert browser.run(OVERLAPS) == []
+    assert browser.run(SCROLLS_UNSEEN) == []
     assert browser.run("return document.documentElement.scrollWidth") <= width
 
 
@@ -150,6 +151,11 @@ def test_the_measurement_of_contrast_and_of_overlaps_would_see_them(browser, pag
         document.querySelector("h2").style.marginTop = "-80px";""")
     assert browser.run(LOW_CONTRAST)
     assert browser.run(OVERLAPS)
+    browser.open(page, 400)
+    browser.run(
+        """for (const node of document.querySelectorAll(".scroll")) node.style.background = "none";"""
+    )
+    assert browser.run(SCROLLS_UNSEEN)
 
 
 def test_pictures_are_undistorted_and_have_words(browser, page):

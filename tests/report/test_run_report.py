@@ -2,12 +2,14 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from importlib.metadata import version
 
 import numpy as np
 import pytest
 from conftest import vectors_of
 from pages import STRANGE, drawn, found_of
 
+from retrieval.metrics import score
 from retrieval.ranking.exact import rank
 from retrieval.records import Ranking
 from retrieval.report import charts, embedding_map, results, run_report, viewer
@@ -79,7 +81,7 @@ def test_the_page_holds_every_query_with_its_matches_and_their_pictures(digits, 
 def test_the_pictures_shrink_where_there_are_many_and_the_last_are_left_out(digits, monkeypatch):
     matches = Matches(digits)
     large = page_data(digits, matches, [])["pictures"]
-    monkeypatch.setattr(viewer, "SIDES", {10: 96, 1000: 16})
+    monkeypatch.setattr(viewer, "SIDES", {10: 96, 1000: 4})
     small = page_data(digits, matches, [])["pictures"]
     assert small.keys() == large.keys()
     assert all(len(small[row]) < len(large[row]) for row in large)
@@ -207,18 +209,77 @@ def test_of_many_classes_the_map_shows_which_queries_are_right(digits, monkeypat
 
 def test_of_many_classes_the_worst_are_shown(monkeypatch):
     monkeypatch.setattr(charts, "MOST_CLASSES", 11)
-    metrics = {f"class {n:03}": {"top_1": n / 100, "top_1_interval": [n / 100, n / 100]} for n in range(20)}
+    metrics = {
+        f"class {n:03}": {"top_1": n / 100, "mrr": n / 100, "top_1_interval": [n / 100, n / 100]}
+        for n in range(20)
+    }
     chart = per_class(metrics)
     assert "the worst 11 of 20 classes" in chart.svg
     assert "class 010" in chart.svg
     assert "class 011" not in chart.svg
-    few_fail = {f"class {n:03}": {"top_1": float(n > 2), "top_1_interval": [0, 1]} for n in range(20)}
-    assert "the worst 3 of 20 classes" in per_class(few_fail).svg
-    queries = [f"c{n:02}" for n in range(20)]
-    matches = [*queries[1:11], *queries[10:]]  # the first ten are taken for the next
+    queries = [f"c{n:02}" for n in range(20)] * 2
+    matches = [*queries[1:11], *queries[10:20]] * 2  # the first ten are taken for the next
     chart = confusion(queries, matches)
     assert "the 11 most confused classes" in chart.svg
     assert all(f">{label}<" in chart.svg for label in queries[:10])
+
+
+def people(ranks):
+    """The metrics of people 00, 01 and so on with one query each, whose first right image has such a rank."""
+    gallery = [*(f"{n:02}/g" for n in range(40)), "x/g"]
+    rows = np.full((len(ranks), 10), 40)  # x/g, which is nobody
+    for n, first in enumerate(ranks):
+        if first:
+            rows[n, first - 1] = n
+    queries = [f"{n:02}/q" for n in range(len(ranks))]
+    return score(Ranking(queries, gallery, rows, np.zeros(rows.shape)))["per_class"]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "counts"),
+    [
+        ([1] * 12 + [2] * 3 + [3] * 4 + [5] * 5 + [10] * 6 + [0] * 10, [12, 7, 5, 6, 10]),
+        ([1] * 39 + [0], [39, 0, 0, 0, 1]),
+        ([0] * 40, [0, 0, 0, 0, 40]),
+    ],
+)
+def test_of_many_people_with_one_query_each_the_chart_counts_them(ranks, counts):
+    svg = per_class(people(ranks)).svg
+    groups = ["first match", "2nd or 3rd", "4th or 5th", "6th to 10th", "none of the first 10"]
+    assert ", ".join(f"{group}: {count}" for group, count in zip(groups, counts, strict=True)) in svg
+    assert "best right match of each of 40 classes" in svg
+
+
+@pytest.mark.parametrize("wrong", [1, 5, 30])
+def test_of_many_people_the_most_frequent_wrong_matches_are_shown(wrong):
+    queries = [f"{n:02}" for n in range(40)]
+    matches = ["39"] * wrong + queries[wrong:]
+    svg = confusion(queries, matches).svg
+    assert f"{wrong} wrong first matches; most, {wrong}, are 39" in svg
+    assert "first matches, right on the diagonal" in confusion(queries, queries).svg
+
+
+def test_the_worst_classes_are_named_worst_first():
+    failing = run_report._failing(people([1, 2, 0, 5, 1]))
+    assert failing == [("02", "1 of 1"), ("03", "1 of 1"), ("01", "1 of 1")]
+    assert run_report._failing({"a": {"top_1": 0.75, "mrr": 0.8, "queries": 8}}) == [("a", "2 of 8")]
+    assert run_report._failing({}) == []
+
+
+def test_the_page_names_them_and_says_what_came_from_the_cache(digits, digits_page, tmp_path):
+    wrong = {query.split("/")[0] for query, first in zip(digits.ranking.queries, digits.first, strict=True)
+             if first != 1}  # fmt: skip
+    text = digits_page.read_text()
+    assert f"<summary>{len(wrong)} of 10 classes have a wrong first match: the worst first" in text
+    assert "came from the cache" not in text
+    page = drawn(replace(digits, metrics=digits.metrics | {"cached_gallery_images": 7}), tmp_path / "out")
+    assert "7 images came from the cache" in page
+
+
+def test_the_versions_name_the_runtimes(digits_page):
+    text = digits_page.read_text()
+    for package in ("torch", "onnxruntime", "numpy"):
+        assert f'<tr><th scope="row">{package}</th><td>{version(package)}</td></tr>' in text
 
 
 def test_the_colours_are_seen_on_white_and_on_black():

@@ -1,9 +1,13 @@
+import base64
+import io
+
 import numpy as np
+import pytest
 from conftest import ranking_of
 from PIL import Image, ImageColor
 
 from get_images import find_images
-from retrieval.report.thumbnails import GAP, RIGHT, SIDE, UNKNOWN, WRONG, draw_matches
+from retrieval.report.thumbnails import GAP, RIGHT, SIDE, UNKNOWN, WRONG, draw_matches, encoded_thumbnails
 
 
 def frame(sheet, row, column):
@@ -55,3 +59,12 @@ def test_top_k_and_the_number_of_queries_set_the_size_of_the_picture(tmp_path):
         draw_matches(ranking, queries[:count], gallery, top_k, tmp_path / "matches.png")
         sizes.append((np.array(Image.open(tmp_path / "matches.png").size) - GAP) // (SIDE + GAP))
     assert [size.tolist() for size in sizes] == [[4, 8], [11, 8], [4, 4]]
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted"), [((8, 8), (8, 8)), ((96, 20), (48, 10)), ((10, 400), (1, 48)), ((48, 30), (48, 30))]
+)
+def test_large_images_shrink_and_small_ones_stay_as_they_are(tmp_path, size, wanted):
+    Image.new("RGB", size, "red").save(tmp_path / "x.png")
+    (encoded,) = encoded_thumbnails(find_images(tmp_path), side=48)
+    assert Image.open(io.BytesIO(base64.b64decode(encoded))).size == wanted
