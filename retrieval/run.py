@@ -137,9 +137,10 @@ class Run:
         return digest
 
     def conclude(self, metrics: dict[str, Any], outcome: Outcome, **more: Any) -> None:
-        """Log the outcome, and add it to metrics.json and, with `more`, to the ledger."""
+        """Log the outcome, and add it to metrics.json and, with `more`, to the ledger, with the same time."""
         log_outcome(outcome)
-        self.write_metrics(metrics | outcome.metrics)
+        more |= {"time": datetime.now().astimezone().isoformat()}
+        self.write_metrics(metrics | outcome.metrics | {"time": more["time"]})
         kept = {name: value for name, value in metrics.items() if name != "per_class"} | outcome.metrics
         append_line(self.folder, self.settings, outcome, metrics=kept, seconds=self.rounded_seconds(), **more)
 

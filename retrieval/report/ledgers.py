@@ -62,8 +62,7 @@ class ResentLine(BaseModel):
 class Beside(BaseModel):
     """A file metrics.json, as far as it tells whose page lies beside it."""
 
-    names: str
-    seconds: float = Field(validation_alias=AliasPath("seconds", "total"))
+    time: Annotated[datetime, AfterValidator(datetime.astimezone)]
 
 
 class RunLine(BaseModel):
@@ -130,7 +129,7 @@ class RunLine(BaseModel):
     def page(self) -> Path | None:
         """The run's report.html, which the next run moves to earlier/; None if it was not drawn or is gone.
 
-        The metrics.json beside a run's page has the same seconds as the run's line in the ledger.
+        The metrics.json beside a run's page has the same time as the run's line in the ledger.
         """
         folder = self.ledger.parent
         for path in [folder / "metrics.json", *folder.glob(f"{EARLIER}/*/metrics.json")]:
@@ -139,7 +138,7 @@ class RunLine(BaseModel):
             except (OSError, ValueError):
                 continue
             page = path.with_name("report.html")
-            if (beside.names, beside.seconds) == (self.names, self.seconds) and page.is_file():
+            if beside.time == self.time and page.is_file():
                 return page
         return None
 

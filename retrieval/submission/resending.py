@@ -64,13 +64,13 @@ def _metrics_beside(path: Path) -> dict[str, Any]:
 
 
 def _line_of_run(ledger: Path, metrics: dict[str, Any]) -> int | None:
-    """Return the number of the run's line, from 1: the last with the same seconds of each step."""
-    found, seconds = None, metrics.get("seconds")
+    """Return the number of the run's line, from 1, which has the time of its metrics.json."""
+    found, time = None, metrics.get("time")
     for number, line in enumerate(ledger.read_bytes().splitlines() if ledger.exists() else [], 1):
         try:
             content = json.loads(line)
         except ValueError:  # a line that a crash cut off
             continue
-        if seconds and isinstance(content, dict) and content.get("seconds") == seconds:
+        if time and isinstance(content, dict) and content.get("time") == time:
             found = number
     return found
