@@ -54,7 +54,9 @@ def test_an_image_is_known_by_its_bytes_whatever_its_name(tmp_path, caplog, name
     assert may_begin_image((tmp_path / name).read_bytes()[:16])
 
 
-def test_queries_that_no_decoder_opens_are_counted_by_kind_before_anything_is_embedded(tmp_path, caplog):
+def test_queries_that_no_decoder_opens_are_counted_by_kind_before_anything_is_embedded(
+    tmp_path, caplog, monkeypatch
+):
     touch(tmp_path, "query/empty.jpg", "gallery/empty.jpg")
     for name in ("a.jpg", "b.png"):
         PHOTO.save(tmp_path / "query" / name)
@@ -64,6 +66,10 @@ def test_queries_that_no_decoder_opens_are_counted_by_kind_before_anything_is_em
     assert len(queries) == 6
     warn_of_unreadable(queries)
     assert "get the gallery in its order: 2 .jpg (c.jpg, empty.jpg), 2 .heic (d.heic, e.heic)" in caplog.text
+    assert "pillow-heif" not in caplog.text
+    monkeypatch.delitem(Image.OPEN, "HEIF")  # as if it were not installed
+    warn_of_unreadable(queries)
+    assert "2 .heic (d.heic, e.heic) (`pip install pillow-heif` reads .heic)" in caplog.text
 
 
 def test_a_folder_named_like_an_image_is_a_folder(tmp_path):
