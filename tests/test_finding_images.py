@@ -54,9 +54,7 @@ def test_an_image_is_known_by_its_bytes_whatever_its_name(tmp_path, caplog, name
     assert may_begin_image((tmp_path / name).read_bytes()[:16])
 
 
-def test_queries_that_no_decoder_opens_are_counted_by_kind_before_anything_is_embedded(
-    tmp_path, caplog, monkeypatch
-):
+def test_queries_that_no_decoder_opens_are_counted_by_kind(tmp_path, caplog, monkeypatch):
     touch(tmp_path, "query/empty.jpg", "gallery/empty.jpg")
     for name in ("a.jpg", "b.png"):
         PHOTO.save(tmp_path / "query" / name)

@@ -295,7 +295,6 @@ def test_heic_is_read_where_pillow_heif_is_installed(photo, tmp_path, monkeypatc
     for name in ("a.heic", "a.jpg", "a"):
         found = pixels(saved(photo, "HEIF", tmp_path / name, quality=100))
         assert abs(found - np.asarray(photo, int)).mean() < 4
-    assert len(find_images(tmp_path)) == 3
     monkeypatch.delitem(Image.OPEN, "HEIF")  # as if it were not
     with pytest.raises(UnreadableImageError, match="not an image in one of the formats"):
         read_image(tmp_path / "a.heic")
