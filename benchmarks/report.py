@@ -71,7 +71,7 @@ def seconds_to_draw(arguments: argparse.Namespace, folder: Path) -> float:
 def seconds_to_open(page: Path) -> float:
     """From the navigation until the script has drawn the first queries, as the browser says."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from conftest import Browser
+    from page_checks import Browser
 
     browser = Browser()
     try:
