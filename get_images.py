@@ -17,7 +17,6 @@ import warnings
 import zlib
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,6 @@ VERSION = 1  # part of the cache key: raise it when read_image moves pixels by m
 # Pillow's names of the formats that are read, whatever the suffix; MPO is read as JPEG. None of them runs a
 # program, as EPS runs Ghostscript, or holds pictures whose size its header hides, as ICO does.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
-NO_IMAGE = f"not an image in one of the formats {', '.join(FORMATS)}"
 EXTRA_FORMATS = ("HEIF",)  # read where pillow-heif is installed: the photographs of an iPhone
 MOST_PIXELS = 2**28  # a phone takes photographs of 200 million, and such a PNG needs 2.8 GB to be read
 MOST_BYTES = 2**30  # of a file: 100 million pixels of 16-bit RGB without compression are 0.6 GB
@@ -185,21 +183,12 @@ def find_query_and_gallery(query_dir: Path, gallery_dir: Path) -> tuple[list[Ima
     query_root, gallery_root = query_dir.resolve(), gallery_dir.resolve()
     if query_root.is_relative_to(gallery_root) or gallery_root.is_relative_to(query_root):
         log.warning(
-            "the query folder %s and the gallery folder %s share images: a query can find itself, unless "
-            "--exclude_self is given", query_dir, gallery_dir,
+            "the query folder %s and the gallery folder %s share images: a query can find itself "
+            "(--exclude_self leaves its file out)", query_dir, gallery_dir,
         )  # fmt: skip
     elif why := why_swapped(query_dir, gallery_dir, queries, gallery):
         log.warning("are --query_dir %s and --gallery_dir %s swapped? %s", query_dir, gallery_dir, why)
     return queries, gallery
-
-
-def warn_of_unreadable(queries: list[ImageFile]) -> None:
-    """Warn of queries whose header is no image's, before the time to embed images is spent."""
-    with ThreadPoolExecutor() as pool:
-        readable = list(pool.map(holds_image, [query.path for query in queries]))
-    if broken := [query.name for query, good in zip(queries, readable, strict=True) if not good]:
-        log.warning("queries that no decoder opens get the gallery in its order: %s%s",
-                    by_kind(broken), _heif_hint(broken))  # fmt: skip
 
 
 def why_swapped(
@@ -273,11 +262,6 @@ def _formats() -> tuple[str, ...]:
     return FORMATS + tuple(name for name in EXTRA_FORMATS if name in Image.OPEN)
 
 
-def _heif_hint(names: list[str]) -> str:
-    missing = "HEIF" not in Image.OPEN and any(name.lower().endswith((".heic", ".heif")) for name in names)
-    return " (`pip install pillow-heif` reads .heic)" if missing else ""
-
-
 def decode_image(content: bytes, enough: int | None = None, most_pixels: int = MOST_PIXELS) -> Decoded:
     """Return the pixels of an image file's bytes, as a viewer shows them, and what is wrong with the file.
 
@@ -297,16 +281,17 @@ def decode_image(content: bytes, enough: int | None = None, most_pixels: int = M
     except TooManyPixelsError:
         raise
     except Exception as error:  # decoders raise anything on broken bytes, and no file may cost the run
-        damage = _reason(error)
+        reason = _reason(error)
+        damage = "broken, but not its pixels" if isinstance(error, UnidentifiedImageError) else reason
     try:
         pixels = _decode(_mended(content, most_pixels), enough, most_pixels)
     except TooManyPixelsError:
         raise
     except Exception:
-        raise UnreadableImageError(damage) from None
-    if pixels.min() == pixels.max():  # not one was decoded
-        raise UnreadableImageError(damage)
-    return Decoded(pixels, damage if damage != NO_IMAGE else "broken, but not its pixels")
+        raise UnreadableImageError(reason) from None
+    if pixels.min() == pixels.max():  # then nothing was decoded, or nothing that could be told from that
+        raise UnreadableImageError(reason)
+    return Decoded(pixels, damage)
 
 
 def _decode(content: bytes, enough: int | None, most_pixels: int) -> np.ndarray:
@@ -347,12 +332,13 @@ def _pixels_of_png(content: bytes, most_pixels: int) -> bytes:
     width, height, bits, colours = struct.unpack(">IIBB", chunks[b"IHDR"][:10])
     _refuse_too_many(width * height, most_pixels)
     line = math.ceil(width * bits * PNG_CHANNELS[colours] / 8) + 1
-    enough = (line + 4) * (height + 8)  # bytes: interlaced lines, which are shorter, are twice as many
+    enough = line * height + 4 * (line + height)  # bytes: interlaced lines are shorter, but twice as many
     unpacker, lines = zlib.decompressobj(), bytearray()
     with suppress(zlib.error):
         for start in range(0, len(packed), 256):
-            if len(lines) < enough:
-                lines += unpacker.decompress(packed[start : start + 256], enough - len(lines))
+            if unpacker.eof or len(lines) >= enough:
+                break
+            lines += unpacker.decompress(packed[start : start + 256], enough - len(lines))
     chunks[b"IDAT"] = zlib.compress(lines.ljust(enough, b"\0"), level=1)
     chunks[b"IEND"] = b""
     return PNG + b"".join(_chunk(kind, chunks[kind]) for kind in PNG_CHUNKS if kind in chunks)
@@ -385,7 +371,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return NO_IMAGE
+        return f"not an image in one of the formats {', '.join(_formats())}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return str(error) or type(error).__name__

@@ -8,6 +8,7 @@ import sys
 from types import FrameType
 
 STOPPED = "stopped by Ctrl-C; no file is half-written"
+starting = True  # until a command has read its form
 
 
 def _end_by_ctrl_c(kind: type[BaseException], error: BaseException, trace: object) -> None:
@@ -19,9 +20,13 @@ def _end_by_ctrl_c(kind: type[BaseException], error: BaseException, trace: objec
 
 
 def _on_ctrl_c(_: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt; but inside an import end at once, as the C++ code of torch would abort."""
+    """Raise KeyboardInterrupt; but in the first imports, and in that of torch, end at once.
+
+    Python's import may pass over the error, and torch's C++ code abort.
+    """
     while frame:
-        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+        importing = frame.f_code.co_filename == "<frozen importlib._bootstrap>"
+        if importing and (starting or str(frame.f_locals.get("name")).startswith("torch")):
             print(f"error: {STOPPED}", file=sys.stderr, flush=True)
             os._exit(130)
         frame = frame.f_back
@@ -67,6 +72,7 @@ def run_script(main: Callable[[FormType], None], form: type[FormType]) -> None:
 
 def run_command(commands: dict[str, tuple[type[Form], Callable[[Any], None]]]) -> None:
     """Run the command {name: (form, main)} that the first argument names, as run_script does."""
+    global starting
     _log_to_console()
     _set_a_home()
     gc.set_threshold(100_000)  # collect less often: importing torch and timm then takes about 10 % less time
@@ -75,6 +81,7 @@ def run_command(commands: dict[str, tuple[type[Form], Callable[[Any], None]]]) -
         command, arguments = _choose(commands, sys.argv[1:])
         kind, main = commands[command]
         form = read_form(kind, arguments, program=f"{program()} {command}".strip())
+        starting = False
         main(form)
     except StopError as error:
         raise SystemExit(error.status) from None

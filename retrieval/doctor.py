@@ -28,10 +28,11 @@ from pydantic_settings import CliPositionalArg
 
 from retrieval.backbones.backbone import choose_device, find_pretrained
 from retrieval.backbones.zoo import PRETRAINED, ModelType
-from retrieval.errors import StopError, printable
+from retrieval.errors import InputError, StopError, printable
 from retrieval.forms import Form
 from retrieval.machine import cores, memory, version_of
 from retrieval.settings import CACHE_DIR, LOCAL, GroupName, GroupToken, NewFolder, ServerUrl, Url, masked
+from retrieval.submission.client import proxies_for
 from retrieval.submission.deadline import Deadline
 
 OK, WARNING, PROBLEM = "ok", "warning", "PROBLEM"  # a run cannot succeed with a problem
@@ -105,7 +106,7 @@ def check_packages(requirements: Path) -> Line:
 
     text = requirements.read_text(encoding="utf-8") if requirements.is_file() else ""
     lines = [line.partition("#")[0].strip() for line in text.splitlines()]
-    wanted = [Requirement(line) for line in lines if line]
+    wanted = [Requirement(line) for line in lines if line and not line.startswith("-")]
     wanted = [package for package in wanted if not package.marker or package.marker.evaluate()]
     missing = [package.name for package in wanted if not version_of(package.name)]
     others = [f"{package.name} {version_of(package.name)} instead of {package.specifier}"
@@ -125,7 +126,10 @@ def check_packages(requirements: Path) -> Line:
 
 def check_weights(name: str) -> Line:
     """Say whether the weights of a model name are here, with the first digits of their SHA-256."""
-    source = find_pretrained(name).weights
+    try:
+        source = find_pretrained(name).weights
+    except InputError as error:
+        return Line(PROBLEM, str(error))
     file, fetch = source.find(), f"run `python -m retrieval.backbones --fetch {name}`"
     if not file:
         return Line(PROBLEM, f"{name}: missing, {fetch}")
@@ -215,7 +219,7 @@ def check_server(url: Url) -> tuple[Line, requests.Response | None, datetime]:
         return Line(OK, "a run starts its own"), None, now
     try:
         with Deadline(SECONDS) as deadline:
-            reply = deadline.session.head(url.full, timeout=SECONDS)
+            reply = deadline.session.head(url.full, timeout=SECONDS, proxies=proxies_for(url))
     except (requests.RequestException, ValueError) as error:  # ValueError: a host name that cannot be one
         return Line(PROBLEM, f"{url} does not answer ({_reason(error)}): check host, port and network; a run "
                              "would save its submission and not send it"), None, now  # fmt: skip

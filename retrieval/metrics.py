@@ -237,12 +237,12 @@ def score(ranking: Ranking, top_k: int = 10) -> dict:
         raise InputError(f"a score needs class folders, but {_why_unlabelled(unlabelled)}: lay "
                          "the images out as <class>/x.jpg in the query and the gallery folder")  # fmt: skip
     labels = np.array([label_of(query) for query in ranking.queries], dtype=object)
-    without = sorted(set(labels) - {label_of(name) for name in ranking.gallery})
-    misses = int(np.isin(labels, without).sum())
-    if without:
+    hits = hits_of(ranking)
+    misses = int((hits.total == 0).sum())
+    if misses:
+        without = sorted(set(labels[hits.total == 0]))
         log.warning("%d queries count as misses, since the gallery lacks their classes: %s",
                     misses, ", ".join(without[:10]))  # fmt: skip
-    hits = hits_of(ranking)
     values = _values(hits, top_k)
     metrics = _metrics(values)
     shares = [f"top-{cut} {metrics[f'top_{cut}']:.3f}" for cut in CUTS]
@@ -267,13 +267,18 @@ def metrics_of(ranking: Ranking, itself: int = 0) -> dict:
 def hits_of(ranking: Ranking, itself: int = 0) -> Hits:
     """Return which ranked images have their query's label, and how many gallery images have it.
 
-    `itself` is 1 if the gallery also holds each query, which is not ranked and does not count.
+    `itself` is 1 if the gallery also holds each query, which is not ranked and does not count. Nor do the
+    images that the ranking excludes.
     """
     labels = np.array([label_of(name) for name in ranking.gallery], dtype=object)
     wanted = [label_of(query) for query in ranking.queries]
     counts = Counter(labels.tolist())
     total = np.array([counts[label] - itself for label in wanted])
-    return Hits(labels[ranking.rows] == np.array(wanted, dtype=object)[:, None], total)
+    right = labels[ranking.rows] == np.array(wanted, dtype=object)[:, None]
+    for query, rows in ranking.excluded.items():
+        total[query] -= (labels[rows] == wanted[query]).sum()
+        right[query] &= ~np.isin(ranking.rows[query], rows)
+    return Hits(right, total)
 
 
 def first_hits(ranking: Ranking) -> list[int]:

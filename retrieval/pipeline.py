@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from get_images import ImageFile, find_images, find_query_and_gallery, warn_of_unreadable
+from get_images import ImageFile, find_images, find_query_and_gallery
 from retrieval.backbones.backbone import LazyBackbone
+from retrieval.datasets.readable import warn_of_unreadable
 from retrieval.distributed import claim_devices, gather, rank_zero_only, set_up, several
 from retrieval.embedding.cache import Cache
 from retrieval.embedding.embeddings_file import write_embeddings
@@ -40,7 +41,7 @@ from retrieval.report.results import Results, Sample, sample_rows
 from retrieval.run import EMBEDDINGS, SUBMISSION, Outcome, Run, stop_if_failed
 from retrieval.server.answer_key import key_of_folders
 from retrieval.server.serve import local_server
-from retrieval.settings import LOCAL
+from retrieval.settings import LOCAL, RetrievalSettings
 from retrieval.submission.client import NOT_SENT, command_to_send, send_submission
 from retrieval.submission.protocol import NAMES_PER_QUERY
 from retrieval.submission.submission_file import write_submission
@@ -249,6 +250,10 @@ def send(run: Run, results: Results) -> Outcome:
             with local_server(key, Path(folder) / "competition.sqlite") as url:
                 outcome = send_submission(path, url, token)
     else:
+        default = RetrievalSettings.model_fields["group_name"].default
+        if settings.server_url and settings.group_name == default:
+            log.warning("the group name is the default, %s: set GROUP_NAME in .env, or give --group_name",
+                        settings.group_name)  # fmt: skip
         outcome = send_submission(path, settings.server_url, token)
     run.done("send")
     hits = {"first": results.first} if results.labelled else {}

@@ -60,7 +60,8 @@ class Ranking:
     An unreadable query has the gallery in its order, with cosines of 0.
 
     `scores` (queries, k), float64, fall along each row in place of the cosines, if the images are ordered by
-    something else than their cosine (retrieval/ranking/means.py). With `cover` neither falls.
+    something else than their cosine (retrieval/ranking/means.py). With `cover` neither falls. `excluded` are
+    the rows of gallery images that do not count for a query, by its row; they come last.
     """
 
     queries: list[str]
@@ -68,6 +69,7 @@ class Ranking:
     rows: np.ndarray
     cosines: np.ndarray
     scores: np.ndarray | None = None
+    excluded: dict[int, list[int]] = field(default_factory=dict)
 
     def names(self) -> dict[str, list[str]]:
         """Return the names of the ranked gallery images, best first, by the name of their query."""

@@ -311,7 +311,7 @@ def _log_before_and_after(untuned: dict[str, Any], tuned: dict[str, Any]) -> Non
     log.info("after:  %s", in_words(tuned))
     if low <= 0:
         images = len(tuned["points"])
-        more = f"about {enough(gain, low, images)} would tell if it stays so" if gain > 0 else "no gain"
+        more = f"about {enough(gain, low, images)} would tell if it stays so" if gain >= 1 else "no gain"
         log.warning("NOT SHOWN TO BE BETTER THAN UNTUNED: %+.0f points [%+.0f, %+.0f] of 1000 on %d "
                     "validation images; %s. The result stays near the untuned network, which "
                     "model_not_tuned.py runs as it is; more images or a smaller --lr may show more",

@@ -3,7 +3,8 @@ import os
 import pytest
 from PIL import Image
 
-from get_images import find_images, find_query_and_gallery, may_begin_image, warn_of_unreadable
+from get_images import find_images, find_query_and_gallery, may_begin_image
+from retrieval.datasets.readable import warn_of_unreadable
 
 PHOTO = Image.effect_noise((60, 40), 50)
 

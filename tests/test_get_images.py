@@ -6,7 +6,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 from conftest import ROOT, run_here
-from PIL import EpsImagePlugin, Image, ImageOps, PngImagePlugin
+from PIL import EpsImagePlugin, Image, ImageOps
 
 from get_images import (
     FORMATS,
@@ -187,77 +187,6 @@ def test_unreadable_files_say_why(photo, tmp_path):
             read_image(tmp_path / name)
 
 
-# ---- damage
-
-
-def packed(image, kind, **options):
-    """The bytes of an image file."""
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def squares(mode="RGB"):
-    """An image of 40 x 30 squares of 4 pixels, in random colours."""
-    levels = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
-    return Image.fromarray(levels).resize((160, 120), Image.Resampling.NEAREST).convert(mode)
-
-
-@pytest.mark.parametrize(
-    "kind", ["JPEG", "progressive JPEG", "grey JPEG", "1", "L", "P", "RGB", "RGBA", "LA"]
-)
-@pytest.mark.parametrize("kept", [-2, 0.9, 0.5])
-def test_a_cut_file_gives_the_pixels_that_decode(kind, kept):
-    """The first lines, or, of a progressive JPEG, all of them less sharply."""
-    if "JPEG" in kind:
-        content = packed(squares("L" if "grey" in kind else "RGB"), "JPEG", progressive="prog" in kind)
-    else:
-        content = packed(squares(kind), "PNG")
-    whole = decode_image(content)
-    assert whole.damage is None
-    cut = decode_image(content[: kept if kept < 0 else int(kept * len(content))])
-    assert cut.pixels.shape == whole.pixels.shape
-    right = np.abs(cut.pixels.astype(int) - whole.pixels).max(axis=(1, 2)) < 3
-    if kept < 0:
-        assert right.all()
-    else:
-        assert "truncated" in cut.damage
-        assert not right.all()
-        if "progressive" in kind:
-            assert np.corrcoef(cut.pixels.ravel(), whole.pixels.ravel())[0, 1] > 0.5
-        else:
-            assert right[: int(len(right) * (kept - 0.15))].all()
-
-
-def test_broken_text_and_profiles_of_a_png_cost_no_pixel():
-    """They are left out; also in a PNG with lines in another order, and in one with a transparent colour."""
-    text = PngImagePlugin.PngInfo()
-    text.add_text("Comment", "hello")
-    long = PngImagePlugin.PngInfo()
-    long.add_text("Comment", "x" * 2_000_000, zip=True)
-    picture = squares("P")
-    with_text = bytearray(packed(picture, "PNG", pnginfo=text, transparency=3))
-    with_text[with_text.index(b"hello")] ^= 1  # so that its checksum is wrong
-    broken = {
-        "a wrong checksum": (bytes(with_text), packed(picture, "PNG", transparency=3)),
-        "a long text": (packed(squares(), "PNG", pnginfo=long), packed(squares(), "PNG")),
-        "a long profile": (packed(squares(), "PNG", icc_profile=b"x" * 3_000_000), packed(squares(), "PNG")),
-    }
-    for content, sound in broken.values():
-        found = decode_image(content)
-        assert np.array_equal(found.pixels, decode_image(sound).pixels)
-        assert found.damage
-    assert "too large" in decode_image(broken["a long text"][0]).damage
-    assert decode_image(bytes(with_text)).damage == "broken, but not its pixels"
-
-
-def test_a_broken_png_may_not_have_more_pixels_than_the_memory_holds_either():
-    content = packed(Image.new("L", (300, 100)), "PNG")
-    content = content[:20] + bytes([content[20] ^ 1]) + content[21:]  # another height, and a wrong checksum
-    with pytest.raises(TooManyPixelsError):
-        decode_image(content, most_pixels=29_999)
-
-
 @pytest.mark.skipif(os.name != "posix", reason="a script stands in for Ghostscript")
 @pytest.mark.parametrize("name", ["photo.jpg", "photo.png", "photo.tif"])
 def test_no_image_runs_a_program(tmp_path, monkeypatch, name):
@@ -350,15 +279,6 @@ def test_a_large_photograph_is_decoded_at_a_part_of_its_size_where_that_is_enoug
     assert np.array_equal(read_image(tmp_path / "photo.jpg", 1000), plain)  # a half would have 854 rows
     photo.convert("L").save(tmp_path / "grey.jpg")
     assert read_image(tmp_path / "grey.jpg", 384).shape == (427, 640, 3)
-
-
-def test_a_cut_large_photograph_is_damaged_in_a_part_of_its_size_too():
-    content = packed(Image.effect_noise((1200, 1200), 50), "JPEG")
-    content = content[: len(content) // 2]
-    for enough, side in ((None, 1200), (300, 300)):
-        found = decode_image(content, enough)
-        assert found.pixels.shape == (side, side, 3)
-        assert "truncated" in found.damage
 
 
 # ---- the command line

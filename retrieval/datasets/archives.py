@@ -78,7 +78,8 @@ def _unpack(source: Path, folder: Path) -> None:
                               partial(archive.open, info)) for info in files]  # fmt: skip
             _write(source, members, folder)
     else:
-        raise InputError(f"{source} is neither a zip nor a tar archive: unpack it, and give the folder")
+        raise InputError(f"{source} is neither a zip nor a tar archive, or only a part of one: "
+                         "download it again, or unpack it, and give the folder")  # fmt: skip
 
 
 def _write(source: Path, members: list[Member], folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A folder in; its images that can be read, and the reasons of the others, out."""
+"""Files of images in; those that can be read, and why others cannot, out."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import logging
 import os
 import stat
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from get_images import ImageFile, find_images
+from PIL import Image
+
+from get_images import ImageFile, UnreadableImageError, by_kind, find_images, holds_image, read_image
 from retrieval.errors import InputError
 
 log = logging.getLogger("retrieval.datasets")
@@ -51,3 +54,24 @@ def _why_unreadable(path: Path) -> str | None:
     except OSError as error:
         return error.strerror.lower()
     return None
+
+
+def warn_of_unreadable(queries: list[ImageFile]) -> None:
+    """Warn of queries that cannot be decoded, as their header tells, before the time to embed is spent."""
+
+    def _readable(query: ImageFile) -> bool:
+        try:  # a broken header costs not always the pixels
+            return holds_image(query.path) or read_image(query.path).size > 0
+        except UnreadableImageError:
+            return False
+
+    with ThreadPoolExecutor() as pool:
+        readable = list(pool.map(_readable, queries))
+    if broken := [query.name for query, good in zip(queries, readable, strict=True) if not good]:
+        log.warning("queries that no decoder opens get the gallery in its order: %s%s",
+                    by_kind(broken), _heif_hint(broken))  # fmt: skip
+
+
+def _heif_hint(names: list[str]) -> str:
+    missing = "HEIF" not in Image.OPEN and any(name.lower().endswith((".heic", ".heif")) for name in names)
+    return " (`pip install pillow-heif` reads .heic)" if missing else ""

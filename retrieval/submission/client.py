@@ -107,6 +107,11 @@ def _is_loopback(host: str | None) -> bool:
         return host == "localhost"
 
 
+def proxies_for(url: Url) -> dict[str, str] | None:
+    """Return the proxies for `requests`: what the environment sets is not meant for this machine itself."""
+    return {"no_proxy": "*"} if _is_loopback(urlsplit(url.full).hostname) else None
+
+
 def command_to_send(path: Path, url: str = "http://HOST:3001/retrieval/") -> str:
     """Return the command that sends a saved submission, from any folder of this machine.
 
@@ -132,6 +137,9 @@ def _how_to_resend(path: Path, url: Url, outcome: Outcome, url_is_wrong: bool) -
         return f"if the token was wrong, send it with the right one:\n    {command}"
     if outcome.status == 404 and not url.endswith("/"):
         return f"to send it to the same URL with a slash at its end:\n    {command_to_send(path, url + '/')}"
+    if outcome.status == 422:
+        command = command_to_send(path, url)
+        return f"run the script again with the right folders; or, to send the same file again:\n    {command}"
     if url_is_wrong:
         return f"to send it to the right URL:\n    {command_to_send(path)}"
     return f"to send it again:\n    {command_to_send(path, url)}"
@@ -147,10 +155,8 @@ def _post(
     been counted, so the client stops there.
     """
     headers = {"Content-Type": "application/json"} | ({TOKEN: token} if token else {})
-    # a proxy that the environment sets is not meant for this machine itself
-    proxies = {"no_proxy": "*"} if _is_loopback(urlsplit(url.full).hostname) else None
-    options = {"headers": headers, "auth": _credentials(url), "proxies": proxies, "timeout": timeouts,
-               "stream": True, "allow_redirects": False}  # fmt: skip
+    options = {"headers": headers, "auth": _credentials(url), "proxies": proxies_for(url),
+               "timeout": timeouts, "stream": True, "allow_redirects": False}  # fmt: skip
     sent = False  # whether the first byte of the body has left
     for _ in range(1 + REDIRECTS):
         body, reply = io.BytesIO(content), bytearray()

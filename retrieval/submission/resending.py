@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from retrieval.files import as_json, write_whole
-from retrieval.run import EARLIER, LEDGER, Outcome, append_line
+from retrieval.run import EARLIER, LEDGER, SUBMISSION, Outcome, append_line
 from retrieval.settings import Form
 
 OUTCOME = re.compile(rb'(?<=<p id="outcome">).*?(?=</p>)', re.S)  # the sentence in report.html
@@ -32,26 +32,34 @@ def record_outcome(path: Path, submission: dict[str, Any], settings: Form, outco
     """Append the outcome to the ledger, and write a score into metrics.json and report.html beside the file.
 
     The ledger's line names the line of the run that made the submission. The ledger of a submission in
-    earlier/ is the one of its output folder.
+    earlier/ is the one of its output folder. A file of another name belongs to no run.
     """
     folder = path.absolute().parent
     home = folder.parent.parent if folder.parent.name == EARLIER else folder
-    metrics = _metrics_beside(path)
+    metrics = _metrics_beside(path) if path.name == SUBMISSION else {}
     run = _line_of_run(home / LEDGER, metrics)
     append_line(home, settings, outcome, group_name=submission["groupname"], **({"run": run} if run else {}))
-    if outcome.accuracy is None or json.loads(path.read_bytes()) != submission:  # a new run has replaced it
+    if outcome.accuracy is None or path.name != SUBMISSION or not _still_holds(path, submission):
         return
     written = [home / LEDGER]
     if metrics:
         written.append(path.with_name("metrics.json"))
         write_whole(written[-1], as_json(metrics | outcome.metrics, indent=2))
     page = path.with_name("report.html")
-    if page.exists():
+    if page.exists() and OUTCOME.search(page.read_bytes()):
         when = f"sent again as {submission['groupname']!r} on {datetime.now():%Y-%m-%d %H:%M}"
         sentence = escape(f"{when}: {outcome.sentence}").encode("utf-8", "replace")
         write_whole(page, OUTCOME.sub(lambda _: sentence, page.read_bytes(), count=1))
         written.append(page)
     log.info("the score is also in %s", ", ".join(map(str, written)))
+
+
+def _still_holds(path: Path, submission: dict[str, Any]) -> bool:
+    """Return whether the file holds the submission that was sent: a new run may have replaced it."""
+    try:
+        return json.loads(path.read_bytes()) == submission
+    except (OSError, ValueError):
+        return False
 
 
 def _metrics_beside(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@ import pytest
 from PIL import Image
 
 from get_images import find_images
+from retrieval.metrics import score
 from retrieval.ranking.copies import find_copies, without_copies
 from retrieval.ranking.exact import rank
 from retrieval.records import Embeddings, Ranking
@@ -27,8 +28,8 @@ def folders(tmp_path):
 
 
 def test_copies_have_the_same_bytes(folders):
-    """Two files without an image are copies too, and it costs nothing."""
-    assert find_copies(*folders) == {0: [0], 1: [1, 2], 5: [5]}
+    """Files without a byte are none."""
+    assert find_copies(*folders) == {0: [0], 1: [1, 2]}
 
 
 @pytest.mark.parametrize("scores", [False, True])
@@ -51,3 +52,14 @@ def test_without_themselves_the_queries_get_what_a_gallery_without_them_gives():
         others = images.some(np.delete(np.arange(30), row))
         alone = rank(images.some(np.array([row])), others, 10)
         assert found.names()[name] == alone.names()[name]
+
+
+def test_copies_do_not_count_in_the_metrics():
+    """Five images that are queries and gallery, each ranked rightly but for itself."""
+    names = ["a/1", "a/2", "b/1", "b/2", "c/1"]
+    rows = np.array([[0, 1, 2, 3, 4], [1, 0, 2, 3, 4], [2, 3, 0, 1, 4], [3, 2, 0, 1, 4], [4, 0, 1, 2, 3]])
+    ranking = Ranking(names, names, rows, np.tile([0.9, 0.8, 0.7, 0.6, 0.5], (5, 1)))
+    found = score(without_copies(ranking, {row: [row] for row in range(5)}, 5))
+    assert found["top_1"] == found["top_5"] == found["map_at_r"] == 0.8  # c/1 has no other
+    assert found["score"] == 800
+    assert found["queries_without_match"] == 1

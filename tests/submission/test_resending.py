@@ -32,7 +32,7 @@ def command_in(outcome):
      (301, "retrieval/", None, "to send it to the right URL"),
      (401, "retrieval/", "retrieval/ --group_token TOKEN", "if the token was wrong"),
      (403, "retrieval/", "retrieval/ --group_token TOKEN", "if the token was wrong"),
-     (422, "retrieval/", "retrieval/", "to send it again"),
+     (422, "retrieval/", "retrieval/", "run the script again with the right folders; or, to send the same"),
      (500, "retrieval/", "retrieval/", "to send it again")],
 )  # fmt: skip
 def test_what_was_just_refused_is_not_offered_as_the_cure(saved, status, place, offered, words):
