@@ -14,7 +14,7 @@ from conftest import ROOT
 
 NOTEBOOK = json.loads((ROOT / "examples" / "competition.ipynb").read_text(encoding="utf-8"))
 CELLS = ["".join(cell["source"]) for cell in NOTEBOOK["cells"] if cell["cell_type"] == "code"]
-PARTS = ("get_images.py", "model_not_tuned.py", "retrieval", "requirements.txt")
+PARTS = ("get_images.py", "model_not_tuned.py", "retrieval", "supcon", "requirements.txt")
 
 # What a kernel brings: here an image only has to be one.
 DISPLAY = """

@@ -178,7 +178,14 @@ def test_the_python_of_the_readme_runs(project):
 
 def test_make_demo_from_a_bare_checkout_prints_what_the_readme_shows(tmp_path):
     """With the environment that runs the tests in the place of .venv, since that is what `make` made."""
-    for name in ("get_images.py", "model_not_tuned.py", "retrieval", "Makefile", "requirements.txt"):
+    for name in (
+        "get_images.py",
+        "model_not_tuned.py",
+        "retrieval",
+        "supcon",
+        "Makefile",
+        "requirements.txt",
+    ):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
     env = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     installed = f"{sys.prefix}/installed"

@@ -224,7 +224,7 @@ def test_no_file_of_a_run_and_no_line_shows_a_password(few, tmp_path):
             "model_not_tuned.py", *FOLDERS, "--server_url", url, "--output_dir", tmp_path, cwd=few
         )
     assert ended.returncode == 1
-    assert "***@127.0.0.1" in ended.stderr
+    assert "***@127.0.0.1" in ended.stdout
     assert server.received[0][2]["Authorization"] == "Basic dGVhbTpzZWNyZXQtd29yZA=="
     assert (tmp_path / "report.html").exists()
     written = b"".join(path.read_bytes() for path in tmp_path.iterdir() if path.is_file())
@@ -304,7 +304,7 @@ def test_a_page_that_cannot_be_drawn_costs_only_itself(few, monkeypatch, tmp_pat
     [
         (("--query_dir", "none", "--gallery_dir", "gallery"), 2, "--query_dir is 'none': there is no folder"),
         (("--query_dir", "empty", "--gallery_dir", "gallery"), 2, "empty holds no images, no files at all"),
-        (("--query_dir", "texts", "--gallery_dir", "gallery"), 2, "texts holds no images, only 1 other"),
+        (("--query_dir", "texts", "--gallery_dir", "gallery"), 2, "texts holds no images, only 1 .txt (a.txt)"),
         ((*FOLDERS, "--custom_dataset"), 2, "nor --server_url local"),
         ((*FOLDERS, "--model_type", "efficientnet_lit0"), 2, "did you mean efficientnet_lite0?"),
         ((*FOLDERS, "--output_dir", "texts/a.txt"), 2, "is not a folder but a file"),

@@ -166,6 +166,8 @@ def read_ledgers(folders: list[Path]) -> list[RunLine]:
 
 def _ledgers_in(folder: Path) -> list[Path]:
     if folder.is_file():
+        if folder.suffix != Path(LEDGER).suffix:
+            raise InputError(f"{folder} is no ledger: give the folder of the runs, or a {LEDGER}")
         return [folder]
     return [
         ledger for ledger in sorted(folder.rglob(LEDGER)) if EARLIER not in ledger.relative_to(folder).parts

@@ -7,6 +7,7 @@ from urllib.parse import unquote
 import pytest
 from ledgers import FAIR, GOOD, POOR, change, put, table
 
+from retrieval.errors import InputError
 from retrieval.report.comparison import compare_ledgers
 from retrieval.run import set_aside
 
@@ -91,6 +92,14 @@ def test_a_ledger_itself_is_compared_beside_its_folder(tmp_path):
     page = compare_ledgers([tmp_path / "runs.jsonl"])
     assert page == tmp_path / "comparison.html"
     assert [row[0] for row in table(page)[1:]] == ["word"]
+
+
+@pytest.mark.parametrize("name", ["report.html", "metrics.json", "submission.json"])
+def test_a_file_that_is_no_ledger_is_one_sentence(tmp_path, name):
+    put(tmp_path, "word", GOOD)
+    (tmp_path / name).write_text("\n" * 1000)
+    with pytest.raises(InputError, match=rf"{name} is no ledger: give the folder of the runs"):
+        compare_ledgers([tmp_path / name])
 
 
 @pytest.mark.parametrize(
