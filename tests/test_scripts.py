@@ -304,7 +304,7 @@ def test_a_page_that_cannot_be_drawn_costs_only_itself(few, monkeypatch, tmp_pat
     [
         (("--query_dir", "none", "--gallery_dir", "gallery"), 2, "--query_dir is 'none': there is no folder"),
         (("--query_dir", "empty", "--gallery_dir", "gallery"), 2, "empty holds no images, no files at all"),
-        (("--query_dir", "texts", "--gallery_dir", "gallery"), 2, "texts holds no images, only 1 .txt (a.txt)"),
+        (("--query_dir", "texts", "--gallery_dir", "gallery"), 2, "holds no images, only 1 .txt (a.txt)"),
         ((*FOLDERS, "--custom_dataset"), 2, "nor --server_url local"),
         ((*FOLDERS, "--model_type", "efficientnet_lit0"), 2, "did you mean efficientnet_lite0?"),
         ((*FOLDERS, "--output_dir", "texts/a.txt"), 2, "is not a folder but a file"),
