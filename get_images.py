@@ -108,9 +108,9 @@ def find_images(folder: Path | str) -> list[ImageFile]:
     """Return every image in `folder` and the folders below it, sorted by name.
 
     An image is a file whose name ends in one of SUFFIXES, in any letter case, or whose bytes are an image's.
-    The first are not opened: a broken image is found, and fails when it is read. Hidden folders are skipped
-    silently, other files and unreadable folders with a warning. Links are followed, but no folder is entered
-    twice, so that a loop of links ends.
+    A file with such a name is not opened: if it is broken, it fails when it is read. Hidden folders are
+    skipped silently, other files and unreadable folders with a warning. Links are followed, but no folder is
+    entered twice, so that a loop of links ends.
 
     Raises NotADirectoryError if there is no such folder, FileNotFoundError if it holds no image.
     """
@@ -289,7 +289,7 @@ def decode_image(content: bytes, enough: int | None = None, most_pixels: int = M
         raise
     except Exception:
         raise UnreadableImageError(reason) from None
-    if pixels.min() == pixels.max():  # then nothing was decoded, or nothing that could be told from that
+    if pixels.min() == pixels.max():  # one colour: most likely not one pixel was decoded
         raise UnreadableImageError(reason)
     return Decoded(pixels, damage)
 
@@ -312,7 +312,7 @@ def _refuse_too_many(pixels: int, most_pixels: int) -> None:
         )
 
 
-# Pillow would do this if LOAD_TRUNCATED_IMAGES were set, but for all formats, in all threads, and in silence.
+# Pillow reads broken files if LOAD_TRUNCATED_IMAGES is set, but then all formats, in all threads, in silence.
 def _mended(content: bytes, most_pixels: int) -> bytes:
     """Return a JPEG with an end, or a PNG of its pixels alone; nothing for other bytes."""
     if content.startswith(b"\xff\xd8"):
@@ -321,7 +321,7 @@ def _mended(content: bytes, most_pixels: int) -> bytes:
 
 
 def _pixels_of_png(content: bytes, most_pixels: int) -> bytes:
-    """Return a PNG of what can be decompressed of a broken one's pixels, and zeros after them."""
+    """Return a whole PNG with those pixels of a broken one that can be decompressed; the others are 0."""
     at, chunks, packed = len(PNG), {}, bytearray()
     while at < len(content):
         length, kind = int.from_bytes(content[at : at + 4]), content[at + 4 : at + 8]

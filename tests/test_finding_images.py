@@ -1,22 +1,13 @@
 import os
 
 import pytest
+from folders import names, touch
 from PIL import Image
 
 from get_images import find_images, find_query_and_gallery, may_begin_image
 from retrieval.datasets.readable import warn_of_unreadable
 
 PHOTO = Image.effect_noise((60, 40), 50)
-
-
-def touch(folder, *names):
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(b"")
-
-
-def names(folder):
-    return [image.name for image in find_images(folder)]
 
 
 def test_images_are_found_in_every_folder_by_any_of_the_suffixes_sorted_by_name(tmp_path):

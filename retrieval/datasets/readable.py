@@ -57,10 +57,10 @@ def _why_unreadable(path: Path) -> str | None:
 
 
 def warn_of_unreadable(queries: list[ImageFile]) -> None:
-    """Warn of queries that cannot be decoded, as their header tells, before the time to embed is spent."""
+    """Warn of queries that cannot be decoded, before time is spent on embedding."""
 
     def _readable(query: ImageFile) -> bool:
-        try:  # a broken header costs not always the pixels
+        try:  # the pixels may be whole although the header is broken
             return holds_image(query.path) or read_image(query.path).size > 0
         except UnreadableImageError:
             return False

@@ -7,6 +7,7 @@ import zipfile
 import numpy as np
 import pytest
 from conftest import run_here
+from folders import names, touch
 from PIL import Image
 from skimage import data
 
@@ -14,16 +15,6 @@ from get_images import find_images
 from retrieval.datasets import layouts
 from retrieval.datasets.layouts import lay_out_competition, lay_out_intel, lay_out_sample, lay_out_split
 from retrieval.errors import InputError, RunError
-
-
-def touch(folder, *names):
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(b"")
-
-
-def names(folder):
-    return [image.name for image in find_images(folder)]
 
 
 def paint(folder, *names, seed=0):
